@@ -1,0 +1,1 @@
+//! Templates, link rewriting, MIME and DKIM; pure.

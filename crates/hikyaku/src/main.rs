@@ -1,0 +1,2 @@
+//! The `hikyaku` executable.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Local facts not yet in the store.

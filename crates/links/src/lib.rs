@@ -1,0 +1,1 @@
+//! Tracking tokens: sign and verify.

@@ -1,0 +1,1 @@
+//! Ids, addresses, statuses, facts, events and time: the words every room shares.

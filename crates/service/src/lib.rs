@@ -1,0 +1,1 @@
+//! Configuration, clock, named tasks, drain, metrics and logging.

@@ -1,0 +1,1 @@
+//! SMTP client and server sessions and the reply parser, without I/O.

@@ -1,0 +1,1 @@
+//! All shared state behind one trait; the sqlite engine; the conformance suite.

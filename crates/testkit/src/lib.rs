@@ -1,0 +1,1 @@
+//! Scripted SMTP peers, DNS server, manual clock and failing disk for tests and the demo's sandbox.

@@ -1,0 +1,1 @@
+//! Sink, load source and report.

@@ -1,0 +1,2 @@
+//! The `loadtest` executable.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The sending daemon: intake, queue, shaping, resolve, deliver, classify, jobs, admin.

@@ -1,0 +1,2 @@
+//! The `mta` executable.
+fn main() {}

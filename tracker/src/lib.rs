@@ -1,0 +1,1 @@
+//! The tracker: open pixels, click redirects, unsubscribes.
