@@ -1,1 +1,27 @@
-//! Ids, addresses, statuses, facts, events and time: the words every room shares.
+//! The words every room shares: ids, addresses, statuses, facts, events, time.
+//!
+//! Owns the vocabulary of `CONTRACT.md` as types that are parsed once. Must not do I/O and must
+//! not read a clock or a random source: both come in as arguments.
+#![forbid(unsafe_code)]
+
+mod address;
+mod batch;
+mod event;
+mod fact;
+mod id;
+mod status;
+mod time;
+pub mod units;
+
+pub use address::{AddressError, Domain, EmailAddress};
+pub use batch::{BatchState, Counters, Priority, Row, TrackingMode};
+pub use event::{Event, EventKind, EventRecipient};
+pub use fact::{
+    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, Hit, HitKind, Place, Seq,
+    Verdict,
+};
+pub use id::{
+    BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, partition_hash,
+};
+pub use status::{Blame, Class, DeliveryStatus, Status, SuppressionReason, UnknownName};
+pub use time::Timestamp;
