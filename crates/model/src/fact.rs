@@ -253,8 +253,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
-            let _ = Fact::from_bytes(&bytes);
-            let _ = Fact::from_bytes(&[&[Fact::FORM], bytes.as_slice()].concat());
+            let _parsed = Fact::from_bytes(&bytes);
+            let _parsed = Fact::from_bytes(&[&[Fact::FORM], bytes.as_slice()].concat());
         }
     }
 }

@@ -280,7 +280,7 @@ mod tests {
 
         #[test]
         fn any_text_is_read_or_refused(text: String) {
-            let _ = text.parse::<MessageId>();
+            let _parsed = text.parse::<MessageId>();
         }
 
         #[test]

@@ -202,7 +202,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_read_or_refused(text: String) {
-            let _ = (parse_duration(&text), parse_size(&text), text.parse::<Rate>());
+            let _parsed = (parse_duration(&text), parse_size(&text), text.parse::<Rate>());
         }
 
         #[test]

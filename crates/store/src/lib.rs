@@ -1,1 +1,160 @@
-//! All shared state behind one trait; the sqlite engine; the conformance suite.
+//! All shared state behind one trait: batches, lots and leases, statuses, counters, suppressions,
+//! events, the control feed.
+//!
+//! Owns what is stored and the rules by which it changes. Must not contain policy: when to retry,
+//! whom to suppress, what is a machine come in with the facts.
+//!
+//! The rules, each with a test in the conformance suite:
+//! - What belongs to one recipient lives in one [`Partition`](model::Partition) and changes in one step.
+//! - A node leases a *range* of a lot (or of a retry lot). Its *window* bounds what it may have
+//!   started; a successor treats the window's unreported recipients as maybe started, everything
+//!   beyond as untouched.
+//! - Fencing refuses reservations and schedule changes of a lost lease, never outcomes.
+//! - A fact is (journal, sequence). One high-water mark per journal and partition, moved in the
+//!   same step as the facts: a journal can be shipped anywhere, any number of times.
+//! - A status moves only forward; a late *delivered* is always taken.
+//! - `accepted` is the sum of the status counters at every read.
+#![forbid(unsafe_code)]
+
+mod types;
+
+pub use types::*;
+
+use async_trait::async_trait;
+use model::{BatchId, Event, JournalId, Seq, Timestamp};
+
+/// Why the store did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// It cannot be reached, or its disk is full: try again, nothing was changed.
+    #[error("the store is not available: {0}")]
+    Unavailable(String),
+    /// What it holds cannot be read, or was written by a newer version: a person must look.
+    #[error("the store is damaged or of another version: {0}")]
+    Damaged(String),
+    /// The configuration asks for what this engine cannot be.
+    #[error("the store cannot be opened: {0}")]
+    Refused(String),
+}
+
+/// The result of asking the store.
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// All shared state. Every call is coarse: a batch of rows, of facts, of ranges.
+///
+/// `now` is the caller's wall clock in milliseconds; an engine with a clock of its own (Redis
+/// `TIME`) uses that for leases. Calls are not cancel-safe unless they say so: a dropped future
+/// may still take effect.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// In how many partitions recipients live (1 to 256); fixed when the store was made.
+    fn partitions(&self) -> u16;
+
+    // ---- intake -------------------------------------------------------------------------
+
+    /// Writes lots of a batch that is not committed yet. Nothing of it is visible or durable.
+    async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()>;
+
+    /// Makes the staged lots and the batch visible at once, with its counters, index map and
+    /// `batch.accepted` (and, when started, `batch.started`) events. Durable when it returns.
+    async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()>;
+
+    /// Throws away what was staged; also done for leftovers when the engine is opened by an MTA.
+    async fn abandon_batch(&self, batch: BatchId) -> Result<()>;
+
+    // ---- leases -------------------------------------------------------------------------
+
+    /// Due, unleased work by queue, after the queue `after` in order of name, at most `limit`
+    /// queues. Expired leases count as unleased. Paused and unreleased batches do not count.
+    async fn backlog(&self, now: Timestamp, after: Option<&str>, limit: u32) -> Result<Vec<Backlog>>;
+
+    /// Leases ranges for the queues that `request` wants, transactional first, then the batches in
+    /// turn. Recipients that must not be written to are ended `suppressed` in the same step and
+    /// not handed out; ranges with nothing left are removed. Splits ranges as wanted.
+    async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;
+
+    /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have.
+    async fn reclaim(&self, node: JournalId, now: Timestamp, ttl: std::time::Duration) -> Result<Vec<LeasedRange>>;
+
+    /// Extends every lease of `node` that has not expired to `now + ttl`; tells which ranges it
+    /// still holds.
+    async fn renew(&self, node: JournalId, now: Timestamp, ttl: std::time::Duration) -> Result<Vec<RangeRef>>;
+
+    /// Hands ranges back: what is unreported in them is untouched and free at once (or at
+    /// `due_at`). All facts about them must have been shipped. A lost range is ignored.
+    async fn release(&self, ranges: Vec<Release>, now: Timestamp) -> Result<()>;
+
+    // ---- facts --------------------------------------------------------------------------
+
+    /// Applies facts in order, at most once each: statuses, counters, events, retry lots,
+    /// suppressions and the high-water mark in one step per partition. Moves windows and removes
+    /// finished ranges for leases still held. Durable as the engine gives it.
+    async fn ship(&self, shipment: Shipment) -> Result<Shipped>;
+
+    /// Through which sequence every partition has this journal.
+    async fn high_water(&self, journal: JournalId) -> Result<Seq>;
+
+    // ---- control ------------------------------------------------------------------------
+
+    /// Pauses, resumes, cancels, archives or unarchives a batch, with its event.
+    async fn change_batch(&self, batch: BatchId, change: BatchChange, now: Timestamp) -> Result<ChangeOutcome>;
+
+    /// What was changed by anyone after `after`, in order, at most 1,000; `None`: nothing, only
+    /// the cursor of this moment. One round trip; a node asks at least every 250 ms.
+    async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage>;
+
+    /// Returns when something may have changed that [`Store::control`] or [`Store::events`]
+    /// would tell, or after `at_most`. Cancel-safe. May return early.
+    async fn changed(&self, at_most: std::time::Duration);
+
+    /// Adds suppressions (replacing those of the same account, address and list), with events.
+    async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()>;
+
+    /// Removes those of an address: of one list, or all. Tells how many there were.
+    async fn unsuppress(&self, account: &str, email: &str, list: Option<&str>, now: Timestamp) -> Result<u32>;
+
+    // ---- reading ------------------------------------------------------------------------
+
+    /// One batch with its counters.
+    async fn batch(&self, batch: BatchId) -> Result<Option<Batch>>;
+
+    /// Batches, newest first.
+    async fn batches(&self, query: BatchQuery) -> Result<Page<Batch>>;
+
+    /// The content as it was submitted, which the store does not read.
+    async fn content(&self, batch: BatchId) -> Result<Option<std::sync::Arc<[u8]>>>;
+
+    /// Recipients of a batch in order of index.
+    async fn recipients(&self, query: RecipientQuery) -> Result<Page<RecipientRow>>;
+
+    /// One message with all its facts, oldest first.
+    async fn message(&self, message: model::MessageId) -> Result<Option<MessageStory>>;
+
+    /// What is known of an address in an account: its newest messages (at most 100).
+    async fn address(&self, account: &str, email: &str) -> Result<AddressStory>;
+
+    /// Suppressions of an account in order of address: of one address, or a page of all.
+    async fn suppressions(&self, query: SuppressionQuery) -> Result<Page<Suppression>>;
+
+    /// Events after a cursor, oldest first.
+    async fn events(&self, query: EventQuery) -> Result<EventPage>;
+
+    /// Recipients by state over all batches, and the oldest due time among the unfinished.
+    async fn totals(&self, now: Timestamp) -> Result<Totals>;
+
+    /// Adds facts that are not tied to a journal's queue, such as key ids in use; a small
+    /// key-value table for settings that every node must agree on. First writer wins.
+    async fn setting(&self, key: &str, default: &str) -> Result<String>;
+
+    /// Proves that a durable write is possible now (health).
+    async fn check(&self) -> Result<()>;
+}
+
+/// A page of events and the cursor after it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EventPage {
+    /// Oldest first.
+    pub events: Vec<Event>,
+    /// Where to go on; opaque, also when no event came.
+    pub next: String,
+}

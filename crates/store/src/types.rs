@@ -1,0 +1,460 @@
+//! What goes into and comes out of the store.
+
+use model::{
+    Attempt, BatchId, BatchState, Class, Counters, Blame, EnhancedCode, EventKind, Fact, Hit, JournalId, LotNumber,
+    MessageId, Place, Priority, Row, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
+};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The most recipients in one lot.
+pub const LOT_ROWS: usize = 500;
+
+/// The most recipients that a holder may have started beyond what it has reported, per range.
+pub const WINDOW: u32 = 64;
+
+/// The queue of a lot whose recipients have several domains.
+pub const MIXED: &str = "*";
+
+/// A lot as intake hands it in: up to [`LOT_ROWS`] recipients of one partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewLot {
+    /// Its number in the batch; the partition is part of it.
+    pub number: LotNumber,
+    /// The recipients' domain (lower case ASCII), or [`MIXED`].
+    pub queue: Box<str>,
+    /// The recipients in the order in which they are to be sent.
+    pub rows: Vec<Row>,
+}
+
+/// A batch at its commit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewBatch {
+    /// What does not change.
+    pub head: BatchHead,
+    /// The content as submitted.
+    pub content: Arc<[u8]>,
+    /// Recipients accepted, which is the sum of the rows staged.
+    pub accepted: u64,
+    /// Recipients rejected; they have indices too.
+    pub rejected: u64,
+}
+
+/// What is fixed when a batch is accepted.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct BatchHead {
+    /// The batch.
+    pub id: BatchId,
+    /// Whose.
+    pub account: String,
+    /// The caller's name for it.
+    pub campaign: Option<String>,
+    /// The list that an unsubscribe leaves.
+    pub list: String,
+    /// Which goes first.
+    pub priority: Priority,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When its mail may leave: `Date` and DKIM `t=` of every message.
+    pub release_at: Timestamp,
+    /// When attempts end; none: by the destination's `expire` after release.
+    pub expires_at: Option<Timestamp>,
+    /// How much is recorded.
+    pub tracking: TrackingMode,
+    /// Echoed in events: a JSON object.
+    pub metadata: serde_json::Value,
+}
+
+/// A batch as it is read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// What does not change.
+    pub head: BatchHead,
+    /// Its state.
+    pub state: BatchState,
+    /// Tracking is switched off, for mail already sent too.
+    pub archived: bool,
+    /// When its mail began to leave.
+    pub started_at: Option<Timestamp>,
+    /// When the last recipient got a final status.
+    pub completed_at: Option<Timestamp>,
+    /// `accepted` is the sum of the eight status counters.
+    pub counters: Counters,
+}
+
+/// Due work of one queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backlog {
+    /// A domain, or [`MIXED`].
+    pub queue: Box<str>,
+    /// Recipients in due, unleased ranges; an upper bound.
+    pub due: u64,
+    /// The earliest time at which more comes due.
+    pub next_due: Option<Timestamp>,
+    /// Whether some of it is transactional.
+    pub transactional: bool,
+}
+
+/// What a node wants to lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseRequest {
+    /// Who.
+    pub node: JournalId,
+    /// The node's wall clock before it asks: the lease is counted from here.
+    pub now: Timestamp,
+    /// For how long.
+    pub ttl: Duration,
+    /// From which queues, how many recipients each. A range is never larger than what is left of
+    /// its lot, and the last one may be cut.
+    pub wants: Vec<Want>,
+}
+
+/// A wish for work of one queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Want {
+    /// A domain, or [`MIXED`].
+    pub queue: Box<str>,
+    /// At most this many recipients, over all batches.
+    pub rows: u32,
+}
+
+/// Names a range and the lease on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RangeRef {
+    /// The range; within a partition of the store.
+    pub id: u64,
+    /// The partition it lives in.
+    pub partition: model::Partition,
+    /// The fencing token: another lease of the same range has a higher one.
+    pub token: u64,
+}
+
+/// A range that a node holds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LeasedRange {
+    /// The range and the lease.
+    pub range: RangeRef,
+    /// The batch, shared by the ranges of one call.
+    pub batch: Arc<BatchHead>,
+    /// The queue it stood in.
+    pub queue: Box<str>,
+    /// The recipients to send to, in order.
+    pub items: Vec<LeasedRecipient>,
+    /// How many of the items, from the first, the holder may start before it moves the window.
+    pub window: u32,
+    /// Until when, by the clock in the request.
+    pub expires_at: Timestamp,
+}
+
+/// A recipient in a leased range.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LeasedRecipient {
+    /// Where it stands.
+    pub place: Place,
+    /// Its offset in the range: windows count these.
+    pub offset: u32,
+    /// The recipient.
+    pub row: Row,
+    /// Attempts made so far; the next is this plus one.
+    pub attempts: u8,
+    /// A former holder may have started it and never reported: it may be delivered already.
+    pub maybe_started: bool,
+    /// An earlier attempt was already ambiguous.
+    pub ambiguous_before: bool,
+}
+
+/// A range handed back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Release {
+    /// The range and the lease.
+    pub range: RangeRef,
+    /// Not before this time; none: at once.
+    pub due_at: Option<Timestamp>,
+    /// The recipients, by place, to move to queues of their own (out of a mixed lot), with the
+    /// queue of each; the rest of the range stays where it was.
+    pub requeue: Vec<(Place, Box<str>)>,
+}
+
+/// Facts on their way into the store.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shipment {
+    /// Whose facts.
+    pub journal: JournalId,
+    /// In order of sequence.
+    pub facts: Vec<(Seq, Fact)>,
+    /// Everything of the journal through here is in `facts` or was shipped before (or shed).
+    pub through: Seq,
+    /// Windows to move: the holder may now start items with an offset below `window`.
+    pub windows: Vec<(RangeRef, u32)>,
+    /// Ranges in which the holder believes every recipient reported; what is not stays leased.
+    pub finished: Vec<RangeRef>,
+    /// The caller's wall clock, `recorded_at` of the events.
+    pub now: Timestamp,
+}
+
+/// What a shipment came to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shipped {
+    /// Messages that were delivered a second time: the fact came after another *delivered*.
+    pub duplicates: Vec<MessageId>,
+    /// Facts about messages that the store does not know (erased, retired); dropped.
+    pub unknown: u64,
+    /// Facts at or below the high-water mark; skipped.
+    pub repeated: u64,
+    /// Leases in `windows` or `finished` that are no longer held.
+    pub lost: Vec<RangeRef>,
+    /// Batches completed by it.
+    pub completed: Vec<BatchId>,
+}
+
+/// A change of a batch by its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchChange {
+    /// No new attempt starts.
+    Pause,
+    /// Goes on.
+    Resume,
+    /// Ends what was not started.
+    Cancel,
+    /// Switches tracking off.
+    Archive,
+    /// Switches it on again.
+    Unarchive,
+}
+
+/// What a change came to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ChangeOutcome {
+    /// Done, or it was so already: the batch after it, and for a cancel how many it ended now and
+    /// how many of its recipients a node holds in a window.
+    Done {
+        /// After the change.
+        batch: Box<Batch>,
+        /// Ended by this cancel.
+        cancelled: u64,
+        /// May have been started.
+        in_flight: u64,
+    },
+    /// Not possible in its state.
+    Impossible(BatchState),
+    /// No such batch.
+    Unknown,
+}
+
+/// A place in the control feed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlCursor(pub Vec<u64>);
+
+/// A page of the control feed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ControlPage {
+    /// In order.
+    pub items: Vec<Control>,
+    /// Where to go on.
+    pub next: ControlCursor,
+}
+
+/// What every node must know within 250 ms.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Control {
+    /// There is new work.
+    Work,
+    /// No new attempt of this batch.
+    Paused(BatchId),
+    /// It goes on.
+    Resumed(BatchId),
+    /// What was not started is cancelled.
+    Cancelled(BatchId),
+    /// Tracking is off.
+    Archived(BatchId),
+    /// Tracking is on again.
+    Unarchived(BatchId),
+    /// No further mail to this address.
+    Suppressed(Suppression),
+    /// Mail again.
+    Unsuppressed {
+        /// Whose.
+        account: String,
+        /// Normalised.
+        email: String,
+        /// Of one list, or all.
+        list: Option<String>,
+    },
+}
+
+/// An entry of the suppression list.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Suppression {
+    /// The address, normalised.
+    pub email: String,
+    /// Whose.
+    pub account: String,
+    /// Of this list; none: all mail that the reason stops.
+    pub list: Option<String>,
+    /// Why.
+    pub reason: SuppressionReason,
+    /// Who or what set it: `api`, `bounce`, `unsubscribe_page`, `one_click` ….
+    pub source: String,
+    /// Since when.
+    pub created_at: Timestamp,
+}
+
+impl Suppression {
+    /// Whether it stops mail of `priority` on `list`: an unsubscribe and a complaint never stop
+    /// transactional mail (contract, section 6).
+    pub fn stops(&self, list: &str, priority: Priority) -> bool {
+        let kind = match self.reason {
+            SuppressionReason::Complaint | SuppressionReason::Unsubscribed => priority == Priority::Bulk,
+            SuppressionReason::InvalidAddress
+            | SuppressionReason::Inactive
+            | SuppressionReason::Manual
+            | SuppressionReason::Erased => true,
+        };
+        kind && self.list.as_deref().is_none_or(|of| of == list)
+    }
+}
+
+/// Which batches.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BatchQuery {
+    /// Only of this account.
+    pub account: Option<String>,
+    /// Only in this state.
+    pub state: Option<BatchState>,
+    /// Only of this campaign.
+    pub campaign: Option<String>,
+    /// After this one (older).
+    pub after: Option<BatchId>,
+    /// At most.
+    pub limit: u32,
+}
+
+/// Which recipients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecipientQuery {
+    /// Of this batch.
+    pub batch: BatchId,
+    /// From this index on.
+    pub from_index: u32,
+    /// At most.
+    pub limit: u32,
+    /// Only with this status.
+    pub status: Option<Status>,
+    /// Only opened, or not.
+    pub opened: Option<bool>,
+    /// Only clicked, or not.
+    pub clicked: Option<bool>,
+    /// Only of this domain.
+    pub domain: Option<String>,
+}
+
+/// A recipient as it is read (contract, section 3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecipientRow {
+    /// The recipient as submitted.
+    pub row: Row,
+    /// Its status.
+    pub status: Status,
+    /// Attempts made.
+    pub attempts: u8,
+    /// When the next is due, for `temporary_error`.
+    pub next_attempt_at: Option<Timestamp>,
+    /// The reply code of the last attempt.
+    pub smtp_code: Option<u16>,
+    /// The enhanced status code of the last attempt.
+    pub enhanced_code: Option<EnhancedCode>,
+    /// What the last attempt's refusal means.
+    pub class: Option<Class>,
+    /// Whose trouble.
+    pub blame: Option<Blame>,
+    /// The last reply.
+    pub reply: Option<String>,
+    /// The last host.
+    pub host: Option<String>,
+    /// When the batch was accepted.
+    pub accepted_at: Timestamp,
+    /// When.
+    pub delivered_at: Option<Timestamp>,
+    /// First.
+    pub opened_at: Option<Timestamp>,
+    /// First.
+    pub clicked_at: Option<Timestamp>,
+    /// First.
+    pub complained_at: Option<Timestamp>,
+    /// First.
+    pub unsubscribed_at: Option<Timestamp>,
+    /// First.
+    pub replied_at: Option<Timestamp>,
+}
+
+/// Everything about one message.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MessageStory {
+    /// Its batch.
+    pub batch: Arc<BatchHead>,
+    /// Its recipient and where it stands.
+    pub recipient: RecipientRow,
+    /// Attempts, oldest first.
+    pub attempts: Vec<Attempt>,
+    /// Hits, oldest first.
+    pub hits: Vec<Hit>,
+}
+
+/// What is known of an address.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AddressStory {
+    /// Its suppressions.
+    pub suppressions: Vec<Suppression>,
+    /// Its newest messages, newest first: the id and where each stands.
+    pub messages: Vec<(Arc<BatchHead>, RecipientRow)>,
+}
+
+/// Which suppressions.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SuppressionQuery {
+    /// Whose.
+    pub account: String,
+    /// Of this address.
+    pub email: Option<String>,
+    /// After this cursor.
+    pub after: Option<String>,
+    /// At most.
+    pub limit: u32,
+}
+
+/// Which events.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EventQuery {
+    /// After this cursor; none: from the oldest kept.
+    pub after: Option<String>,
+    /// Only of this account.
+    pub account: Option<String>,
+    /// Only these; empty: all.
+    pub kinds: Vec<EventKind>,
+    /// Only of this batch.
+    pub batch: Option<BatchId>,
+    /// At most (1 to 1,000).
+    pub limit: u32,
+}
+
+/// A page of a list and the cursor after it, when there may be more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<T> {
+    /// In the order of the list.
+    pub items: Vec<T>,
+    /// Where to go on; none: that was all.
+    pub next: Option<String>,
+}
+
+/// Recipients by state, over all batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Totals {
+    /// Their time has not come.
+    pub scheduled: u64,
+    /// Waiting for the first attempt.
+    pub queued: u64,
+    /// Waiting for another.
+    pub temporary_error: u64,
+    /// The due time that has passed longest ago, among unfinished recipients.
+    pub oldest_due: Option<Timestamp>,
+}
