@@ -1,0 +1,1 @@
+//! The HTTP API: authentication, problems, read-outs, health, metrics.
