@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Installs what the tests need, when it may, and runs everything. The same on a laptop and in CI.
+#
+#   ./test.sh           all checks and tests, storms and simulations at a bounded size
+#   ./test.sh --full    the same at full size
+#   ./test.sh --check   only what needs no peer: format, lints, documentation
+set -euo pipefail
+cd "$(dirname "$0")"
+
+full=0 check_only=0
+for argument in "$@"; do
+  case "$argument" in
+    --full) full=1 ;;
+    --check) check_only=1 ;;
+    *) sed -n '2,6p' "$0"; exit 2 ;;
+  esac
+done
+[ "$full" = 1 ] && export HIKYAKU_TEST_FULL=1
+
+step() { printf '\n== %s\n' "$*"; }
+
+# Debian package and a file that it brings. The tests start these themselves, as ordinary
+# processes on loopback ports of their own; no system service is used or left running.
+needs=(
+  "postfix /usr/sbin/postfix"
+  "opendkim /usr/sbin/opendkim"
+  "python3-dkim /usr/lib/python3/dist-packages/dkim/__init__.py"
+  "python3-nacl /usr/lib/python3/dist-packages/nacl/__init__.py"
+  "strace /usr/bin/strace"
+  "prometheus /usr/bin/promtool"
+  "knot /usr/sbin/knotd"
+  "openssl /usr/bin/openssl"
+)
+
+install_missing() {
+  local missing=() need
+  for need in "${needs[@]}"; do
+    [ -e "${need#* }" ] || missing+=("${need%% *}")
+  done
+  [ ${#missing[@]} = 0 ] && return
+  local sudo=()
+  [ "$(id -u)" = 0 ] || sudo=(sudo -n)
+  if command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null; then
+    step "installing ${missing[*]}"
+    "${sudo[@]}" apt-get update -qq
+    # A package's own service must not start: the tests bring their own configuration.
+    printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee /usr/sbin/policy-rc.d >/dev/null
+    "${sudo[@]}" chmod +x /usr/sbin/policy-rc.d
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    "${sudo[@]}" rm -f /usr/sbin/policy-rc.d
+  else
+    printf 'missing, and this user may not install them:\n' >&2
+    printf '  %s\n' "${missing[@]}" >&2
+    printf 'on Debian or Ubuntu: sudo apt-get install %s\n' "${missing[*]}" >&2
+    exit 1
+  fi
+}
+
+command -v cargo >/dev/null || { echo "missing: cargo, the Rust toolchain (rust-version in Cargo.toml)" >&2; exit 1; }
+[ "$check_only" = 1 ] || install_missing
+
+step "format"
+cargo fmt --all --check
+
+step "lints"
+cargo clippy --workspace --all-targets --locked -- -D warnings
+
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+
+[ "$check_only" = 1 ] && exit 0
+
+step "build"
+# One profile: the tests run the same executables that `cargo build` makes.
+cargo build --workspace --bins --locked
+
+step "sample configuration"
+target/debug/hikyaku check-config config/hikyaku.toml
+
+step "tests"
+if cargo nextest --version >/dev/null 2>&1; then
+  cargo nextest run --workspace --locked
+else
+  cargo test --workspace --locked --quiet
+fi
+
+step "documentation tests"
+cargo test --workspace --doc --locked --quiet
