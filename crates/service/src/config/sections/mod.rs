@@ -1,0 +1,236 @@
+//! The sections of `hikyaku.toml`: what each key means and what it is when nobody types it.
+//!
+//! The default of a key stands here and in `config/hikyaku.toml`; a test holds the two together.
+
+mod access;
+mod delivery;
+mod storage;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use model::Domain;
+
+pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking};
+pub use delivery::{Pool, Smtp, SmtpTimeouts, Source, WeightedSource};
+pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
+
+use super::reader::Section;
+use super::values::{NameServer, OrOff};
+use super::{Environment, ReadFile};
+
+/// What the operator means: every key of `hikyaku.toml` with its default filled in.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where everything that is written lies; relative to the working directory.
+    pub data_dir: PathBuf,
+    /// The shared state.
+    pub store: Store,
+    /// Local facts on their way to the store.
+    pub journal: Journal,
+    /// How long what is over is kept.
+    pub retention: Retention,
+    /// The API's listener and keys.
+    pub api: Api,
+    /// At least one; ids are unique.
+    pub accounts: Vec<Account>,
+    /// The tracker's listeners.
+    pub tracker: Tracker,
+    /// How mail is sent.
+    pub smtp: Smtp,
+    /// At least one; names are unique, and every source they name exists.
+    pub pools: Vec<Pool>,
+    /// Name servers.
+    pub dns: Dns,
+    /// DKIM keys.
+    pub dkim: Dkim,
+    /// The listener for bounces, complaints and replies.
+    pub inbound: Inbound,
+    /// Limits per destination.
+    pub shaping: Shaping,
+    /// Rules for replies.
+    pub bounces: Bounces,
+    /// Where events may be pushed to.
+    pub webhooks: Webhooks,
+}
+
+/// `[tracker]`
+#[derive(Debug, Clone)]
+pub struct Tracker {
+    /// Open to the world.
+    pub listen: SocketAddr,
+    /// Metrics and health.
+    pub admin_listen: SocketAddr,
+    /// Signs links; several lines are a rotation, the first signs. Made at first start.
+    pub key_file: PathBuf,
+    /// Whose `X-Forwarded-For` counts.
+    pub trusted_proxies: Vec<IpNet>,
+    /// How long a hit waits for others before it is judged.
+    pub settle: Duration,
+    /// A registrable domain for first-party page views.
+    pub cookie_domain: Option<Domain>,
+}
+
+/// `[dns]`
+#[derive(Debug, Clone)]
+pub struct Dns {
+    /// Empty: the system's.
+    pub nameservers: Vec<SocketAddr>,
+    /// Whether the AD bit of a name server that is not on loopback is believed.
+    pub trust_ad: bool,
+}
+
+/// `[dkim]`
+#[derive(Debug, Clone)]
+pub struct Dkim {
+    /// Holds `DOMAIN/SELECTOR.pem`.
+    pub dir: PathBuf,
+}
+
+/// `[inbound]`
+#[derive(Debug, Clone)]
+pub struct Inbound {
+    /// `None`: off.
+    pub listen: Option<SocketAddr>,
+}
+
+/// `[shaping]`
+#[derive(Debug, Clone)]
+pub struct Shaping {
+    /// Read by [`super::shaping::ShapingFile::load`].
+    pub file: ReadFile,
+}
+
+/// `[bounces]`
+#[derive(Debug, Clone)]
+pub struct Bounces {
+    /// Read by the MTA's classifier.
+    pub rules_file: ReadFile,
+}
+
+/// `[webhooks]`
+#[derive(Debug, Clone)]
+pub struct Webhooks {
+    /// Networks that may be pushed to although they are private.
+    pub allow_private: Vec<IpNet>,
+}
+
+/// Reads the whole file.
+pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Config {
+    let data_dir = PathBuf::from(root.value("data_dir", "data".to_owned()));
+    let accounts = access::accounts(root);
+    let smtp = root.table("smtp", delivery::smtp);
+    let config = Config {
+        store: root.table("store", |section| storage::store(section, &data_dir)),
+        journal: root.table("journal", |section| storage::journal(section, &data_dir)),
+        retention: root.table("retention", storage::retention),
+        api: root.table("api", |section| {
+            access::api(section, &accounts, environment)
+        }),
+        accounts,
+        tracker: root.table("tracker", |section| tracker(section, &data_dir)),
+        pools: delivery::pools(root, &smtp.sources),
+        smtp,
+        dns: root.table("dns", dns),
+        dkim: root.table("dkim", |section| Dkim {
+            dir: read_path(section, "dir", "../dkim-keys").path,
+        }),
+        inbound: root.table("inbound", |section| Inbound {
+            listen: section.value("listen", OrOff(None)).0,
+        }),
+        shaping: root.table("shaping", |section| Shaping {
+            file: read_path(section, "file", "shaping.toml"),
+        }),
+        bounces: root.table("bounces", |section| Bounces {
+            rules_file: read_path(section, "rules_file", "bounce-rules.toml"),
+        }),
+        webhooks: root.table("webhooks", |section| Webhooks {
+            allow_private: section.list("allow_private").unwrap_or_default(),
+        }),
+        data_dir,
+    };
+    one_listener_per_socket(root, &config);
+    config
+}
+
+fn tracker(section: &mut Section<'_>, data_dir: &std::path::Path) -> Tracker {
+    Tracker {
+        listen: section.value("listen", SocketAddr::from(([127, 0, 0, 1], 8026))),
+        admin_listen: section.value("admin_listen", SocketAddr::from(([127, 0, 0, 1], 8027))),
+        key_file: data_dir.join(section.value("key_file", "tracking.key".to_owned())),
+        trusted_proxies: section.list("trusted_proxies").unwrap_or_default(),
+        settle: section.value("settle", Duration::from_secs(15)),
+        cookie_domain: section.value("cookie_domain", OrOff(None)).0,
+    }
+}
+
+fn dns(section: &mut Section<'_>) -> Dns {
+    let nameservers = section.list::<NameServer>("nameservers");
+    Dns {
+        nameservers: nameservers
+            .unwrap_or_default()
+            .into_iter()
+            .map(|server| server.0)
+            .collect(),
+        trust_ad: section.value("trust_ad", false),
+    }
+}
+
+/// A file or directory that is read: relative to the configuration file.
+fn read_path(section: &mut Section<'_>, key: &'static str, default: &str) -> ReadFile {
+    let typed = section.optional::<String>(key);
+    ReadFile {
+        named: typed.is_some(),
+        path: section
+            .directory()
+            .join(typed.as_deref().unwrap_or(default)),
+    }
+}
+
+/// Under `up` all listeners are in one process; alone, two daemons share a machine as often.
+fn one_listener_per_socket(root: &Section<'_>, config: &Config) {
+    let listeners = [
+        ("api.listen", Some(config.api.listen)),
+        ("tracker.listen", Some(config.tracker.listen)),
+        ("tracker.admin_listen", Some(config.tracker.admin_listen)),
+        ("inbound.listen", config.inbound.listen),
+    ];
+    let bound = listeners
+        .iter()
+        .filter_map(|(key, at)| Some((*key, (*at)?)));
+    let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
+    for (key, at) in bound.filter(|(_, at)| at.port() != 0) {
+        match taken.iter().find(|(_, other)| *other == at) {
+            Some((other, _)) => root.mistake(key, format!("{at} is already taken by {other}")),
+            None => taken.push((key, at)),
+        }
+    }
+}
+
+/// Reports the second and further uses of a name.
+pub(super) fn unique<'n>(
+    names: impl Iterator<Item = &'n str>,
+    mut report: impl FnMut(usize, String),
+) {
+    let mut seen: Vec<&str> = Vec::new();
+    for (index, name) in names.enumerate() {
+        if seen.contains(&name) {
+            report(index, format!("{name:?} is taken by an earlier one"));
+        }
+        seen.push(name);
+    }
+}
+
+/// Names that stand in URLs, metrics and file names: short, no surprises.
+fn name(text: &String) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if (1..=64).contains(&text.len()) && text.chars().all(plain) {
+        Ok(())
+    } else {
+        Err(format!(
+            "{text:?} is not a name: 1 to 64 of letters, digits, - _ ."
+        ))
+    }
+}

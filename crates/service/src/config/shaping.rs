@@ -1,0 +1,301 @@
+//! The syntax of `shaping.toml`: limits by default, by provider and by domain, and static routes.
+//!
+//! Owns what is written there and how sections fill in for each other; which destination a domain
+//! belongs to, and what the limits do, is decided by the MTA.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use model::Domain;
+use model::units::Rate;
+
+use super::document::{FileConfig, Item, Value};
+use super::reader::{Meant, Reader, Section};
+use super::{Mistakes, ReadFile, TlsPolicy};
+
+/// What `shaping.toml` says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShapingFile {
+    /// `[default]`: what holds where nothing else is said.
+    pub default: Limits,
+    /// `[[provider]]`, in the order of the file: the first that matches counts.
+    pub providers: Vec<Provider>,
+    /// `[domain."slow.example"]`: destinations of their own.
+    pub domains: BTreeMap<Domain, Limits>,
+    /// `[mx]`: where mail for a domain goes instead of its MX hosts.
+    pub routes: Routes,
+}
+
+/// The limits of one destination per egress source, complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Open at once; at least 1.
+    pub connections: u32,
+    /// Then the connection is closed; at least 1.
+    pub messages_per_connection: u32,
+    /// MAIL commands, to start with.
+    pub rate: Rate,
+    /// Ceiling of adaptation, never below `rate`.
+    pub max_rate: Rate,
+    /// Whether limits follow what the destination says.
+    pub adaptive: bool,
+    /// How much TLS.
+    pub tls: TlsPolicy,
+    /// Waits between attempts before jitter; the last repeats. Never empty.
+    pub retry: Vec<Duration>,
+    /// How long after release a recipient is given up.
+    pub expire: Duration,
+}
+
+/// One of `[[provider]]`: domains whose MX hosts all match share one destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Provider {
+    /// The destination's name; unique.
+    pub name: String,
+    /// Ends of MX host names, lower case, each with its leading dot. A host matches when it ends in
+    /// one of them, or is one of them without the dot.
+    pub mx_suffix: Vec<String>,
+    /// What holds for it.
+    pub limits: Limits,
+}
+
+impl Provider {
+    /// Whether this MX host (lower case, no final dot) is one of the provider's.
+    pub fn has_host(&self, host: &str) -> bool {
+        let is_below = |suffix: &String| {
+            host.ends_with(suffix.as_str()) || suffix.strip_prefix('.') == Some(host)
+        };
+        self.mx_suffix.iter().any(is_below)
+    }
+}
+
+/// `[mx]`: static routes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// By domain.
+    pub by_domain: BTreeMap<Domain, Route>,
+    /// `"*"`: for every other domain.
+    pub otherwise: Option<Route>,
+}
+
+impl Routes {
+    /// The route of a domain, if it has one.
+    pub fn of(&self, domain: &Domain) -> Option<&Route> {
+        self.by_domain.get(domain).or(self.otherwise.as_ref())
+    }
+}
+
+/// A host to connect to, by the operator's word.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// A name to look up, or an IP address without brackets.
+    pub host: String,
+    /// `None`: `smtp.port`.
+    pub port: Option<u16>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const fn minutes(minutes: u64) -> Duration {
+            Duration::from_secs(60 * minutes)
+        }
+        Self {
+            connections: 5,
+            messages_per_connection: 50,
+            rate: per_second(5),
+            max_rate: per_second(20),
+            adaptive: true,
+            tls: TlsPolicy::Opportunistic,
+            retry: [5, 10, 20, 40, 60, 120, 240].map(minutes).to_vec(),
+            expire: minutes(72 * 60),
+        }
+    }
+}
+
+impl ShapingFile {
+    /// Reads the file; without one that was not named either, defaults hold.
+    ///
+    /// # Errors
+    /// Every mistake in it.
+    pub fn load(file: &ReadFile) -> Result<Self, Mistakes> {
+        match file.read() {
+            Ok(Some(text)) => Self::parse(&file.path, &text),
+            Ok(None) => Ok(Self::default()),
+            Err(unreadable) => Err(Mistakes(vec![unreadable])),
+        }
+    }
+
+    /// Reads `text`, which stood in `file`.
+    ///
+    /// # Errors
+    /// Every mistake in it.
+    pub fn parse(file: &std::path::Path, text: &str) -> Result<Self, Mistakes> {
+        let typed = FileConfig::parse(file, text).map_err(Mistakes)?;
+        let reader = Reader::new(typed, Vec::new());
+        let meant = reader.read(shaping);
+        Mistakes::none_in(reader.finish()).map(|()| meant)
+    }
+}
+
+fn shaping(root: &mut Section<'_>) -> ShapingFile {
+    let default = root.table("default", |section| limits(section, &Limits::default()));
+    let providers = root.tables("provider", |section| Provider {
+        name: section.required("name", String::new()),
+        mx_suffix: suffixes(section),
+        limits: limits(section, &default),
+    });
+    let names = providers.iter().map(|provider| provider.name.as_str());
+    super::sections::unique(names, |index, detail| {
+        root.mistake(&format!("provider[{index}].name"), detail);
+    });
+    let domains = root.named("domain", |section| limits(section, &default));
+    ShapingFile {
+        routes: routes(root),
+        default,
+        providers,
+        domains,
+    }
+}
+
+/// What this section says, the rest as in `outer`. A section that sets its rate has its own ceiling.
+fn limits(section: &mut Section<'_>, outer: &Limits) -> Limits {
+    let rate = section.optional::<Rate>("rate");
+    let inherited = match rate {
+        Some(rate) => four_times(rate),
+        None => outer.max_rate,
+    };
+    let rate = rate.unwrap_or(outer.rate);
+    let max_rate = section.checked("max_rate", |ceiling: &Rate| {
+        match ceiling.per_second() >= rate.per_second() {
+            true => Ok(()),
+            false => Err(format!("{ceiling} is below the rate of {rate}")),
+        }
+    });
+    let retry = section.list::<Duration>("retry");
+    let retry_is_empty = section.is_empty_list("retry");
+    if retry_is_empty || retry.iter().flatten().any(Duration::is_zero) {
+        section.mistake("retry", "needs at least one wait, and none of 0".to_owned());
+    }
+    Limits {
+        connections: section
+            .checked("connections", positive)
+            .unwrap_or(outer.connections),
+        messages_per_connection: section
+            .checked("messages_per_connection", positive)
+            .unwrap_or(outer.messages_per_connection),
+        rate,
+        max_rate: max_rate.unwrap_or(inherited),
+        adaptive: section.value("adaptive", outer.adaptive),
+        tls: section.value("tls", outer.tls),
+        retry: retry
+            .filter(|waits| !waits.is_empty())
+            .unwrap_or_else(|| outer.retry.clone()),
+        expire: section.value("expire", outer.expire),
+    }
+}
+
+fn per_second(count: u32) -> Rate {
+    Rate::Limited {
+        count,
+        per: Duration::from_secs(1),
+    }
+}
+
+fn four_times(rate: Rate) -> Rate {
+    match rate {
+        Rate::Unlimited => Rate::Unlimited,
+        Rate::Limited { count, per } => Rate::Limited {
+            count: count.saturating_mul(4),
+            per,
+        },
+    }
+}
+
+fn positive(count: &u32) -> Result<(), String> {
+    match count {
+        0 => Err("0 would hold all mail: suspend the destination instead".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+fn suffixes(section: &mut Section<'_>) -> Vec<String> {
+    if section.has("mx_suffix") && !section.is_empty_list("mx_suffix") {
+        let suffixes = section.list::<MxSuffix>("mx_suffix").unwrap_or_default();
+        return suffixes.into_iter().map(|suffix| suffix.0).collect();
+    }
+    // Asked for, so that it is a known key even when it is missing.
+    let none = section.list::<MxSuffix>("mx_suffix").unwrap_or_default();
+    section.mistake(
+        "mx_suffix",
+        "a provider needs at least one, such as \".google.com\"".to_owned(),
+    );
+    none.into_iter().map(|suffix| suffix.0).collect()
+}
+
+struct MxSuffix(String);
+
+impl Meant for MxSuffix {
+    fn meant(item: &Item) -> Result<Self, String> {
+        let text = String::meant(item)?;
+        // With or without its dot, "google.com" never takes in "notgoogle.com".
+        let name = text.strip_prefix('.').unwrap_or(&text).parse::<Domain>();
+        name.map(|name| Self(format!(".{name}")))
+            .map_err(|_| format!("{text:?} is not the end of a host name, such as \".google.com\""))
+    }
+}
+
+impl Meant for Route {
+    fn meant(item: &Item) -> Result<Self, String> {
+        let text = match &item.value {
+            Value::String(text) => text,
+            other => {
+                return Err(format!(
+                    "is {}, expected \"HOST\" or \"HOST:PORT\"",
+                    other.kind()
+                ));
+            }
+        };
+        route(text)
+            .ok_or_else(|| format!("{text:?} is not HOST, HOST:PORT, IPv4[:PORT] or [IPv6]:PORT"))
+    }
+}
+
+fn route(text: &str) -> Option<Route> {
+    if let Ok(at) = text.parse::<std::net::SocketAddr>() {
+        return Some(Route {
+            host: at.ip().to_string(),
+            port: Some(at.port()).filter(|port| *port != 0),
+        });
+    }
+    if text.parse::<std::net::IpAddr>().is_ok() {
+        return Some(Route {
+            host: text.to_owned(),
+            port: None,
+        });
+    }
+    let (host, port) = match text.split_once(':') {
+        Some((host, port)) => (host, Some(port.parse().ok().filter(|port| *port != 0)?)),
+        None => (text, None),
+    };
+    let labels_fit = host.split('.').all(|label| {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+        (1..=63).contains(&label.len()) && label.bytes().all(plain)
+    });
+    (labels_fit && host.len() <= 253).then(|| Route {
+        host: host.to_ascii_lowercase(),
+        port,
+    })
+}
+
+fn routes(root: &mut Section<'_>) -> Routes {
+    let mut routes = Routes::default();
+    for (domain, route) in root.entries::<Option<Domain>, Route>("mx") {
+        match domain {
+            Some(domain) => {
+                routes.by_domain.insert(domain, route);
+            }
+            None => routes.otherwise = Some(route),
+        }
+    }
+    routes
+}
