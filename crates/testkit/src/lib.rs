@@ -1,1 +1,4 @@
 //! Scripted SMTP peers, DNS server, manual clock and failing disk for tests and the demo's sandbox.
+#![forbid(unsafe_code)]
+
+pub mod dns;
