@@ -1,1 +1,9 @@
 //! From a request body to a committed batch.
+//!
+//! Owns the shape of what callers submit: splitting a document while it arrives, checking its head
+//! and every recipient, grouping recipients into lots, and the commit. Nothing of a batch is
+//! visible before its commit, and memory does not grow with it. Must not send anything.
+
+mod lots;
+mod splitter;
+mod spool;
