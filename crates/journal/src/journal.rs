@@ -1,0 +1,528 @@
+//! The journal as its users hold it.
+
+use crate::append::{Batch, Buffer, Hole, Refusal};
+use crate::claim::claim;
+use crate::config::{Doing as _, JournalConfig, OpenError};
+use crate::disk::{Disk, DiskLock};
+use crate::files::{Fate, Files, Shed};
+use crate::format::{Class, FRAME_BYTES, MAX_RECORD_BYTES, RecordKind};
+use crate::lock;
+use crate::records::{Pending, Records};
+use crate::recovery::{self, Tear};
+use crate::ship::ShipLog;
+use crate::sync::{Pacer, Syncer};
+use model::{JournalId, Seq};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
+use tokio::sync::watch;
+
+/// The most payload that one [`Journal::read_pending`] gives, in bytes, give or take a record.
+const READ_PENDING_BYTES: usize = 4 << 20;
+
+/// The journal is no longer to be believed: a write or a sync failed. Open it anew.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the journal has failed")]
+pub struct Poisoned(#[source] Arc<io::Error>);
+
+/// Why a record was not taken.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum AppendError {
+    /// No room. A click or an open was dropped and counted. For the other kinds: stop beginning
+    /// what would need recording; see [`Journal::has_room`].
+    #[error("the journal is full")]
+    Full,
+    /// Larger than [`MAX_RECORD_BYTES`].
+    #[error("a record is at most {MAX_RECORD_BYTES} bytes")]
+    TooLarge,
+    /// Nothing is taken any more.
+    #[error(transparent)]
+    Poisoned(#[from] Poisoned),
+}
+
+/// Why something appended is not written.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum WriteError {
+    /// The disk is full. What was appended is kept in memory and tried again by every later write
+    /// and by the sync thread; no new [`RecordKind::Start`] is taken until one succeeds.
+    #[error("no room on the journal's disk")]
+    NoSpace,
+    /// Nothing is written any more.
+    #[error(transparent)]
+    Poisoned(#[from] Poisoned),
+}
+
+/// A journal of this process. Cheap to clone; the last clone syncs and frees the directory.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    shared: Arc<Shared>,
+    _syncer: Arc<Syncer>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    synced: Seq,
+    failed: bool,
+}
+
+/// Locks are taken in the order `syncing`, `reader`, `files`, `buffer`; only `buffer` is ever
+/// waited for by `append`, and no system call is made under it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    id: JournalId,
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    buffer: Mutex<Buffer>,
+    files: Mutex<Files>,
+    ship_log: Mutex<ShipLog>,
+    syncing: Mutex<()>,
+    /// Where the last read from disk ended, as the next one mostly goes on there.
+    reader: Mutex<Option<Records>>,
+    /// [`Buffer::written_through`], set under `files`.
+    written: AtomicU64,
+    progress: watch::Sender<Progress>,
+    failed: OnceLock<Poisoned>,
+    pub(crate) pacer: Pacer,
+    _lock: Box<dyn DiskLock>,
+}
+
+impl Journal {
+    /// Takes the first journal of the role in `config.dir` that no process holds, or makes one;
+    /// recovers it and makes what it holds durable. Blocks.
+    ///
+    /// The store's mark for this journal is given to [`Self::resume`] later.
+    ///
+    /// # Errors
+    /// When the directory cannot be taken, read or written. Nothing is lost by trying again.
+    pub fn open(config: &JournalConfig, disk: Arc<dyn Disk>) -> Result<Self, OpenError> {
+        let claim = claim(config, &*disk)?;
+        let chains = recovery::load(&*disk, &claim.dir, claim.id, Tear::Cut)?;
+        let segments = || chains.iter().flatten();
+        let last = segments()
+            .map(|segment| segment.last_seq)
+            .max()
+            .unwrap_or(0);
+        let mut buffer = Buffer::new(last + 1, config.max_bytes(), config.tail_bytes);
+        let records: u64 = segments().map(|segment| segment.records).sum();
+        buffer.missing_at_start(Hole {
+            first: 1,
+            last,
+            count: last.saturating_sub(records),
+        });
+        let bounds = (config.max_bytes(), config.segment_bytes());
+        let files = Files::new(
+            Arc::clone(&disk),
+            claim.dir.clone(),
+            claim.id,
+            bounds,
+            chains,
+        );
+        buffer.kept_bytes = files.kept_bytes();
+        buffer.disk_bytes = files.bytes();
+        let shared = Arc::new(Shared {
+            id: claim.id,
+            dir: claim.dir,
+            disk,
+            buffer: Mutex::new(buffer),
+            files: Mutex::new(files),
+            ship_log: Mutex::new(ShipLog::new(config.retain)),
+            syncing: Mutex::new(()),
+            reader: Mutex::new(None),
+            written: AtomicU64::new(last),
+            progress: watch::Sender::new(Progress {
+                synced: last,
+                failed: false,
+            }),
+            failed: OnceLock::new(),
+            pacer: Pacer::new(config.sync_interval),
+            _lock: claim.lock,
+        });
+        let syncer = Syncer::start(&shared).doing("start the sync thread for", &shared.dir)?;
+        Ok(Self {
+            shared,
+            _syncer: Arc::new(syncer),
+        })
+    }
+
+    /// The identity of this node.
+    pub fn id(&self) -> JournalId {
+        self.shared.id
+    }
+
+    /// The directory of the segments.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
+    /// Takes a record and gives it its number. Costs a lock and a copy, no system call (but for
+    /// waking the sync thread once per sync). Nothing is promised about the record until
+    /// [`Self::written`] or [`Self::synced`].
+    ///
+    /// # Errors
+    /// [`AppendError::Full`]: a start is refused first, an outcome or an unsubscribe only when the
+    /// reserve for what was begun is used up too. A click or open so refused is counted as dropped.
+    pub fn append(&self, kind: RecordKind, record: &[u8]) -> Result<Seq, AppendError> {
+        self.shared.check()?;
+        let seq =
+            lock(&self.shared.buffer)
+                .append(kind, record)
+                .map_err(|refusal| match refusal {
+                    Refusal::Full => AppendError::Full,
+                    Refusal::TooLarge => AppendError::TooLarge,
+                })?;
+        self.shared.pacer.appended();
+        Ok(seq)
+    }
+
+    /// Whether the journal still takes a start and the records that will follow it. To be asked
+    /// before new work is fetched.
+    pub fn has_room(&self) -> bool {
+        let room = FRAME_BYTES + MAX_RECORD_BYTES;
+        self.shared.failed.get().is_none()
+            && lock(&self.shared.buffer).has_room(RecordKind::Start, room)
+    }
+
+    /// Hands everything appended so far to the operating system, with one write per chain in use.
+    /// Blocks for as long as copying into the page cache takes.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub fn write(&self) -> Result<(), WriteError> {
+        self.shared.write()
+    }
+
+    /// Every record through this one is written (or was shed).
+    pub fn written_through(&self) -> Seq {
+        self.shared.written.load(Ordering::Acquire)
+    }
+
+    /// Every record through this one is on disk (or was shed).
+    pub fn synced_through(&self) -> Seq {
+        self.shared.progress.borrow().synced
+    }
+
+    /// Returns when the record `seq` is written. Yields once first, so that one write serves all
+    /// that is appended in this turn of the event loop. Cancel-safe.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub async fn written(&self, seq: Seq) -> Result<(), WriteError> {
+        if self.written_through() < seq {
+            tokio::task::yield_now().await;
+        }
+        self.write_through(seq)
+    }
+
+    fn write_through(&self, seq: Seq) -> Result<(), WriteError> {
+        self.shared.check()?;
+        if self.written_through() >= seq {
+            return Ok(());
+        }
+        let result = self.shared.write();
+        // Another chain may be the one without room.
+        if self.written_through() >= seq {
+            Ok(self.shared.check()?)
+        } else {
+            result
+        }
+    }
+
+    /// Writes and syncs everything appended so far. Blocks for as long as the disk takes; for the
+    /// end of a process and for tests.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub fn sync(&self) -> Result<(), WriteError> {
+        self.shared.sync()
+    }
+
+    /// Returns when the record `seq` is on disk; asks for a sync at once, which serves all who
+    /// wait. Cancel-safe.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub async fn synced(&self, seq: Seq) -> Result<(), WriteError> {
+        self.written(seq).await?;
+        if self.synced_through() < seq {
+            self.shared.pacer.urge();
+        }
+        Ok(self.wait_synced(seq).await?)
+    }
+
+    /// Returns when there is something synced after the record `after`, for the task that ships.
+    /// Asks for no sync. Cancel-safe.
+    ///
+    /// # Errors
+    /// When the journal has failed and there is nothing more to ship.
+    pub async fn readable(&self, after: Seq) -> Result<(), Poisoned> {
+        self.wait_synced(after.saturating_add(1)).await
+    }
+
+    async fn wait_synced(&self, seq: Seq) -> Result<(), Poisoned> {
+        let mut progress = self.shared.progress.subscribe();
+        // The sender lives as long as `self`, so waiting cannot end without a value.
+        let reached = progress
+            .wait_for(|now| now.synced >= seq || now.failed)
+            .await;
+        if reached.is_ok_and(|now| now.synced >= seq) {
+            Ok(())
+        } else {
+            self.shared.check()
+        }
+    }
+
+    /// Up to `max_records` synced records after `after`, in order; from memory if they are among
+    /// the newest, else from disk, for which [`Self::pending`] goes to another thread.
+    ///
+    /// # Errors
+    /// As the disk gives them; nothing was passed over.
+    pub fn read_pending(&self, after: Seq, max_records: usize) -> io::Result<Pending> {
+        match self.read_tail(after, max_records) {
+            Some(pending) => Ok(pending),
+            None => self.shared.read_disk(after, max_records),
+        }
+    }
+
+    /// Like [`Self::read_pending`], without blocking. Cancel-safe.
+    ///
+    /// # Errors
+    /// As the disk gives them; nothing was passed over.
+    pub async fn pending(&self, after: Seq, max_records: usize) -> io::Result<Pending> {
+        if let Some(pending) = self.read_tail(after, max_records) {
+            return Ok(pending);
+        }
+        let shared = Arc::clone(&self.shared);
+        tokio::task::spawn_blocking(move || shared.read_disk(after, max_records))
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    fn read_tail(&self, after: Seq, max_records: usize) -> Option<Pending> {
+        let synced = self.synced_through();
+        lock(&self.shared.buffer)
+            .tail
+            .read(after, synced, max_records, READ_PENDING_BYTES)
+    }
+
+    /// Everything after `after` that is on disk now, for a start after a crash. Blocks while
+    /// iterating.
+    pub fn replay(&self, after: Seq) -> Records {
+        self.shared.records(after)
+    }
+
+    /// The oldest record still here, whether shipped or not, or a number before it.
+    pub fn oldest(&self) -> Seq {
+        let oldest = lock(&self.shared.files).oldest();
+        oldest.unwrap_or_else(|| lock(&self.shared.buffer).next_seq)
+    }
+
+    /// Everything through `seq` is in the store: whole segments of such records are unlinked once
+    /// that is `retain` ago. To be called from time to time even if nothing new was shipped.
+    pub fn shipped(&self, seq: Seq, now: Instant) {
+        let mut files = lock(&self.shared.files);
+        {
+            let mut buffer = lock(&self.shared.buffer);
+            let seq = seq.min(buffer.next_seq - 1).max(buffer.shipped);
+            buffer.set_shipped(seq);
+            files.set_shipped(seq);
+        }
+        let due = lock(&self.shared.ship_log).shipped(seq, now);
+        if let Err(error) = files.trim(due) {
+            tracing::error!(%error, dir = %files.dir().display(), "cannot remove a shipped journal segment");
+        }
+        self.shared.measure(&files);
+    }
+
+    /// Takes the store's high-water mark for this journal after a start. Unlike [`Self::shipped`]
+    /// it may lie beyond the newest record, when the directory is an old copy: the next record
+    /// gets a number that the store has not seen.
+    pub fn resume(&self, mark: Seq, now: Instant) {
+        {
+            let files = lock(&self.shared.files);
+            let mut buffer = lock(&self.shared.buffer);
+            if mark >= buffer.next_seq {
+                tracing::warn!(
+                    mark,
+                    newest = buffer.next_seq - 1,
+                    "store knows more of this journal than is here"
+                );
+                let hole = Hole {
+                    first: buffer.next_seq,
+                    last: mark,
+                    count: mark + 1 - buffer.next_seq,
+                };
+                buffer.missing_at_start(hole);
+                buffer.next_seq = mark + 1;
+                self.shared
+                    .written
+                    .store(buffer.written_through(), Ordering::Release);
+            }
+            drop(files);
+        }
+        self.shipped(mark, now);
+    }
+
+    /// The store has forgotten what came after `seq`: it counts as not shipped again, as far as it
+    /// is still here (see [`Self::oldest`]).
+    pub fn rewind(&self, seq: Seq) {
+        let mut files = lock(&self.shared.files);
+        let mut buffer = lock(&self.shared.buffer);
+        if seq < buffer.shipped {
+            buffer.set_shipped(seq);
+            files.set_shipped(seq);
+            lock(&self.shared.ship_log).rewind(seq);
+        }
+        drop(buffer);
+        self.shared.measure(&files);
+    }
+
+    /// Records of this kind that were dropped for want of room since the start of the process.
+    pub fn dropped(&self, kind: RecordKind) -> u64 {
+        lock(&self.shared.buffer).dropped(kind)
+    }
+
+    /// Records not yet shipped.
+    pub fn pending_records(&self) -> u64 {
+        lock(&self.shared.buffer).pending()
+    }
+
+    /// Bytes of the segment files and of what waits to be written.
+    pub fn bytes(&self) -> u64 {
+        let buffer = lock(&self.shared.buffer);
+        buffer.disk_bytes + buffer.buffered() as u64
+    }
+}
+
+impl Shared {
+    fn check(&self) -> Result<(), Poisoned> {
+        self.failed
+            .get()
+            .map_or(Ok(()), |poisoned| Err(poisoned.clone()))
+    }
+
+    fn poison(&self, error: io::Error) -> Poisoned {
+        tracing::error!(%error, dir = %self.dir.display(), "journal has failed, nothing is taken until a restart");
+        let poisoned = self
+            .failed
+            .get_or_init(|| Poisoned(Arc::new(error)))
+            .clone();
+        self.progress.send_modify(|progress| progress.failed = true);
+        poisoned
+    }
+
+    fn write(&self) -> Result<(), WriteError> {
+        let mut files = lock(&self.files);
+        self.check()?;
+        let batches = {
+            let mut buffer = lock(&self.buffer);
+            if buffer.batches.iter().all(Batch::is_empty) {
+                return Ok(());
+            }
+            buffer.batches.each_mut().map(Batch::take)
+        };
+        let synced = self.progress.borrow().synced;
+        let mut shed = Shed::new();
+        match files.write(&batches, synced, &mut shed) {
+            Ok(fates) => self.settle(&files, batches, fates, shed),
+            Err(error) => Err(self.poison(error).into()),
+        }
+    }
+
+    /// Accounts for a write.
+    fn settle(
+        &self,
+        files: &Files,
+        batches: [Batch; 3],
+        fates: [Fate; 3],
+        shed: Shed,
+    ) -> Result<(), WriteError> {
+        let mut buffer = lock(&self.buffer);
+        let mut written = Vec::new();
+        for ((class, mut batch), fate) in Class::ALL.into_iter().zip(batches).zip(fates) {
+            let slot = &mut buffer.batches[class.index()];
+            match fate {
+                Fate::Written => written.extend(batch.records()),
+                Fate::Waits => {
+                    slot.put_back(batch);
+                    continue;
+                }
+                Fate::Shed => {}
+            }
+            slot.reuse(batch);
+        }
+        // Each chain is in order; most often there is one.
+        if !written.is_sorted_by_key(|record| record.seq) {
+            written.sort_unstable_by_key(|record| record.seq);
+        }
+        buffer.tail.extend(written.into_iter());
+        for (kind, hole) in shed {
+            tracing::warn!(%kind, count = hole.count, "journal is full, dropped records");
+            buffer.count_dropped(kind, hole);
+        }
+        buffer.no_space = fates.contains(&Fate::Waits);
+        self.written
+            .store(buffer.written_through(), Ordering::Release);
+        let no_space = buffer.no_space;
+        drop(buffer);
+        self.measure(files);
+        if no_space {
+            Err(WriteError::NoSpace)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn measure(&self, files: &Files) {
+        let (kept, bytes) = (files.kept_bytes(), files.bytes());
+        let mut buffer = lock(&self.buffer);
+        (buffer.kept_bytes, buffer.disk_bytes) = (kept, bytes);
+    }
+
+    pub(crate) fn sync(&self) -> Result<(), WriteError> {
+        let _one = lock(&self.syncing);
+        let result = self.write();
+        // Without room for the newest, what did find room is made durable all the same.
+        self.check()?;
+        let (unsynced, through) = {
+            let mut files = lock(&self.files);
+            (files.take_unsynced(), self.written.load(Ordering::Acquire))
+        };
+        for file in &unsynced.files {
+            file.sync_data().map_err(|error| self.poison(error))?;
+        }
+        if unsynced.names {
+            self.disk
+                .sync_dir(&self.dir)
+                .map_err(|error| self.poison(error))?;
+        }
+        // A write that failed meanwhile does not undo this sync, but nobody is to build on it.
+        self.check()?;
+        self.progress.send_if_modified(|progress| {
+            let further = progress.synced < through;
+            progress.synced = progress.synced.max(through);
+            further
+        });
+        result
+    }
+
+    fn records(&self, after: Seq) -> Records {
+        let files = lock(&self.files);
+        let through = self.progress.borrow().synced;
+        let chains = files.snapshot(after);
+        Records::new(Arc::clone(&self.disk), chains.into_iter(), after, through)
+    }
+
+    fn read_disk(&self, after: Seq, max_records: usize) -> io::Result<Pending> {
+        let mut reader = lock(&self.reader);
+        let resumed = reader.take().filter(|records| records.position() == after);
+        let mut records = match resumed {
+            Some(records) if !records.is_done() => records,
+            _ => self.records(after),
+        };
+        let pending = records.take_some(max_records, READ_PENDING_BYTES)?;
+        *reader = Some(records);
+        Ok(pending)
+    }
+}

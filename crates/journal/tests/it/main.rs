@@ -1,0 +1,3 @@
+//! Crash tests of the journal, from outside.
+
+mod basics;
