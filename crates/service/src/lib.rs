@@ -6,5 +6,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod http;
+pub mod logging;
 pub mod metrics;
 pub mod tasks;
