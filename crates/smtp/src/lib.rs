@@ -18,9 +18,11 @@ pub mod capabilities;
 pub mod client;
 pub mod command;
 pub mod reply;
+pub mod server;
 
 pub use body::{Body, BodyError};
 pub use capabilities::Capabilities;
 pub use client::{ClientSession, Envelope, Outcome, Scope, SessionError, Stage, TxId};
 pub use command::CommandError;
 pub use reply::{EnhancedCode, Reply, ReplyError, ReplyParser};
+pub use server::{ServerConfig, ServerEvent, ServerSession};
