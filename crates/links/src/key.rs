@@ -126,6 +126,25 @@ impl KeyRing {
         self.keys.iter().map(|key| key.id)
     }
 
+    /// Secrets for another `purpose`, one of each key, the signing one's first. Nothing that is
+    /// signed with them is a token, nor the other way round: no token's MAC begins with these bytes.
+    pub fn derive(&self, purpose: &str) -> Vec<[u8; 32]> {
+        let derived = |key: &Key| {
+            let mut context = hmac::Context::with_key(&key.hmac);
+            // A host of length 0 and a version that no token has.
+            context.update(b"\0hikyaku derived key ");
+            context.update(purpose.as_bytes());
+            let mut secret = [0; 32];
+            let tag = context.sign();
+            secret
+                .iter_mut()
+                .zip(tag.as_ref())
+                .for_each(|(to, from)| *to = *from);
+            secret
+        };
+        self.keys.iter().map(derived).collect()
+    }
+
     /// Prepares signing for `host` (the host of the tracker's base URL, with its port if it has
     /// one, in any case) with the key that signs, or with the one of `key_id`, which a batch noted
     /// at its release. `None` when there is no such key or `host` is longer than 255 bytes.
@@ -259,6 +278,19 @@ mod tests {
         }
         let many: String = (0..=64).map(|n| format!("{n:064x}\n")).collect();
         assert_eq!(KeyRing::parse(&many).err(), Some(KeyFileError::TooMany));
+    }
+
+    #[test]
+    fn each_key_and_purpose_has_a_secret_of_its_own() {
+        let two = format!("{}{}", KeyRing::file_text(&[7; 32]), "08".repeat(32));
+        let ring = KeyRing::parse(&two).expect("a ring");
+        let one = KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring");
+        let mut all = [ring.derive("a"), ring.derive("b")].concat();
+        assert_eq!(one.derive("a"), all[..1]);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 4);
+        assert!(!all.contains(&[7; 32]) && !all.contains(&[0; 32]));
     }
 
     #[test]
