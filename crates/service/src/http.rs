@@ -10,7 +10,7 @@ pub const PROBLEM_TYPE: &str = "application/problem+json";
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $status:literal $word:literal $title:literal),+ $(,)?) => {
-        /// Why a call was refused: the codes of the contract.
+        /// Why a call was refused: the codes of the contract, and three that HTTP itself calls for.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum ProblemCode { $($(#[$doc])* $name),+ }
 
@@ -51,6 +51,10 @@ codes! {
     ForbiddenFrom = 403 "forbidden_from" "The account may not send from this domain",
     /// There is none.
     NotFound = 404 "not_found" "There is no such thing",
+    /// The path exists, the method does not.
+    MethodNotAllowed = 405 "method_not_allowed" "The path has no such method",
+    /// The body did not arrive in time.
+    RequestTimeout = 408 "request_timeout" "The body did not arrive in time",
     /// The same idempotency key with another body.
     IdempotencyConflict = 409 "idempotency_conflict" "The idempotency key was used with another body",
     /// The first call with this idempotency key is running.
@@ -71,6 +75,8 @@ codes! {
     NoDkimKey = 422 "no_dkim_key" "The From domain has no DKIM key",
     /// The account's quota is spent.
     QuotaExceeded = 429 "quota_exceeded" "The account's quota is spent",
+    /// Our fault: an error that the log has.
+    Internal = 500 "internal" "An error of this service",
     /// Store, disk or memory cannot take more now.
     Unavailable = 503 "unavailable" "The service cannot take this now",
 }
@@ -179,6 +185,9 @@ impl Problem {
             | ProblemCode::ForbiddenScope
             | ProblemCode::ForbiddenFrom
             | ProblemCode::NotFound
+            | ProblemCode::MethodNotAllowed
+            | ProblemCode::RequestTimeout
+            | ProblemCode::Internal
             | ProblemCode::IdempotencyConflict
             | ProblemCode::InvalidState
             | ProblemCode::BodyTooLarge
@@ -267,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn the_codes_are_those_of_the_contract() {
+    fn the_codes_are_those_of_the_contract_and_of_http() {
         let codes: Vec<_> = ProblemCode::ALL
             .iter()
             .map(|code| format!("{} {}", code.status(), code.as_str()))
@@ -278,6 +287,8 @@ mod tests {
             "403 forbidden_scope",
             "403 forbidden_from",
             "404 not_found",
+            "405 method_not_allowed",
+            "408 request_timeout",
             "409 idempotency_conflict",
             "409 idempotency_in_progress",
             "409 invalid_state",
@@ -288,6 +299,7 @@ mod tests {
             "422 template_error",
             "422 no_dkim_key",
             "429 quota_exceeded",
+            "500 internal",
             "503 unavailable",
         ];
         assert_eq!(codes, expected);
