@@ -1,0 +1,3 @@
+//! Client and server sessions against each other, in memory.
+
+mod simulation;
