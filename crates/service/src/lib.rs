@@ -9,4 +9,5 @@ pub mod config;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod secrets;
 pub mod tasks;
