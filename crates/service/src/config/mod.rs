@@ -10,6 +10,8 @@ mod document;
 mod reader;
 mod sections;
 pub mod shaping;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::collections::BTreeMap;

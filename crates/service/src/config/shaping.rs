@@ -137,7 +137,7 @@ impl ShapingFile {
     }
 }
 
-fn shaping(root: &mut Section<'_>) -> ShapingFile {
+pub(super) fn shaping(root: &mut Section<'_>) -> ShapingFile {
     let default = root.table("default", |section| limits(section, &Limits::default()));
     let providers = root.tables("provider", |section| Provider {
         name: section.required("name", String::new()),

@@ -47,11 +47,14 @@ fn expected(item: &Item, what: &str) -> String {
     format!("is {}, expected {what}", item.value.kind())
 }
 
-/// The text of a string, or of whatever the environment said: there, `25` may be meant as text.
+/// The text of a string, or of a number and the like from the environment: there, `25` may be meant
+/// as text.
 fn text<'i>(item: &'i Item, what: &str) -> Result<&'i str, String> {
     match (&item.value, &item.origin) {
-        (Value::String(text), _) | (_, Origin::Env { text, .. }) => Ok(text),
-        _ => Err(expected(item, what)),
+        (Value::String(text), _) => Ok(text),
+        (Value::Array(_) | Value::Table(_), _) => Err(expected(item, what)),
+        (_, Origin::Env { text, .. }) => Ok(text),
+        (_, Origin::Line(_)) => Err(expected(item, what)),
     }
 }
 

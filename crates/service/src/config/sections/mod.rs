@@ -209,13 +209,13 @@ fn one_listener_per_socket(root: &Section<'_>, config: &Config) {
     }
 }
 
-/// Reports the second and further uses of a name.
+/// Reports the second and further uses of a name; an empty one is missing and reported as that.
 pub(super) fn unique<'n>(
     names: impl Iterator<Item = &'n str>,
     mut report: impl FnMut(usize, String),
 ) {
     let mut seen: Vec<&str> = Vec::new();
-    for (index, name) in names.enumerate() {
+    for (index, name) in names.enumerate().filter(|(_, name)| !name.is_empty()) {
         if seen.contains(&name) {
             report(index, format!("{name:?} is taken by an earlier one"));
         }
