@@ -1,1 +1,3 @@
 //! The HTTP API: authentication, problems, read-outs, health, metrics.
+
+pub(crate) mod problem;

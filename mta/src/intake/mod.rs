@@ -4,6 +4,9 @@
 //! and every recipient, grouping recipients into lots, and the commit. Nothing of a batch is
 //! visible before its commit, and memory does not grow with it. Must not send anything.
 
+pub(crate) mod fields;
+mod head;
 mod lots;
+mod row;
 mod splitter;
 mod spool;

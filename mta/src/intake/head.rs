@@ -1,0 +1,382 @@
+//! The head of a batch: everything but its recipients.
+//!
+//! Owns which fields a batch has, and what each may be, as far as that can be said without the
+//! account, the keys or the templates. Fields of the contract that this version cannot honour are
+//! refused by name, never ignored. Pure.
+
+use model::{EmailAddress, Priority, Timestamp, TrackingMode};
+use serde_json::{Map, Value};
+
+use super::fields::{Fields, Mistakes, expected, no_control, string};
+use super::row::METADATA_MAX;
+use crate::admin::problem::Code;
+
+/// The list that an unsubscribe leaves when the batch names none (contract, section 6).
+pub(crate) const DEFAULT_LIST: &str = "default";
+const LABEL_MAX: usize = 128;
+const NAME_MAX: usize = 256;
+
+/// What a caller wants sent, apart from to whom.
+#[derive(Debug)]
+pub(crate) struct BatchRequest {
+    pub(crate) account: Option<String>,
+    pub(crate) campaign: Option<String>,
+    pub(crate) list: String,
+    pub(crate) from: Sender,
+    pub(crate) reply_to: Option<EmailAddress>,
+    pub(crate) subject: String,
+    pub(crate) html: Option<String>,
+    pub(crate) text: Option<String>,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) vars: Map<String, Value>,
+    pub(crate) tracking: TrackingRequest,
+    pub(crate) list_unsubscribe: bool,
+    pub(crate) send_at: Option<Timestamp>,
+    pub(crate) expires_at: Option<Timestamp>,
+    pub(crate) priority: Priority,
+    pub(crate) metadata: Value,
+    pub(crate) allow_duplicates: bool,
+}
+
+/// `from`
+#[derive(Debug)]
+pub(crate) struct Sender {
+    pub(crate) email: EmailAddress,
+    pub(crate) name: Option<String>,
+}
+
+/// `tracking`
+#[derive(Debug)]
+pub(crate) struct TrackingRequest {
+    pub(crate) opens: bool,
+    pub(crate) clicks: bool,
+    pub(crate) text_links: bool,
+    pub(crate) utm: Vec<(String, String)>,
+    pub(crate) mode: Option<TrackingMode>,
+}
+
+impl Default for TrackingRequest {
+    fn default() -> Self {
+        Self {
+            opens: true,
+            clicks: true,
+            text_links: false,
+            utm: Vec::new(),
+            mode: None,
+        }
+    }
+}
+
+/// Reads the head; what is wrong stands among the mistakes, and then it is of no use.
+pub(crate) fn read(
+    document: Value,
+    now: Timestamp,
+    mistakes: &mut Mistakes,
+) -> Option<BatchRequest> {
+    let mut fields = Fields::of(String::new(), document, mistakes);
+    let from = sender(&mut fields);
+    let subject = fields.required("subject", string);
+    let (html, text) = bodies(&mut fields);
+    recipients(&mut fields);
+    unsupported(&mut fields);
+    let send_at = fields.time("send_at");
+    let expires_at = expires_at(&mut fields, send_at.unwrap_or(now).max(now));
+    let account = fields.label("account", LABEL_MAX);
+    let campaign = fields.label("campaign", LABEL_MAX);
+    let list = fields.label("list", LABEL_MAX);
+    let reply_to = fields.parsed("reply_to");
+    let headers = texts(&mut fields, "headers");
+    let vars = fields.object("vars").unwrap_or_default();
+    let tracking = fields.within("tracking", tracking).unwrap_or_default();
+    let list_unsubscribe = fields.flag("list_unsubscribe", true);
+    let priority = fields.parsed("priority").unwrap_or(Priority::Bulk);
+    let metadata = metadata(&mut fields);
+    let allow_duplicates = fields.flag("allow_duplicates", false);
+    fields.finish();
+    Some(BatchRequest {
+        account,
+        campaign,
+        list: list.unwrap_or_else(|| DEFAULT_LIST.to_owned()),
+        from: from?,
+        reply_to,
+        subject: subject?,
+        html,
+        text,
+        headers,
+        vars,
+        tracking,
+        list_unsubscribe,
+        send_at,
+        expires_at,
+        priority,
+        metadata,
+        allow_duplicates,
+    })
+}
+
+fn sender(fields: &mut Fields<'_>) -> Option<Sender> {
+    if !fields.has("from") {
+        fields.mistake("from", "is missing");
+        return None;
+    }
+    fields.within("from", |from| {
+        let email = from.required("email", |value| {
+            string(value)?
+                .parse()
+                .map_err(|error: model::AddressError| error.to_string())
+        });
+        let name = from.converted("name", |value| {
+            let name = string(value)?;
+            if name.len() > NAME_MAX {
+                return Err(format!("is longer than {NAME_MAX} bytes"));
+            }
+            no_control(&name).map(|()| name)
+        });
+        Some(Sender {
+            email: email?,
+            name: name.filter(|name| !name.is_empty()),
+        })
+    })?
+}
+
+fn bodies(fields: &mut Fields<'_>) -> (Option<String>, Option<String>) {
+    let missing = !fields.has("html") && !fields.has("text") && !fields.has("raw");
+    if missing {
+        fields.mistake("html", "is missing: a batch needs html or text");
+    }
+    (fields.string("html"), fields.string("text"))
+}
+
+/// The splitter left an empty array where recipients were taken out.
+fn recipients(fields: &mut Fields<'_>) {
+    let elsewhere = fields.has("recipients_from") || fields.has("hold");
+    match fields.take("recipients") {
+        Some(Value::Array(_)) => {}
+        Some(other) => fields.mistake("recipients", expected(&other, "an array")),
+        None if elsewhere => {}
+        None => fields.mistake("recipients", "is missing"),
+    }
+}
+
+/// What this version refuses, unless it asks for nothing.
+fn unsupported(fields: &mut Fields<'_>) {
+    for field in [
+        "raw",
+        "window",
+        "rate",
+        "guardrails",
+        "ab_test",
+        "recipients_from",
+    ] {
+        fields.unsupported(field, &[]);
+    }
+    fields.unsupported("attachments", &[Value::Array(Vec::new())]);
+    fields.unsupported("variants", &[Value::Array(Vec::new())]);
+    fields.unsupported("hold", &[Value::Bool(false)]);
+    fields.unsupported("pool", &[Value::from("default")]);
+}
+
+fn expires_at(fields: &mut Fields<'_>, release: Timestamp) -> Option<Timestamp> {
+    let expires_at = fields.time("expires_at")?;
+    if expires_at <= release {
+        fields.mistake(
+            "expires_at",
+            "is not after the time at which the batch is released",
+        );
+    }
+    Some(expires_at)
+}
+
+fn tracking(fields: &mut Fields<'_>) -> TrackingRequest {
+    let default = TrackingRequest::default();
+    TrackingRequest {
+        opens: fields.flag("opens", default.opens),
+        clicks: fields.flag("clicks", default.clicks),
+        text_links: fields.flag("text_links", default.text_links),
+        utm: texts(fields, "utm"),
+        mode: fields.parsed("mode"),
+    }
+}
+
+/// An object whose values are text.
+fn texts(fields: &mut Fields<'_>, key: &str) -> Vec<(String, String)> {
+    let read = fields.within(key, |inner| {
+        let keys = inner.keys();
+        let mut pair = |key: String| Some((inner.required(&key, string)?, key));
+        keys.into_iter()
+            .filter_map(&mut pair)
+            .map(|(value, key)| (key, value))
+            .collect()
+    });
+    read.unwrap_or_default()
+}
+
+fn metadata(fields: &mut Fields<'_>) -> Value {
+    let metadata = fields.object("metadata").unwrap_or_default();
+    let metadata = Value::Object(metadata);
+    if metadata.to_string().len() > METADATA_MAX {
+        fields.mistake("metadata", format!("is larger than {METADATA_MAX} bytes"));
+    }
+    metadata
+}
+
+/// Mistakes that only show against the account: its name, and its From domains.
+pub(crate) fn domain_is_allowed(from: &EmailAddress, allowed: Option<&[model::Domain]>) -> bool {
+    allowed.is_none_or(|domains| {
+        domains
+            .iter()
+            .any(|domain| domain.as_str() == from.domain())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_763_712_300_000);
+
+    fn minimal() -> Value {
+        json!({"from": {"email": "news@brand.example"}, "subject": "s", "text": "t", "recipients": []})
+    }
+
+    fn with(key: &str, value: Value) -> Value {
+        let mut document = minimal();
+        document[key] = value;
+        document
+    }
+
+    fn mistakes_of(document: Value) -> Vec<String> {
+        let mut mistakes = Mistakes::default();
+        read(document, NOW, &mut mistakes);
+        mistakes
+            .into_vec()
+            .into_iter()
+            .map(|error| format!("{} {}", error.path, error.code))
+            .collect()
+    }
+
+    #[test]
+    fn a_minimal_batch_has_the_defaults_of_the_contract() {
+        let mut mistakes = Mistakes::default();
+        let request = read(minimal(), NOW, &mut mistakes).expect("read");
+        assert!(mistakes.is_empty());
+        assert_eq!(request.list, "default");
+        assert_eq!(request.priority, Priority::Bulk);
+        assert!(request.list_unsubscribe && request.tracking.opens && request.tracking.clicks);
+        assert!(!request.tracking.text_links && !request.allow_duplicates);
+        assert_eq!(request.metadata, json!({}));
+    }
+
+    #[test]
+    fn null_and_whatever_asks_for_nothing_is_as_if_it_were_absent() {
+        let mut document = minimal();
+        for (key, value) in [
+            ("html", Value::Null),
+            ("send_at", Value::Null),
+            ("attachments", json!([])),
+            ("variants", json!([])),
+            ("hold", json!(false)),
+            ("pool", json!("default")),
+            ("window", Value::Null),
+            ("raw", Value::Null),
+        ] {
+            document[key] = value;
+        }
+        assert_eq!(mistakes_of(document), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_mistake_is_named_with_its_path() {
+        let document = json!({
+            "from": {"email": "news", "nme": "x"}, "html": 7, "recipients": {}, "subjct": "s",
+            "headers": {"X-A": 1}, "tracking": {"opens": "yes", "mode": "all", "utm": {"a": []}},
+            "priority": "high", "send_at": "tomorrow", "metadata": [], "list": "", "ab_test": {"mode": "winner"}, "a/b": 1,
+        });
+        let mut found = mistakes_of(document);
+        found.sort_unstable();
+        assert_eq!(
+            found,
+            [
+                "/ab_test invalid_field",
+                "/a~1b unknown_field",
+                "/from/email invalid_field",
+                "/from/nme unknown_field",
+                "/headers/X-A invalid_field",
+                "/html invalid_field",
+                "/list invalid_field",
+                "/metadata invalid_field",
+                "/priority invalid_field",
+                "/recipients invalid_field",
+                "/send_at invalid_field",
+                "/subjct unknown_field",
+                "/subject invalid_field",
+                "/tracking/mode invalid_field",
+                "/tracking/opens invalid_field",
+                "/tracking/utm/a invalid_field",
+            ]
+        );
+        assert_eq!(
+            mistakes_of(json!([])).first().map(String::as_str),
+            Some(" invalid_field")
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_yet_is_refused_by_name() {
+        for (key, value) in [
+            ("raw", json!("QQ==")),
+            ("window", json!({"from": "09:00"})),
+            ("rate", json!("1/s")),
+            ("guardrails", json!({})),
+            ("ab_test", json!({})),
+            ("recipients_from", json!({})),
+            ("attachments", json!([{}])),
+            ("variants", json!([{}])),
+            ("hold", json!(true)),
+            ("pool", json!("x")),
+        ] {
+            let expected = vec![format!("/{key} invalid_field")];
+            assert_eq!(mistakes_of(with(key, value)), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn values_are_bounded() {
+        for (key, value, path) in [
+            (
+                "from",
+                json!({"email": "a@x.example", "name": "a
+Bcc: b@x.example"}),
+                "/from/name",
+            ),
+            ("metadata", json!({"a": "x".repeat(1024)}), "/metadata"),
+            ("campaign", json!("x".repeat(129)), "/campaign"),
+            (
+                "campaign",
+                json!(
+                    "a
+b"
+                ),
+                "/campaign",
+            ),
+            ("expires_at", json!("2020-01-01T00:00:00Z"), "/expires_at"),
+            ("reply_to", json!("help"), "/reply_to"),
+        ] {
+            assert_eq!(
+                mistakes_of(with(key, value)),
+                [format!("{path} invalid_field")],
+                "{key}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_from_domain_is_compared_whole() {
+        let from: EmailAddress = "a@Brand.example".parse().expect("an address");
+        let domains: Vec<model::Domain> = vec!["brand.example".parse().expect("a domain")];
+        assert!(domain_is_allowed(&from, None) && domain_is_allowed(&from, Some(&domains)));
+        let other: EmailAddress = "a@sub.brand.example".parse().expect("an address");
+        assert!(!domain_is_allowed(&other, Some(&domains)));
+    }
+}

@@ -1,0 +1,522 @@
+//! One recipient: from JSON to a [`Row`].
+//!
+//! Owns what a recipient may be. A value that is wrong (address, name, vars) is a [`Rejection`] by
+//! index, and the rest of the batch goes on; what no recipient can have (a field that does not
+//! exist, JSON that is broken) refuses the whole call. Pure; knows nothing of the other recipients.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use model::{EmailAddress, Row, TrackingMode};
+use serde::Serialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use super::fields::{Mistakes, no_control, pointer_step};
+use crate::admin::problem::Code;
+
+/// The largest `metadata`, in bytes of JSON.
+pub(crate) const METADATA_MAX: usize = 1 << 10;
+const NAME_MAX: usize = 256;
+const PROSPECT_MAX: usize = 256;
+
+/// Why a recipient was not accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum RejectionCode {
+    InvalidAddress,
+    Duplicate,
+    MissingVariable,
+    InvalidVars,
+}
+
+/// A recipient that was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Rejection {
+    pub(crate) index: u32,
+    /// As it was given, as far as it was text; at most 254 characters.
+    pub(crate) email: Option<String>,
+    pub(crate) code: RejectionCode,
+    pub(crate) detail: String,
+}
+
+/// A recipient that can be accepted as far as itself is concerned.
+#[derive(Debug)]
+pub(crate) struct Candidate {
+    pub(crate) row: Row,
+    pub(crate) vars: Map<String, Value>,
+}
+
+/// What became of one recipient.
+#[derive(Debug)]
+pub(crate) enum Parsed {
+    Good(Box<Candidate>),
+    Rejected(Rejection),
+    /// What is wrong with the call stands among the mistakes.
+    Refused,
+}
+
+const FIELDS: [&str; 7] = [
+    "email",
+    "name",
+    "prospect_id",
+    "time_zone",
+    "vars",
+    "metadata",
+    "tracking",
+];
+
+/// Reads the recipient with this index.
+///
+/// # Errors
+/// When it is not JSON.
+pub(crate) fn parse(
+    json: &[u8],
+    index: u32,
+    mistakes: &mut Mistakes,
+) -> Result<Parsed, serde_json::Error> {
+    let mut from = serde_json::Deserializer::from_slice(json);
+    let raw = from.deserialize_any(RawRowVisitor)?;
+    from.end()?;
+    let Some(raw) = raw else {
+        mistakes.add(
+            format!("/recipients/{index}"),
+            Code::InvalidField,
+            "is not an object",
+        );
+        return Ok(Parsed::Refused);
+    };
+    Ok(raw.judge(index, mistakes))
+}
+
+/// A recipient larger than the spool keeps.
+pub(crate) fn too_large(index: u32) -> Rejection {
+    let detail = format!(
+        "/recipients/{index} is larger than {} bytes",
+        super::spool::ROW_MAX
+    );
+    Rejection {
+        index,
+        email: None,
+        code: RejectionCode::InvalidVars,
+        detail,
+    }
+}
+
+/// The fields as they were sent, unread.
+#[derive(Default)]
+struct RawRow<'j> {
+    values: [Option<&'j RawValue>; FIELDS.len()],
+    /// Fields that do not exist, and those that were there twice.
+    strange: Vec<(String, Code, &'static str)>,
+}
+
+struct RawRowVisitor;
+
+impl<'j> Visitor<'j> for RawRowVisitor {
+    type Value = Option<RawRow<'j>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a recipient")
+    }
+
+    fn visit_map<A: MapAccess<'j>>(self, mut from: A) -> Result<Self::Value, A::Error> {
+        let mut row = RawRow::default();
+        while let Some((key, value)) = from.next_entry::<Key<'j>, &RawValue>()? {
+            match FIELDS.iter().position(|field| *field == key.0) {
+                Some(at) if row.values[at].is_none() => row.values[at] = Some(value),
+                _ if row.strange.len() >= 8 => {}
+                Some(_) => {
+                    row.strange
+                        .push((key.0.into_owned(), Code::InvalidField, "is there twice"))
+                }
+                None => row.strange.push((
+                    key.0.into_owned(),
+                    Code::UnknownField,
+                    "there is no such field",
+                )),
+            }
+        }
+        Ok(Some(row))
+    }
+
+    // Whatever else is JSON is read to its end, so that only the broken is called broken.
+    fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_seq<A: serde::de::SeqAccess<'j>>(self, mut from: A) -> Result<Self::Value, A::Error> {
+        while from.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(None)
+    }
+}
+
+/// A key, borrowed where it has no escape.
+struct Key<'j>(Cow<'j, str>);
+
+impl<'j> serde::Deserialize<'j> for Key<'j> {
+    fn deserialize<D: Deserializer<'j>>(from: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+        impl<'j> Visitor<'j> for KeyVisitor {
+            type Value = Key<'j>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+            fn visit_borrowed_str<E>(self, key: &'j str) -> Result<Key<'j>, E> {
+                Ok(Key(Cow::Borrowed(key)))
+            }
+            fn visit_str<E>(self, key: &str) -> Result<Key<'j>, E> {
+                Ok(Key(Cow::Owned(key.to_owned())))
+            }
+        }
+        from.deserialize_str(KeyVisitor)
+    }
+}
+
+/// A wrong value of one recipient.
+type Wrong = (RejectionCode, String);
+
+impl RawRow<'_> {
+    fn value(&self, field: &str) -> Option<&str> {
+        let at = FIELDS.iter().position(|known| *known == field)?;
+        self.values
+            .get(at)
+            .copied()
+            .flatten()
+            .map(RawValue::get)
+            .filter(|json| *json != "null")
+    }
+
+    fn judge(&self, index: u32, mistakes: &mut Mistakes) -> Parsed {
+        for (key, code, detail) in &self.strange {
+            mistakes.add(
+                format!("/recipients/{index}/{}", pointer_step(key)),
+                *code,
+                *detail,
+            );
+        }
+        let structure = self.structure(index, mistakes);
+        let Some((metadata, tracking)) = structure.filter(|_| self.strange.is_empty()) else {
+            return Parsed::Refused;
+        };
+        match self.values(index) {
+            Ok((email, name, prospect_id, vars)) => {
+                let vars_text =
+                    (!vars.is_empty()).then(|| self.value("vars").unwrap_or_default().into());
+                let row = Row {
+                    index,
+                    email,
+                    name,
+                    prospect_id,
+                    vars: vars_text,
+                    metadata,
+                    tracking,
+                };
+                Parsed::Good(Box::new(Candidate { row, vars }))
+            }
+            Err((code, detail)) => Parsed::Rejected(Rejection {
+                index,
+                email: self.email_as_given(),
+                code,
+                detail,
+            }),
+        }
+    }
+
+    fn email_as_given(&self) -> Option<String> {
+        let text: String = serde_json::from_str(self.value("email")?).ok()?;
+        Some(text.chars().take(254).collect())
+    }
+
+    /// What is not a value of a person: `metadata` and `tracking`. None: a mistake was noted.
+    fn structure(
+        &self,
+        index: u32,
+        mistakes: &mut Mistakes,
+    ) -> Option<(Option<Box<str>>, Option<TrackingMode>)> {
+        let metadata = self.value("metadata").map(metadata).transpose();
+        let tracking = self.value("tracking").map(tracking_mode).transpose();
+        for (field, detail) in [
+            ("metadata", metadata.as_ref().err()),
+            ("tracking", tracking.as_ref().err()),
+        ] {
+            if let Some(detail) = detail {
+                mistakes.add(
+                    format!("/recipients/{index}/{field}"),
+                    Code::InvalidField,
+                    detail.as_str(),
+                );
+            }
+        }
+        Some((metadata.ok()?, tracking.ok()?))
+    }
+
+    #[expect(
+        clippy::type_complexity,
+        reason = "four values of one row, taken apart at once"
+    )]
+    fn values(
+        &self,
+        index: u32,
+    ) -> Result<
+        (
+            EmailAddress,
+            Option<Box<str>>,
+            Option<Box<str>>,
+            Map<String, Value>,
+        ),
+        Wrong,
+    > {
+        let email = self.email(index)?;
+        let name = self.text("name", index, NAME_MAX)?;
+        let prospect_id = self.text("prospect_id", index, PROSPECT_MAX)?;
+        self.text("time_zone", index, NAME_MAX)?;
+        let vars = match self.value("vars") {
+            None => Map::new(),
+            Some(json) => serde_json::from_str(json).map_err(|_| {
+                (
+                    RejectionCode::InvalidVars,
+                    format!("/recipients/{index}/vars is not a usable JSON object"),
+                )
+            })?,
+        };
+        Ok((email, name, prospect_id, vars))
+    }
+
+    fn email(&self, index: u32) -> Result<EmailAddress, Wrong> {
+        let wrong = |detail: &dyn fmt::Display| {
+            (
+                RejectionCode::InvalidAddress,
+                format!("/recipients/{index}/email {detail}"),
+            )
+        };
+        let json = self.value("email").ok_or_else(|| wrong(&"is missing"))?;
+        let text: Cow<'_, str> =
+            serde_json::from_str(json).map_err(|_| wrong(&"is not a string"))?;
+        text.parse().map_err(|error| wrong(&error))
+    }
+
+    fn text(&self, field: &str, index: u32, max: usize) -> Result<Option<Box<str>>, Wrong> {
+        let Some(json) = self.value(field) else {
+            return Ok(None);
+        };
+        let wrong = |detail: String| {
+            (
+                RejectionCode::InvalidVars,
+                format!("/recipients/{index}/{field} {detail}"),
+            )
+        };
+        let text: Box<str> =
+            serde_json::from_str(json).map_err(|_| wrong("is not a string".to_owned()))?;
+        no_control(&text).map_err(wrong)?;
+        if text.len() > max {
+            return Err(wrong(format!("is longer than {max} bytes")));
+        }
+        Ok(Some(text).filter(|text| !text.is_empty()))
+    }
+}
+
+fn metadata(json: &str) -> Result<Box<str>, String> {
+    if json.len() > METADATA_MAX {
+        return Err(format!("is larger than {METADATA_MAX} bytes"));
+    }
+    let object: Result<Map<String, Value>, _> = serde_json::from_str(json);
+    object
+        .map(|_| json.into())
+        .map_err(|_| "is not a JSON object".to_owned())
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RowTracking {
+    mode: TrackingMode,
+}
+
+fn tracking_mode(json: &str) -> Result<TrackingMode, String> {
+    let tracking: Result<RowTracking, _> = serde_json::from_str(json);
+    tracking
+        .map(|tracking| tracking.mode)
+        .map_err(|_| "is not {\"mode\": \"off | aggregate | last_date | individual\"}".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(
+        json: &str,
+    ) -> (
+        Result<Parsed, serde_json::Error>,
+        Vec<(String, &'static str)>,
+    ) {
+        let mut mistakes = Mistakes::default();
+        let parsed = parse(json.as_bytes(), 3, &mut mistakes);
+        (
+            parsed,
+            mistakes
+                .into_vec()
+                .into_iter()
+                .map(|error| (error.path, error.code))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn a_full_recipient_is_kept() {
+        let json = r#" {"email":"A@X.example","name":"山田","prospect_id":"p-1","time_zone":"Asia/Tokyo",
+            "vars":{"points":3},"metadata":{"a":1},"tracking":{"mode":"off"}} "#;
+        let (Ok(Parsed::Good(candidate)), mistakes) = read(json) else {
+            panic!("a good recipient")
+        };
+        assert_eq!(mistakes, []);
+        assert_eq!(candidate.row.email.as_str(), "A@x.example");
+        assert_eq!(candidate.row.index, 3);
+        assert_eq!(candidate.row.name.as_deref(), Some("山田"));
+        assert_eq!(candidate.row.vars.as_deref(), Some("{\"points\":3}"));
+        assert_eq!(candidate.row.metadata.as_deref(), Some("{\"a\":1}"));
+        assert_eq!(candidate.row.tracking, Some(TrackingMode::Off));
+        assert_eq!(candidate.vars["points"], 3);
+    }
+
+    #[test]
+    fn a_wrong_value_rejects_the_recipient() {
+        use RejectionCode::*;
+        let long = format!(r#"{{"email":"a@x.example","name":"{}"}}"#, "n".repeat(257));
+        for (json, code, names) in [
+            ("{}", InvalidAddress, "/recipients/3/email is missing"),
+            (r#"{"email":null}"#, InvalidAddress, "is missing"),
+            (r#"{"email":7}"#, InvalidAddress, "is not a string"),
+            (r#"{"email":"no-at-sign"}"#, InvalidAddress, "has no @"),
+            (
+                r#"{"email":"a@x.example\r\nDATA"}"#,
+                InvalidAddress,
+                "/recipients/3/email",
+            ),
+            (
+                r#"{"email":"\ud800@x.example"}"#,
+                InvalidAddress,
+                "/recipients/3/email",
+            ),
+            (
+                r#"{"email":"a@x.example","name":"x\r\nBcc: b@x.example"}"#,
+                InvalidVars,
+                "/recipients/3/name has a control character",
+            ),
+            (
+                r#"{"email":"a@x.example","name":7}"#,
+                InvalidVars,
+                "/recipients/3/name is not a string",
+            ),
+            (
+                r#"{"email":"a@x.example","prospect_id":{}}"#,
+                InvalidVars,
+                "/recipients/3/prospect_id",
+            ),
+            (
+                r#"{"email":"a@x.example","vars":[1]}"#,
+                InvalidVars,
+                "/recipients/3/vars",
+            ),
+            (
+                r#"{"email":"a@x.example","vars":{"n":1e999}}"#,
+                InvalidVars,
+                "/recipients/3/vars",
+            ),
+            (&long, InvalidVars, "longer than 256"),
+        ] {
+            let (Ok(Parsed::Rejected(rejection)), mistakes) = read(json) else {
+                panic!("{json}")
+            };
+            assert_eq!((rejection.code, rejection.index), (code, 3), "{json}");
+            assert!(
+                rejection.detail.contains(names),
+                "{json}: {}",
+                rejection.detail
+            );
+            assert_eq!(mistakes, [], "{json}");
+        }
+    }
+
+    #[test]
+    fn what_no_recipient_can_have_refuses_the_call() {
+        let large = format!(
+            r#"{{"email":"a@x.example","metadata":{{"a":"{}"}}}}"#,
+            "x".repeat(1024)
+        );
+        for (json, path, code) in [
+            (
+                r#"{"email":"a@x.example","mail/x":1}"#,
+                "/recipients/3/mail~1x",
+                "unknown_field",
+            ),
+            (
+                r#"{"email":"a@x.example","name":"a","name":"b"}"#,
+                "/recipients/3/name",
+                "invalid_field",
+            ),
+            (
+                r#"{"email":"a@x.example","tracking":{"mode":"x"}}"#,
+                "/recipients/3/tracking",
+                "invalid_field",
+            ),
+            (
+                r#"{"email":"a@x.example","tracking":{"mode":"off","a":1}}"#,
+                "/recipients/3/tracking",
+                "invalid_field",
+            ),
+            (
+                r#"{"email":"a@x.example","metadata":[]}"#,
+                "/recipients/3/metadata",
+                "invalid_field",
+            ),
+            (&large, "/recipients/3/metadata", "invalid_field"),
+            (r#""a@x.example""#, "/recipients/3", "invalid_field"),
+            ("[[1],2]", "/recipients/3", "invalid_field"),
+            ("null", "/recipients/3", "invalid_field"),
+        ] {
+            let (Ok(Parsed::Refused), mistakes) = read(json) else {
+                panic!("{json}")
+            };
+            assert_eq!(mistakes, [(path.to_owned(), code)], "{json}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_broken() {
+        for json in [
+            "",
+            "{",
+            "{} {}",
+            r#"{"email":}"#,
+            "{\"email\":\"\n\"}",
+            r#"{"vars":{"a":[}}"#,
+        ] {
+            assert!(read(json).0.is_err(), "{json}");
+        }
+        assert!(parse(b"{\"name\":\"\xff\"}", 0, &mut Mistakes::default()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn broken_is_what_serde_json_calls_broken(bytes in prop_oneof![any::<Vec<u8>>(), "[{}\\[\\]\",:a0-9ntrue ]{0,24}".prop_map(String::into_bytes)]) {
+            let ours = parse(&bytes, 0, &mut Mistakes::default()).is_ok();
+            prop_assert_eq!(ours, serde_json::from_slice::<Value>(&bytes).is_ok());
+        }
+    }
+}
