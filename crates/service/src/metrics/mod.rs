@@ -5,6 +5,7 @@
 //! goes through [`Destinations`], which keeps it bounded. Must not decide what is worth counting.
 
 mod destinations;
+mod families;
 mod labels;
 
 use std::collections::HashMap;
@@ -12,8 +13,8 @@ use std::collections::HashMap;
 use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Registry, TextEncoder,
 };
 
 use model::{Actor, HitKind};
@@ -69,21 +70,6 @@ pub struct Metrics {
     pub engagement: Resolved2<HitKind, Actor, IntCounter>,
 }
 
-/// Seconds of an SMTP step: from a reused cache to the ten minutes of the final dot.
-const STAGE_BUCKETS: &[f64] = &[
-    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0,
-];
-/// Seconds from release to delivered: from at once to the 72 hours of expiry.
-const AGE_BUCKETS: &[f64] = &[
-    0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0, 259_200.0,
-];
-const STORE_BUCKETS: &[f64] = &[
-    0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0,
-];
-const TRACKER_BUCKETS: &[f64] = &[
-    0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.005, 0.025, 0.1, 1.0,
-];
-
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
@@ -97,112 +83,34 @@ impl Metrics {
         r.process();
         Self {
             destinations: Destinations::default(),
-            recipients_accepted: r.counters(
-                "hikyaku_recipients_accepted_total",
-                "Recipients accepted",
-                &["account"],
-            ),
-            outcomes: r.counters(
-                "hikyaku_outcomes_total",
-                "Outcomes of attempts and of recipients that ended without one",
-                &["outcome", "class", "destination"],
-            ),
-            smtp_connections: r.gauges(
-                "hikyaku_smtp_connections",
-                "Open SMTP connections",
-                &["destination"],
-            ),
-            destination_limit: r.float_gauges(
-                "hikyaku_destination_limit",
-                "Limits in force",
-                &["destination", "kind"],
-            ),
-            destination_limit_base: r.float_gauges(
-                "hikyaku_destination_limit_base",
-                "Limits as configured",
-                &["destination", "kind"],
-            ),
-            throttled: r.counters(
-                "hikyaku_throttled_total",
-                "Times that a destination's queue was held back",
-                &["destination", "reason"],
-            ),
-            store_seconds: r.histograms(
-                "hikyaku_store_seconds",
-                "Time of store operations",
-                &["op"],
-                STORE_BUCKETS,
-            ),
-            duplicates: Resolved::of(&r.counters(
-                "hikyaku_duplicates_total",
-                "Messages that somebody may have got twice",
-                &["cause"],
-            )),
-            queue_recipients: Resolved::of(&r.gauges(
-                "hikyaku_queue_recipients",
-                "Recipients that are not finished",
-                &["state"],
-            )),
-            queue_oldest_seconds: r.gauge(
-                "hikyaku_queue_oldest_seconds",
-                "How long the oldest due recipient has been waiting",
-            ),
-            delivery_age_seconds: r.histogram(
-                "hikyaku_delivery_age_seconds",
-                "Time from release to delivered",
-                AGE_BUCKETS,
-            ),
-            smtp_stage_seconds: Resolved::of(&r.histograms(
-                "hikyaku_smtp_stage_seconds",
-                "Time of the steps of delivery",
-                &["stage"],
-                STAGE_BUCKETS,
-            )),
-            tls: Resolved::of(&r.counters(
-                "hikyaku_tls_total",
-                "Connections by how they came to their security",
-                &["result"],
-            )),
-            dkim_signatures: Resolved2::of(&r.counters(
-                "hikyaku_dkim_signatures_total",
-                "DKIM signatures",
-                &["algorithm", "result"],
-            )),
-            journal_pending_records: r.int_gauge(
-                "hikyaku_journal_pending_records",
-                "Facts in the journal that are not yet in the store",
-            ),
-            journal_dropped: Resolved::of(&r.counters(
-                "hikyaku_journal_dropped_total",
-                "Facts that a full journal dropped",
-                &["kind"],
-            )),
-            store_up: r.int_gauge("hikyaku_store_up", "1 while the store answers"),
-            tracker_requests: Resolved2::of(&r.counters(
-                "hikyaku_tracker_requests_total",
-                "Requests to the tracker",
-                &["kind", "result"],
-            )),
-            tracker_seconds: Resolved::of(&r.histograms(
-                "hikyaku_tracker_seconds",
-                "Time to answer a request to the tracker",
-                &["kind"],
-                TRACKER_BUCKETS,
-            )),
-            engagement: Resolved2::of(&r.counters(
-                "hikyaku_engagement_total",
-                "Hits by who caused them",
-                &["kind", "actor"],
-            )),
+            recipients_accepted: r.counters(&families::RECIPIENTS_ACCEPTED),
+            outcomes: r.counters(&families::OUTCOMES),
+            smtp_connections: r.gauges(&families::SMTP_CONNECTIONS),
+            destination_limit: r.float_gauges(&families::DESTINATION_LIMIT),
+            destination_limit_base: r.float_gauges(&families::DESTINATION_LIMIT_BASE),
+            throttled: r.counters(&families::THROTTLED),
+            store_seconds: r.histograms(&families::STORE_SECONDS),
+            duplicates: Resolved::of(&r.counters(&families::DUPLICATES)),
+            queue_recipients: Resolved::of(&r.gauges(&families::QUEUE_RECIPIENTS)),
+            queue_oldest_seconds: r.gauge(&families::QUEUE_OLDEST_SECONDS),
+            delivery_age_seconds: r.histogram(&families::DELIVERY_AGE_SECONDS),
+            smtp_stage_seconds: Resolved::of(&r.histograms(&families::SMTP_STAGE_SECONDS)),
+            tls: Resolved::of(&r.counters(&families::TLS)),
+            dkim_signatures: Resolved2::of(&r.counters(&families::DKIM_SIGNATURES)),
+            journal_pending_records: r.int_gauge(&families::JOURNAL_PENDING_RECORDS),
+            journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),
+            store_up: r.int_gauge(&families::STORE_UP),
+            tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
+            tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
+            engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
             registry: r.registry,
             names: r.names,
         }
     }
 
-    /// The names of all families, in the order in which they were made; histograms without their
-    /// `_bucket`, `_sum` and `_count`.
-    pub fn names(&self) -> &[&'static str] {
-        &self.names
+    /// The names of all families; histograms without their `_bucket`, `_sum` and `_count`.
+    pub fn names() -> Vec<&'static str> {
+        Self::new().names
     }
 
     /// The page of `/metrics`. Each rendering also elects which destinations have a label.
@@ -326,70 +234,51 @@ impl Registration {
     fn process(&mut self) {
         let process = ProcessCollector::for_self();
         self.registry.register(Box::new(process)).expect(CONSTANT);
-        self.names.extend(PROCESS_NAMES);
+        self.names.extend(families::PROCESS);
     }
 
-    fn counters(&mut self, name: &'static str, help: &str, labels: &[&str]) -> IntCounterVec {
-        let family = IntCounterVec::new(Opts::new(name, help), labels).expect(CONSTANT);
-        self.enter(name, &family);
-        family
+    fn counters(&mut self, of: &families::Family) -> IntCounterVec {
+        let counters = IntCounterVec::new(of.options(), of.labels).expect(CONSTANT);
+        self.enter(of.name, &counters);
+        counters
     }
 
-    fn gauges(&mut self, name: &'static str, help: &str, labels: &[&str]) -> IntGaugeVec {
-        let family = IntGaugeVec::new(Opts::new(name, help), labels).expect(CONSTANT);
-        self.enter(name, &family);
-        family
+    fn gauges(&mut self, of: &families::Family) -> IntGaugeVec {
+        let gauges = IntGaugeVec::new(of.options(), of.labels).expect(CONSTANT);
+        self.enter(of.name, &gauges);
+        gauges
     }
 
-    fn float_gauges(&mut self, name: &'static str, help: &str, labels: &[&str]) -> GaugeVec {
-        let family = GaugeVec::new(Opts::new(name, help), labels).expect(CONSTANT);
-        self.enter(name, &family);
-        family
+    fn float_gauges(&mut self, of: &families::Family) -> GaugeVec {
+        let gauges = GaugeVec::new(of.options(), of.labels).expect(CONSTANT);
+        self.enter(of.name, &gauges);
+        gauges
     }
 
-    fn gauge(&mut self, name: &'static str, help: &str) -> Gauge {
-        let gauge = Gauge::new(name, help).expect(CONSTANT);
-        self.enter(name, &gauge);
+    fn gauge(&mut self, of: &families::Family) -> Gauge {
+        let gauge = Gauge::with_opts(of.options()).expect(CONSTANT);
+        self.enter(of.name, &gauge);
         gauge
     }
 
-    fn int_gauge(&mut self, name: &'static str, help: &str) -> IntGauge {
-        let gauge = IntGauge::new(name, help).expect(CONSTANT);
-        self.enter(name, &gauge);
+    fn int_gauge(&mut self, of: &families::Family) -> IntGauge {
+        let gauge = IntGauge::with_opts(of.options()).expect(CONSTANT);
+        self.enter(of.name, &gauge);
         gauge
     }
 
-    fn histogram(&mut self, name: &'static str, help: &str, buckets: &[f64]) -> Histogram {
-        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-        let histogram = Histogram::with_opts(options).expect(CONSTANT);
-        self.enter(name, &histogram);
+    fn histogram(&mut self, of: &families::Family) -> Histogram {
+        let histogram = Histogram::with_opts(of.histogram_options()).expect(CONSTANT);
+        self.enter(of.name, &histogram);
         histogram
     }
 
-    fn histograms(
-        &mut self,
-        name: &'static str,
-        help: &str,
-        labels: &[&str],
-        buckets: &[f64],
-    ) -> HistogramVec {
-        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-        let family = HistogramVec::new(options, labels).expect(CONSTANT);
-        self.enter(name, &family);
-        family
+    fn histograms(&mut self, of: &families::Family) -> HistogramVec {
+        let histograms = HistogramVec::new(of.histogram_options(), of.labels).expect(CONSTANT);
+        self.enter(of.name, &histograms);
+        histograms
     }
 }
-
-/// What the process collector adds.
-const PROCESS_NAMES: [&str; 7] = [
-    "process_cpu_seconds_total",
-    "process_open_fds",
-    "process_max_fds",
-    "process_virtual_memory_bytes",
-    "process_resident_memory_bytes",
-    "process_start_time_seconds",
-    "process_threads",
-];
 
 #[cfg(test)]
 mod tests {
@@ -416,7 +305,7 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
             .collect();
-        let mut named = metrics.names().to_vec();
+        let mut named = Metrics::names();
         named.sort_unstable();
         assert_eq!(typed, named);
         let connections = "hikyaku_smtp_connections{destination=\"x.example\"}";
