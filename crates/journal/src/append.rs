@@ -88,6 +88,9 @@ pub(crate) enum Refusal {
 #[derive(Debug)]
 pub(crate) struct Buffer {
     pub(crate) next_seq: Seq,
+    /// The highest number in the files, which a restart goes on from. Lies before that of what was
+    /// dropped before it was written.
+    pub(crate) last_written: Seq,
     pub(crate) batches: [Batch; 3],
     /// Bytes of segments that may not be dropped.
     pub(crate) kept_bytes: u64,
@@ -112,6 +115,7 @@ impl Buffer {
     pub(crate) fn new(next_seq: Seq, max_bytes: u64, tail_bytes: usize) -> Self {
         Self {
             next_seq,
+            last_written: next_seq - 1,
             batches: Default::default(),
             kept_bytes: 0,
             disk_bytes: 0,
@@ -175,17 +179,15 @@ impl Buffer {
         }
     }
 
-    /// The number of the last record such that it and all before it were written.
+    /// The highest written number such that nothing before it waits. Numbers of dropped records
+    /// count only when a later record is written: a restart must not give them again.
     pub(crate) fn written_through(&self) -> Seq {
         let waiting = self
             .batches
             .iter()
             .filter_map(|batch| batch.records.first());
-        waiting
-            .map(|record| record.seq)
-            .min()
-            .unwrap_or(self.next_seq)
-            - 1
+        let first = waiting.map(|record| record.seq).min();
+        first.map_or(self.last_written, |first| self.last_written.min(first - 1))
     }
 
     pub(crate) fn dropped(&self, kind: RecordKind) -> u64 {

@@ -4,6 +4,7 @@
 use crate::config::{Doing as _, JournalConfig, OpenError};
 use crate::disk::{Disk, DiskLock};
 use model::JournalId;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// A directory that is ours for as long as `lock` lives.
@@ -32,6 +33,8 @@ pub(crate) fn claim(config: &JournalConfig, disk: &dyn Disk) -> Result<Claim, Op
     ids.sort_unstable();
     for id in ids {
         if let Some(claim) = try_claim(config, disk, id)? {
+            // Its maker may have been killed before this.
+            sync_names(config, disk)?;
             return Ok(claim);
         }
     }
@@ -40,15 +43,7 @@ pub(crate) fn claim(config: &JournalConfig, disk: &dyn Disk) -> Result<Claim, Op
         let dir = config.dir.join(dir_name(&config.role, id));
         disk.create_dir_all(&dir).doing("make", &dir)?;
         if let Some(claim) = try_claim(config, disk, id)? {
-            // The name of the directory must outlive a power cut, and its parent's too if new.
-            for parent in [Some(config.dir.as_path()), config.dir.parent()]
-                .into_iter()
-                .flatten()
-            {
-                if !parent.as_os_str().is_empty() {
-                    disk.sync_dir(parent).doing("sync", parent)?;
-                }
-            }
+            sync_names(config, disk)?;
             return Ok(claim);
         }
         // Another process that starts now saw our new directory before we locked it.
@@ -58,6 +53,24 @@ pub(crate) fn claim(config: &JournalConfig, disk: &dyn Disk) -> Result<Claim, Op
                 .to_be_bytes(),
         );
     }
+}
+
+/// Makes the name of our directory outlive a power cut, and those of the directories above it, as
+/// any of them may be new.
+fn sync_names(config: &JournalConfig, disk: &dyn Disk) -> Result<(), OpenError> {
+    for (above, dir) in config.dir.ancestors().enumerate() {
+        let dir = if dir.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            dir
+        };
+        match disk.sync_dir(dir) {
+            // A directory that we may not even read is none that we made.
+            Err(error) if above > 0 && error.kind() == io::ErrorKind::PermissionDenied => break,
+            synced => synced.doing("sync", dir)?,
+        }
+    }
+    Ok(())
 }
 
 fn try_claim(

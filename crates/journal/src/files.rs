@@ -43,7 +43,8 @@ struct Chain {
 #[derive(Debug, Default)]
 pub(crate) struct Unsynced {
     pub(crate) files: Vec<Arc<dyn DiskFile>>,
-    pub(crate) names: bool,
+    /// Segments begun since the last sync: their classes and first numbers.
+    pub(crate) begun: Vec<(Class, Seq)>,
 }
 
 /// What became of the batch of a class.
@@ -65,9 +66,13 @@ impl Files {
         dir: PathBuf,
         id: JournalId,
         (max_bytes, segment_bytes): (u64, u64),
-        chains: Chains,
+        mut chains: Chains,
     ) -> Self {
         let bytes = chains.iter().flatten().map(|segment| segment.len).sum();
+        chains
+            .iter_mut()
+            .flatten()
+            .for_each(|segment| segment.durable = true);
         let chains = chains.map(|segments| Chain {
             segments,
             ..Chain::default()
@@ -255,11 +260,12 @@ impl Files {
             return Err(error);
         }
         self.bytes += segment.len;
+        let first_seq = segment.first_seq;
         chain.segments.push_back(segment);
         chain.file = Some(Arc::clone(&file));
         chain.dirty = true;
         self.unsynced.files.push(file);
-        self.unsynced.names = true;
+        self.unsynced.begun.push((class, first_seq));
         Ok(())
     }
 
@@ -269,6 +275,20 @@ impl Files {
             chain.dirty = false;
         }
         std::mem::take(&mut self.unsynced)
+    }
+
+    /// Notes that a sync has succeeded.
+    pub(crate) fn synced(&mut self, done: &Unsynced) {
+        for &(class, first_seq) in &done.begun {
+            let segments = &mut self.chains[class.index()].segments;
+            let begun = segments
+                .iter_mut()
+                .rev()
+                .find(|segment| segment.first_seq == first_seq);
+            if let Some(segment) = begun {
+                segment.durable = true;
+            }
+        }
     }
 
     /// Makes room for a record of `class` by dropping the oldest segment of what is worth least;
@@ -310,24 +330,29 @@ impl Files {
         Ok(false)
     }
 
-    /// Whether the oldest segment of the chain can be unlinked. The newest of a chain never is,
-    /// as it says which numbers were used, so another is begun first if needed.
+    /// Has the oldest segment of a chain ready to be unlinked, if there is one with records. A
+    /// later one must be on disk before, as it says which numbers were used.
     fn make_droppable(&mut self, class: Class, synced: Seq) -> io::Result<bool> {
         let segments = &self.chains[class.index()].segments;
-        let Some(newest) = segments.back().filter(|segment| segment.records > 0) else {
-            return Ok(segments.len() > 1);
+        if let (1, Some(only)) = (segments.len(), segments.back()) {
+            if only.records == 0 {
+                return Ok(false);
+            }
+            match self.begin_segment(class, only.last_seq + 1, synced) {
+                Ok(()) => {}
+                Err(error) if is_no_space(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        let Some(next) = self.chains[class.index()].segments.get_mut(1) else {
+            return Ok(false);
         };
-        if segments.len() > 1 {
-            return Ok(true);
+        if !next.durable {
+            // Rare, as syncs follow writes closely: only here a write waits for the disk.
+            self.disk.open(&next.path, true)?.sync_data()?;
+            self.disk.sync_dir(&self.dir)?;
+            next.durable = true;
         }
-        match self.begin_segment(class, newest.last_seq + 1, synced) {
-            Ok(()) => {}
-            Err(error) if is_no_space(&error) => return Ok(false),
-            Err(error) => return Err(error),
-        }
-        // Its name must be on disk before the other's can go.
-        self.newest_file(class)?.sync_data()?;
-        self.disk.sync_dir(&self.dir)?;
         Ok(true)
     }
 

@@ -22,6 +22,9 @@ use tokio::sync::watch;
 /// The most payload that one [`Journal::read_pending`] gives, in bytes, give or take a record.
 const READ_PENDING_BYTES: usize = 4 << 20;
 
+/// What a record is taken to need when nothing is known of it.
+const USUAL_RECORD_BYTES: usize = 1024;
+
 /// The journal is no longer to be believed: a write or a sync failed. Open it anew.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the journal has failed")]
@@ -179,7 +182,7 @@ impl Journal {
     /// Whether the journal still takes a start and the records that will follow it. To be asked
     /// before new work is fetched.
     pub fn has_room(&self) -> bool {
-        let room = FRAME_BYTES + MAX_RECORD_BYTES;
+        let room = FRAME_BYTES + USUAL_RECORD_BYTES;
         self.shared.failed.get().is_none()
             && lock(&self.shared.buffer).has_room(RecordKind::Start, room)
     }
@@ -245,6 +248,8 @@ impl Journal {
     /// See [`WriteError`].
     pub async fn synced(&self, seq: Seq) -> Result<(), WriteError> {
         self.written(seq).await?;
+        // A click or an open may have been dropped instead; for that there is nothing to wait.
+        let seq = seq.min(self.written_through());
         if self.synced_through() < seq {
             self.shared.pacer.urge();
         }
@@ -355,6 +360,7 @@ impl Journal {
                 };
                 buffer.missing_at_start(hole);
                 buffer.next_seq = mark + 1;
+                buffer.last_written = mark;
                 self.shared
                     .written
                     .store(buffer.written_through(), Ordering::Release);
@@ -441,16 +447,19 @@ impl Shared {
         let mut buffer = lock(&self.buffer);
         let mut written = Vec::new();
         for ((class, mut batch), fate) in Class::ALL.into_iter().zip(batches).zip(fates) {
-            let slot = &mut buffer.batches[class.index()];
             match fate {
-                Fate::Written => written.extend(batch.records()),
+                Fate::Written => {
+                    let last = batch.records.last().map_or(0, |record| record.seq);
+                    buffer.last_written = buffer.last_written.max(last);
+                    written.extend(batch.records());
+                }
                 Fate::Waits => {
-                    slot.put_back(batch);
+                    buffer.batches[class.index()].put_back(batch);
                     continue;
                 }
                 Fate::Shed => {}
             }
-            slot.reuse(batch);
+            buffer.batches[class.index()].reuse(batch);
         }
         // Each chain is in order; most often there is one.
         if !written.is_sorted_by_key(|record| record.seq) {
@@ -492,11 +501,12 @@ impl Shared {
         for file in &unsynced.files {
             file.sync_data().map_err(|error| self.poison(error))?;
         }
-        if unsynced.names {
+        if !unsynced.begun.is_empty() {
             self.disk
                 .sync_dir(&self.dir)
                 .map_err(|error| self.poison(error))?;
         }
+        lock(&self.files).synced(&unsynced);
         // A write that failed meanwhile does not undo this sync, but nobody is to build on it.
         self.check()?;
         self.progress.send_if_modified(|progress| {

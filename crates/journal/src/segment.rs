@@ -26,6 +26,8 @@ pub(crate) struct Segment {
     pub(crate) len: u64,
     /// Bad bytes were found in it; when trimmed it is put aside instead of unlinked.
     pub(crate) damaged: bool,
+    /// It and its name are on disk, so that another can go.
+    pub(crate) durable: bool,
 }
 
 impl Segment {
@@ -40,6 +42,7 @@ impl Segment {
             records: 0,
             len,
             damaged: false,
+            durable: false,
         }
     }
 }
