@@ -6,4 +6,8 @@
 
 pub mod admin;
 pub mod app;
+pub mod classify;
 pub mod intake;
+pub mod queue;
+pub mod released;
+pub mod shaping;

@@ -1,0 +1,236 @@
+//! What is next for one recipient: the only place that turns a finding into a result.
+//!
+//! Pure: time and chance come in. Runs in the task of the connection, so that an outcome can be
+//! in the journal before that connection's next message goes, without a detour.
+
+use std::time::Duration;
+
+use model::{Attempt, AttemptDetail, AttemptResult, Blame, Class, SuppressionReason, Timestamp};
+use service::config::AmbiguousPolicy;
+use smtp::Reply;
+
+use super::job::{Item, Policy, Trouble};
+use crate::classify::{Action, Classification, suppression_for};
+
+/// The longest text kept of a reply, in bytes.
+const REPLY_MAX: usize = 1_024;
+
+/// What was found out about one recipient.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finding {
+    /// The peer answered the final dot with 2yz.
+    Delivered(Reply),
+    /// The peer refused.
+    Refused(Reply, Classification),
+    /// The final dot left and no reply came, or may have left when its sender died.
+    Ambiguous(String),
+    /// Nothing could be sent to the destination: DNS, connection, TLS.
+    Unreachable(Trouble),
+    /// The message cannot be made.
+    Unmade(String),
+    /// Its time was over before it could be tried.
+    TooLate,
+    /// Not sent: the person or address must not be written to.
+    Suppressed(SuppressionReason),
+    /// Not sent: the batch was cancelled.
+    Cancelled,
+}
+
+/// When attempts for `item` end.
+pub fn expires_at(item: &Item, policy: &Policy) -> Timestamp {
+    item.batch.expires_at.unwrap_or(item.batch.release_at + policy.limits.expire)
+}
+
+/// The attempt as a fact. `chance` is from 0 to 1 and becomes the jitter of the retry time.
+///
+/// The caller adds the circumstances (host, TLS, timings) to `detail`.
+pub fn decide(finding: Finding, item: &Item, policy: &Policy, now: Timestamp, chance: f64) -> Attempt {
+    let mut detail = AttemptDetail { destination: policy.destination.as_str().into(), ..AttemptDetail::default() };
+    let mut suppress = None;
+    let result = match finding {
+        Finding::Delivered(reply) => {
+            describe(&mut detail, &reply);
+            AttemptResult::Delivered
+        }
+        Finding::Refused(reply, reading) => {
+            describe(&mut detail, &reply);
+            detail.rule = reading.rule.as_deref().map(Into::into);
+            (detail.class, detail.blame) = (Some(reading.class), Some(reading.blame));
+            match reading.action {
+                Action::Bounce => {
+                    suppress = reading.suppress;
+                    AttemptResult::Bounce
+                }
+                Action::Retry => retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance).max(reading.retry_after.unwrap_or_default())),
+            }
+        }
+        Finding::Ambiguous(text) => ambiguous(&mut detail, text, item, policy, now),
+        Finding::Unreachable(trouble) => {
+            match &trouble.reply {
+                Some(reply) => describe(&mut detail, reply),
+                None => detail.reply = bounded(&trouble.text),
+            }
+            detail.host = trouble.host;
+            (detail.class, detail.blame) = (Some(trouble.class), Some(trouble.blame));
+            if trouble.is_final {
+                suppress = suppression_for(trouble.class).filter(|_| trouble.blame == Blame::Recipient);
+                AttemptResult::Failed
+            } else {
+                retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance))
+            }
+        }
+        Finding::Unmade(text) => {
+            detail.reply = bounded(&text);
+            (detail.class, detail.blame) = (Some(Class::Other), Some(Blame::Us));
+            AttemptResult::Failed
+        }
+        Finding::TooLate => {
+            (detail.class, detail.blame) = (Some(Class::Expired), Some(Blame::Destination));
+            AttemptResult::Failed
+        }
+        Finding::Suppressed(reason) => AttemptResult::Suppressed(reason),
+        Finding::Cancelled => AttemptResult::Cancelled,
+    };
+    Attempt {
+        message: item.message(),
+        place: item.place,
+        number: item.attempt,
+        at: now,
+        dot_at: None,
+        result,
+        detail,
+        suppress,
+    }
+}
+
+/// The destination's wait before the next attempt, with up to a fifth more or less, so that what
+/// failed together does not come back together.
+fn wait(item: &Item, policy: &Policy, chance: f64) -> Duration {
+    let step = usize::from(item.attempt.saturating_sub(1));
+    let retry = &policy.limits.retry;
+    let base = retry.get(step).or(retry.last()).copied().unwrap_or(Duration::from_secs(300));
+    base.mul_f64(0.8 + 0.4 * chance.clamp(0.0, 1.0))
+}
+
+fn retry_or_expire(detail: &mut AttemptDetail, item: &Item, policy: &Policy, now: Timestamp, wait: Duration) -> AttemptResult {
+    let retry_at = now + wait;
+    // A wait that outlasts the message is no wait. The last number stands for "and so on".
+    if retry_at >= expires_at(item, policy) || item.attempt == u8::MAX {
+        detail.class = Some(Class::Expired);
+        detail.blame.get_or_insert(Blame::Destination);
+        return AttemptResult::Failed;
+    }
+    AttemptResult::TemporaryError { retry_at, ambiguous: false }
+}
+
+fn ambiguous(detail: &mut AttemptDetail, text: String, item: &Item, policy: &Policy, now: Timestamp) -> AttemptResult {
+    detail.reply = bounded(&text);
+    (detail.class, detail.blame) = (Some(Class::ConnectFailure), Some(Blame::Destination));
+    if policy.ambiguous == AmbiguousPolicy::AssumeDelivered {
+        (detail.class, detail.blame) = (None, None);
+        return AttemptResult::Delivered;
+    }
+    let retry_at = now + policy.ambiguous_after;
+    // Once more and no further: a peer that swallows every message would get it for days.
+    if item.ambiguous_before || retry_at >= expires_at(item, policy) {
+        return AttemptResult::Failed;
+    }
+    AttemptResult::TemporaryError { retry_at, ambiguous: true }
+}
+
+fn describe(detail: &mut AttemptDetail, reply: &Reply) {
+    detail.smtp_code = Some(reply.code);
+    detail.enhanced_code = reply.enhanced.map(|code| model::EnhancedCode(code.class, code.subject, code.detail));
+    detail.reply = bounded(&reply.to_string());
+}
+
+/// At most [`REPLY_MAX`] bytes, printable, whole characters.
+pub fn bounded(text: &str) -> Box<str> {
+    let clean = |c: char| if c.is_control() { ' ' } else { c };
+    let mut kept = String::with_capacity(text.len().min(REPLY_MAX));
+    for c in text.chars().map(clean) {
+        if kept.len() + c.len_utf8() > REPLY_MAX {
+            break;
+        }
+        kept.push(c);
+    }
+    kept.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classify::Rules;
+    use crate::queue::fixtures::{item, policy};
+    use proptest::prelude::*;
+
+    fn refused(code: u16, text: &str) -> Finding {
+        let reply = Reply::new(code, text);
+        let reading = Rules::shipped().classify(&reply);
+        Finding::Refused(reply, reading)
+    }
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000_000);
+
+    #[test]
+    fn findings_and_results() {
+        let at = |millis| AttemptResult::TemporaryError { retry_at: Timestamp::from_millis(millis), ambiguous: false };
+        let unreachable = |class, blame, is_final| {
+            Finding::Unreachable(Trouble { class, blame, text: "x".into(), reply: None, host: "".into(), is_final })
+        };
+        let table = [
+            (Finding::Delivered(Reply::new(250, "2.0.0 ok")), AttemptResult::Delivered, None),
+            (refused(550, "5.1.1 No such user"), AttemptResult::Bounce, Some(SuppressionReason::InvalidAddress)),
+            (refused(550, "5.7.1 blocked using zen.spamhaus.org"), AttemptResult::Bounce, None),
+            (refused(451, "4.3.0 x"), at(1_300_000), None),
+            (refused(451, "4.7.1 greylisted, try again in 600 seconds"), at(1_600_000), None),
+            (unreachable(Class::BadDomain, Blame::Recipient, true), AttemptResult::Failed, Some(SuppressionReason::InvalidAddress)),
+            (unreachable(Class::DnsFailure, Blame::Destination, false), at(1_300_000), None),
+            (Finding::TooLate, AttemptResult::Failed, None),
+            (Finding::Unmade("x".into()), AttemptResult::Failed, None),
+            (Finding::Cancelled, AttemptResult::Cancelled, None),
+        ];
+        for (finding, result, suppress) in table {
+            let attempt = decide(finding.clone(), &item(1), &policy(), NOW, 0.5);
+            assert_eq!((attempt.result, attempt.suppress), (result, suppress), "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn retries_end_with_the_last_reply() {
+        let mut item = item(3);
+        std::sync::Arc::make_mut(&mut item.batch).expires_at = Some(NOW + Duration::from_secs(60));
+        let attempt = decide(refused(451, "4.3.0 not now"), &item, &policy(), NOW, 0.5);
+        assert_eq!(attempt.result, AttemptResult::Failed);
+        assert_eq!(attempt.detail.class, Some(Class::Expired));
+        assert_eq!(&*attempt.detail.reply, "451 4.3.0 not now");
+        assert_eq!(attempt.suppress, None);
+    }
+
+    #[test]
+    fn an_ambiguous_attempt_is_repeated_once_and_not_soon() {
+        let once = decide(Finding::Ambiguous("x".into()), &item(1), &policy(), NOW, 0.0);
+        let retry_at = NOW + Duration::from_secs(1_800);
+        assert_eq!(once.result, AttemptResult::TemporaryError { retry_at, ambiguous: true });
+        let again = Item { ambiguous_before: true, ..item(2) };
+        assert_eq!(decide(Finding::Ambiguous("x".into()), &again, &policy(), NOW, 0.0).result, AttemptResult::Failed);
+        let assume = Policy { ambiguous: AmbiguousPolicy::AssumeDelivered, ..policy() };
+        assert_eq!(decide(Finding::Ambiguous("x".into()), &item(1), &assume, NOW, 0.0).result, AttemptResult::Delivered);
+    }
+
+    proptest! {
+        #[test]
+        fn jitter_is_a_fifth_and_the_last_wait_repeats(attempt in 1_u8..100, chance in 0.0_f64..=1.0) {
+            let policy = policy();
+            let base = policy.limits.retry[usize::from(attempt - 1).min(policy.limits.retry.len() - 1)];
+            let wait = wait(&item(attempt), &policy, chance);
+            prop_assert!(wait >= base.mul_f64(0.799) && wait <= base.mul_f64(1.201));
+        }
+
+        #[test]
+        fn texts_are_bounded_and_printable(text: String) {
+            let kept = bounded(&text);
+            prop_assert!(kept.len() <= REPLY_MAX && !kept.chars().any(char::is_control));
+        }
+    }
+}

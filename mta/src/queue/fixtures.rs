@@ -1,0 +1,87 @@
+//! What the tests of this room are made of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::{BatchId, LotNumber, Partition, Place, Priority, Row, Timestamp, TrackingMode};
+use service::config::AmbiguousPolicy;
+use service::config::shaping::Limits;
+use store::{BatchHead, LeasedRange, LeasedRecipient, RangeRef};
+
+use super::job::{Item, Policy};
+use crate::shaping::Destination;
+
+pub(crate) fn head(batch: u8) -> BatchHead {
+    BatchHead {
+        id: BatchId::from_bytes([batch; 16]),
+        account: "default".into(),
+        campaign: None,
+        list: "default".into(),
+        priority: Priority::Bulk,
+        created_at: Timestamp::from_millis(0),
+        release_at: Timestamp::from_millis(0),
+        expires_at: None,
+        tracking: TrackingMode::Individual,
+        metadata: serde_json::Value::Null,
+    }
+}
+
+pub(crate) fn row(index: u32, email: &str) -> Row {
+    Row {
+        index,
+        email: email.parse().expect("an address"),
+        name: None,
+        prospect_id: None,
+        vars: None,
+        metadata: None,
+        tracking: None,
+    }
+}
+
+pub(crate) fn range_ref(id: u64) -> RangeRef {
+    RangeRef { id, partition: Partition(0), token: 1 }
+}
+
+pub(crate) fn item(attempt: u8) -> Item {
+    Item {
+        range: range_ref(1),
+        batch: Arc::new(head(1)),
+        place: Place { lot: LotNumber(0), position: 0 },
+        offset: 0,
+        row: row(0, "a@x.example"),
+        attempt,
+        ambiguous_before: false,
+    }
+}
+
+pub(crate) fn policy() -> Policy {
+    Policy {
+        destination: Destination::named("x.example"),
+        limits: Limits::default(),
+        ambiguous: AmbiguousPolicy::Retry,
+        ambiguous_after: Duration::from_secs(1_800),
+    }
+}
+
+/// A range with these recipients, all of which may be started.
+pub(crate) fn range(id: u64, queue: &str, emails: &[&str]) -> LeasedRange {
+    let items = emails.iter().enumerate().map(|(at, email)| {
+        let offset = u32::try_from(at).expect("few");
+        LeasedRecipient {
+            place: Place { lot: LotNumber(u32::try_from(id).expect("few")), position: u16::try_from(at).expect("few") },
+            offset,
+            row: row(offset, email),
+            attempts: 0,
+            maybe_started: false,
+            ambiguous_before: false,
+        }
+    });
+    LeasedRange {
+        range: range_ref(id),
+        batch: Arc::new(head(u8::try_from(id).expect("few"))),
+        queue: queue.into(),
+        items: items.collect(),
+        window: store::WINDOW,
+        expires_at: Timestamp::from_millis(0),
+    }
+}

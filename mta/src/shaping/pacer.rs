@@ -1,0 +1,192 @@
+//! How often: at most N in any window, with the time as an argument.
+//!
+//! Owns the arithmetic of a rate. Reads no clock, sleeps nowhere.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use model::units::Rate;
+
+/// The most moments remembered per pacer: what a second holds beyond this is spread over parts of it.
+const LOG_MAX: u32 = 1_024;
+
+/// Permits for one rate.
+///
+/// A rate per second may burst: any N at once, but no window of a second holds more than N. A rate
+/// per minute, hour or day is spread evenly, so that `100/h` never means a hundred in one breath.
+#[derive(Debug, Clone)]
+pub struct Pacer {
+    rate: Rate,
+    /// How many a window holds; zero stands for no limit.
+    count: usize,
+    window: Duration,
+    /// The latest permits, oldest first, at most `count`. They may lie in the future: reserved.
+    taken: VecDeque<Instant>,
+}
+
+impl Pacer {
+    /// A pacer whose last window, up to `now`, counts as used up: what this process sent before it
+    /// was restarted is not known, and a restart must not double a rate.
+    pub fn exhausted(rate: Rate, now: Instant) -> Self {
+        let mut pacer = Self::new(rate);
+        pacer.taken.extend(std::iter::repeat_n(now, pacer.count));
+        pacer
+    }
+
+    /// A pacer that has given no permit.
+    pub fn new(rate: Rate) -> Self {
+        let (count, window) = shape(rate);
+        Self { rate, count, window, taken: VecDeque::with_capacity(count) }
+    }
+
+    /// The rate it keeps.
+    pub fn rate(&self) -> Rate {
+        self.rate
+    }
+
+    /// Keeps another rate from now on; permits given under the old one count.
+    pub fn change(&mut self, rate: Rate) {
+        self.rate = rate;
+        (self.count, self.window) = shape(rate);
+        let surplus = self.taken.len().saturating_sub(self.count);
+        self.taken.drain(..surplus);
+    }
+
+    /// When the next permit is free; not before `now`.
+    pub fn free_at(&self, now: Instant) -> Instant {
+        if self.count == 0 || self.taken.len() < self.count {
+            return now.max(self.taken.back().copied().unwrap_or(now));
+        }
+        // Sorted, so the front is the permit that leaves the window first.
+        let oldest = self.taken.front().copied().unwrap_or(now);
+        now.max(oldest + self.window)
+    }
+
+    /// Takes a permit if one is free at `now`.
+    ///
+    /// # Errors
+    /// When to ask again.
+    pub fn take(&mut self, now: Instant) -> Result<(), Instant> {
+        match self.free_at(now) {
+            at if at <= now => {
+                self.note(now);
+                Ok(())
+            }
+            at => Err(at),
+        }
+    }
+
+    /// Takes the next permit, now or in the future, and says when it may be used.
+    pub fn reserve(&mut self, now: Instant) -> Instant {
+        let at = self.free_at(now);
+        self.note(at);
+        at
+    }
+
+    fn note(&mut self, at: Instant) {
+        if self.count == 0 {
+            return;
+        }
+        if self.taken.len() >= self.count {
+            self.taken.pop_front();
+        }
+        self.taken.push_back(at);
+    }
+}
+
+/// How many permits in which window keep `rate`.
+fn shape(rate: Rate) -> (usize, Duration) {
+    let second = Duration::from_secs(1);
+    match rate {
+        Rate::Unlimited => (0, Duration::ZERO),
+        Rate::Limited { count, per } if per > second => (1, per / count),
+        // k parts of a second, each with the k-th part: any second touches at most k whole ones.
+        Rate::Limited { count, per } => {
+            let parts = count.div_ceil(LOG_MAX);
+            // Rounded up: a part too short by a nanosecond would let one too many in.
+            ((count / parts) as usize, per / parts + Duration::from_nanos(u64::from(parts > 1)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use service::clock::{Clock, SystemClock};
+
+    fn rate(text: &str) -> Rate {
+        text.parse().expect("a rate")
+    }
+
+    #[test]
+    fn a_second_may_burst_and_an_hour_may_not() {
+        let start = SystemClock.instant();
+        let mut second = Pacer::new(rate("3/s"));
+        for _ in 0..3 {
+            assert_eq!(second.take(start), Ok(()));
+        }
+        assert_eq!(second.take(start), Err(start + Duration::from_secs(1)));
+        let mut hour = Pacer::new(rate("360/h"));
+        assert_eq!(hour.reserve(start), start);
+        assert_eq!(hour.reserve(start), start + Duration::from_secs(10));
+        assert_eq!(hour.reserve(start), start + Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_restart_does_not_double_a_rate() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::exhausted(rate("3/s"), start);
+        assert_eq!(pacer.take(start), Err(start + Duration::from_secs(1)));
+        let mut pacer = Pacer::exhausted(rate("6/m"), start);
+        assert_eq!(pacer.take(start), Err(start + Duration::from_secs(10)));
+        assert_eq!(Pacer::exhausted(Rate::Unlimited, start).take(start), Ok(()));
+    }
+
+    #[test]
+    fn a_changed_rate_holds_at_once() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::new(rate("10/s"));
+        for _ in 0..10 {
+            assert_eq!(pacer.take(start), Ok(()));
+        }
+        pacer.change(rate("2/s"));
+        assert_eq!(pacer.take(start + Duration::from_millis(999)), Err(start + Duration::from_secs(1)));
+        pacer.change(Rate::Unlimited);
+        assert_eq!(pacer.take(start), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_second_holds_more_than_the_rate(
+            count in 1_u32..5_000, steps in proptest::collection::vec(0_u64..400, 1..200), greed in 1_usize..2_000,
+        ) {
+            let mut now = SystemClock.instant();
+            let mut pacer = Pacer::new(Rate::Limited { count, per: Duration::from_secs(1) });
+            let mut taken = VecDeque::new();
+            for step in steps {
+                now += Duration::from_millis(step);
+                for _ in 0..greed {
+                    if pacer.take(now).is_err() {
+                        break;
+                    }
+                    taken.push_back(now);
+                }
+                while taken.front().is_some_and(|&at: &Instant| now - at >= Duration::from_secs(1)) {
+                    taken.pop_front();
+                }
+                prop_assert!(taken.len() <= count as usize, "{} in a second", taken.len());
+            }
+        }
+
+        #[test]
+        fn reservations_are_permits(count in 1_u32..50, asks in 1_usize..200) {
+            let now = SystemClock.instant();
+            let mut pacer = Pacer::new(Rate::Limited { count, per: Duration::from_secs(1) });
+            let slots: Vec<_> = (0..asks).map(|_| pacer.reserve(now)).collect();
+            for pair in slots.windows(count as usize + 1) {
+                prop_assert!(pair[count as usize] - pair[0] >= Duration::from_secs(1));
+            }
+        }
+    }
+}
