@@ -1,1 +1,27 @@
-//! Templates, link rewriting, MIME and DKIM; pure.
+//! Templates, link rewriting, MIME and DKIM.
+//!
+//! Owns the way from a batch's content and one recipient to the bytes of a message. Content is
+//! compiled once per batch ([`Content::compile`]) and rendered per recipient
+//! ([`Content::render`]); the same arguments give the same bytes, always. Pure: must not do I/O or
+//! read a clock or a random source. Nothing that a caller or a recipient supplies may panic, grow
+//! without bound, or bring a line break into a header.
+#![forbid(unsafe_code)]
+
+mod content;
+pub mod dkim;
+mod header;
+mod jinja;
+mod mime;
+mod rewrite;
+mod sink;
+mod spec;
+mod template;
+mod url;
+
+pub use content::{Content, Message};
+pub use rewrite::{LinkReport, SkippedLink};
+pub use spec::{
+    BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, Tracker,
+    TrackingSpec,
+};
+pub use url::SkipReason;

@@ -1,0 +1,598 @@
+//! Templates: one environment per content, and what a template can reach.
+//!
+//! Owns the bounds (steps, output, depth), what counts as missing, and escaping. HTML escapes
+//! values, text and headers do not; `null` prints as nothing.
+
+use crate::jinja::Tags;
+use crate::rewrite::{HTML_LINK, Link, PIXEL, PRIVATE, TEXT_LINK};
+use crate::sink::Sink;
+use crate::spec::{ContentError, RecipientError, Tracker};
+use crate::url::{Rules, decode_attribute, escape_html};
+use links::{Flags, Kind, Token};
+use minijinja::value::Object;
+use minijinja::{
+    AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value,
+};
+use model::{MessageId, TrackingMode};
+use std::sync::Arc;
+
+/// Steps that one template may take: some milliseconds.
+const FUEL: u64 = 250_000;
+/// How deep macros and includes may nest.
+const DEPTH: usize = 40;
+/// The most that one part may become, before it is encoded.
+const LONGEST_PART: usize = 4 << 20;
+/// The most that one header field may become.
+const LONGEST_HEADER: usize = 8 << 10;
+
+/// One template, by the name of its field.
+pub(crate) struct Field {
+    name: String,
+    kind: FieldKind,
+    /// A guess at the size of the output.
+    hint: usize,
+}
+
+enum FieldKind {
+    /// No tag in it: the text itself, with CRLF line ends.
+    Constant(Vec<u8>),
+    /// In the environment under the field's name.
+    Template,
+}
+
+/// All templates of a content.
+pub(crate) struct Templates {
+    env: Environment<'static>,
+    fields: Vec<Field>,
+    needs: Needs,
+}
+
+/// What a recipient must bring, as far as it can be told without rendering.
+#[derive(Default)]
+struct Needs {
+    /// Plain `{{ path.to.it }}`.
+    paths: Vec<Box<str>>,
+    /// Paths that a filter for strings is put on.
+    strings: Vec<Box<str>>,
+    /// There is more than that: only a trial can tell.
+    trial: bool,
+}
+
+/// The place of a field among the templates.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FieldIndex(usize);
+
+impl Templates {
+    pub(crate) fn new() -> Self {
+        Self {
+            env: environment(UndefinedBehavior::Strict),
+            fields: Vec::new(),
+            needs: Needs::default(),
+        }
+    }
+
+    /// Compiles `source`, the field as its author wrote it, and keeps what `rewrite` makes of it.
+    pub(crate) fn add(
+        &mut self,
+        name: &str,
+        source: &str,
+        rewrite: impl FnOnce(&str) -> String,
+    ) -> Result<FieldIndex, ContentError> {
+        // Errors speak of the source that the author knows.
+        self.compile(name, source)?;
+        self.needs.learn(source);
+        let rewritten = rewrite(source);
+        let kind = if Tags::scan(&rewritten).is_empty() {
+            self.env.remove_template(name);
+            FieldKind::Constant(crate::sink::crlf(&rewritten))
+        } else {
+            self.compile(name, &rewritten)?;
+            FieldKind::Template
+        };
+        self.fields.push(Field {
+            name: name.to_owned(),
+            kind,
+            hint: rewritten.len() + rewritten.len() / 4,
+        });
+        Ok(FieldIndex(self.fields.len() - 1))
+    }
+
+    fn compile(&mut self, name: &str, source: &str) -> Result<(), ContentError> {
+        self.env
+            .add_template_owned(name.to_owned(), source.to_owned())
+            .map_err(|error| template_error(name, &error))
+    }
+
+    /// Renders everything once with nothing but the defaults of the batch and every unknown
+    /// variable empty, to find what fails for everybody: unknown filters, endless loops.
+    pub(crate) fn trial(&self, defaults: &Value) -> Vec<ContentError> {
+        let mut env = self.env.clone();
+        env.set_undefined_behavior(UndefinedBehavior::Chainable);
+        let scope = Scope {
+            defaults: defaults.clone(),
+            ..Scope::empty()
+        };
+        let scope = Value::from_object(scope);
+        let fatal = |field: &Field| match run(&env, field, &scope) {
+            Ok(_) => None,
+            Err(Failure::TooLarge) => Some(ContentError {
+                field: field.name.clone(),
+                line: None,
+                template: true,
+                detail: format!("becomes larger than {} bytes", field.limit()),
+            }),
+            Err(Failure::Template(error)) => {
+                is_everyones(&error).then(|| template_error(&field.name, &error))
+            }
+        };
+        self.fields.iter().filter_map(fatal).collect()
+    }
+
+    /// Renders a field with CRLF line ends.
+    pub(crate) fn render(
+        &self,
+        field: FieldIndex,
+        scope: &Value,
+    ) -> Result<Vec<u8>, RecipientError> {
+        let Some(field) = self.fields.get(field.0) else {
+            return Ok(Vec::new());
+        };
+        run(&self.env, field, scope).map_err(|failure| failure.for_recipient(field))
+    }
+
+    /// Whether `scope` has what the templates need; renders them only when that cannot be told
+    /// otherwise.
+    pub(crate) fn check(&self, scope: &Arc<Scope>) -> Result<(), RecipientError> {
+        if !self.needs.trial
+            && self
+                .needs
+                .strings
+                .iter()
+                .all(|path| scope.path(path).as_str().is_some())
+        {
+            return match self.needs.paths.iter().find_map(|path| scope.missing(path)) {
+                None => Ok(()),
+                Some(name) => Err(RecipientError::MissingVariable {
+                    name: name.to_owned(),
+                }),
+            };
+        }
+        let scope = Value::from_dyn_object(Arc::clone(scope));
+        for field in &self.fields {
+            run(&self.env, field, &scope).map_err(|failure| failure.for_recipient(field))?;
+        }
+        Ok(())
+    }
+}
+
+impl Needs {
+    fn learn(&mut self, source: &str) {
+        let tags = Tags::scan(source);
+        self.trial |= tags.has_statements(source);
+        for expression in tags.expressions(source) {
+            match simple(expression) {
+                Some((path, filtered)) if !RESERVED.contains(&path) => {
+                    let paths = if filtered {
+                        &mut self.strings
+                    } else {
+                        &mut self.paths
+                    };
+                    if !paths.iter().any(|known| &**known == path) {
+                        paths.push(path.into());
+                    }
+                }
+                Some(_) => {}
+                None => self.trial = true,
+            }
+        }
+    }
+}
+
+/// What is always there.
+const RESERVED: [&str; 5] = [
+    "unsubscribe_url",
+    "email",
+    "name",
+    "prospect_id",
+    "message_id",
+];
+/// Filters that take any string.
+const STRING_FILTERS: [&str; 10] = [
+    "e",
+    "escape",
+    "upper",
+    "lower",
+    "title",
+    "capitalize",
+    "trim",
+    "safe",
+    "urlencode",
+    "length",
+];
+
+/// `path.to.it`, or that with filters that take any string; `None` for all else.
+fn simple(expression: &str) -> Option<(&str, bool)> {
+    let mut pieces = expression.split('|').map(str::trim);
+    let path = pieces.next()?;
+    let name = |part: &str| {
+        let mut bytes = part.bytes();
+        bytes
+            .next()
+            .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
+            && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    let literal = matches!(
+        path,
+        "true" | "false" | "none" | "True" | "False" | "None" | "self" | "loop"
+    );
+    let mut filtered = false;
+    for filter in pieces {
+        filtered = true;
+        if !STRING_FILTERS.contains(&filter) {
+            return None;
+        }
+    }
+    (!literal && path.split('.').all(name)).then_some((path, filtered))
+}
+
+enum Failure {
+    TooLarge,
+    Template(Error),
+}
+
+impl Failure {
+    fn for_recipient(self, field: &Field) -> RecipientError {
+        match self {
+            Self::TooLarge => RecipientError::InvalidVars {
+                detail: format!("{} becomes larger than {} bytes", field.name, field.limit()),
+            },
+            Self::Template(error) if error.kind() == ErrorKind::UndefinedError => {
+                let detail = error.detail().unwrap_or("a variable");
+                let name = detail.split('`').nth(1).unwrap_or(detail).to_owned();
+                RecipientError::MissingVariable { name }
+            }
+            Self::Template(error) => {
+                let error = template_error(&field.name, &error);
+                let line = error
+                    .line
+                    .map(|line| format!(", line {line}"))
+                    .unwrap_or_default();
+                RecipientError::InvalidVars {
+                    detail: format!("{}{line}: {}", error.field, error.detail),
+                }
+            }
+        }
+    }
+}
+
+impl Field {
+    fn limit(&self) -> usize {
+        if matches!(self.name.as_str(), "html" | "text") {
+            LONGEST_PART
+        } else {
+            LONGEST_HEADER
+        }
+    }
+}
+
+fn run(env: &Environment<'_>, field: &Field, scope: &Value) -> Result<Vec<u8>, Failure> {
+    match &field.kind {
+        FieldKind::Constant(text) if text.len() > field.limit() => Err(Failure::TooLarge),
+        FieldKind::Constant(text) => Ok(text.clone()),
+        FieldKind::Template => {
+            let mut sink = Sink::new(field.hint, field.limit());
+            let template = env.get_template(&field.name).map_err(Failure::Template)?;
+            match template
+                .render_captured_to(scope.clone(), &mut sink)
+                .map(drop)
+            {
+                Ok(()) => Ok(sink.into_text()),
+                Err(_) if sink.overflowed() => Err(Failure::TooLarge),
+                Err(error) => Err(Failure::Template(error)),
+            }
+        }
+    }
+}
+
+fn environment(undefined: UndefinedBehavior) -> Environment<'static> {
+    let mut env = Environment::new();
+    env.set_undefined_behavior(undefined);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(DEPTH);
+    env.set_auto_escape_callback(|name| {
+        if name == "html" {
+            AutoEscape::Html
+        } else {
+            AutoEscape::None
+        }
+    });
+    env.set_formatter(format);
+    // The only way to grow a value from one turn of a loop to the next.
+    env.remove_global("namespace");
+    env
+}
+
+/// As MiniJinja's own, but `null` is nothing and `/` stays (it would make every URL unreadable).
+fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+    match value.as_str() {
+        _ if value.is_none() => Ok(()),
+        Some(text) if value.is_safe() || matches!(state.auto_escape(), AutoEscape::None) => {
+            out.write_str(text).map_err(Error::from)
+        }
+        Some(text) if matches!(state.auto_escape(), AutoEscape::Html) => {
+            escape_html(out, text).map_err(Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+fn template_error(field: &str, error: &Error) -> ContentError {
+    let detail = match error.detail() {
+        Some(detail) => format!("{}: {detail}", error.kind()),
+        None => error.kind().to_string(),
+    };
+    ContentError {
+        field: field.to_owned(),
+        line: error.line(),
+        template: true,
+        detail,
+    }
+}
+
+/// Whether an error of the trial does not come from variables that were not there.
+fn is_everyones(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::OutOfFuel
+            | ErrorKind::UnknownFilter
+            | ErrorKind::UnknownFunction
+            | ErrorKind::UnknownTest
+            | ErrorKind::TemplateNotFound
+            | ErrorKind::BadInclude
+            | ErrorKind::SyntaxError
+    )
+}
+
+/// What links of a content need when they are rendered.
+#[derive(Debug, Default)]
+pub(crate) struct LinkTable {
+    pub(crate) links: Vec<Link>,
+    pub(crate) rules: Rules,
+    pub(crate) clicks: bool,
+}
+
+/// The tracked side of one message.
+#[derive(Debug, Clone)]
+pub(crate) struct Tracked {
+    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) message: MessageId,
+    pub(crate) flags: Flags,
+}
+
+impl Tracked {
+    /// The URL of a token, or `None` for a target that no token takes.
+    pub(crate) fn url(&self, kind: Kind, link: u16, target: &str) -> Option<String> {
+        let path = match kind {
+            Kind::Open => "/o/",
+            Kind::Click => "/c/",
+            Kind::Unsubscribe => "/u/",
+        };
+        let base = self.tracker.base_url();
+        let mut url = String::with_capacity(base.len() + 80 + target.len() * 3 / 2);
+        url.push_str(base);
+        url.push_str(path);
+        let Self {
+            flags,
+            message: MessageId { batch, index },
+            ..
+        } = *self;
+        let token = Token {
+            kind,
+            flags,
+            batch,
+            index,
+            link,
+            target,
+        };
+        self.tracker.signer().sign(&token, &mut url).ok()?;
+        Some(url)
+    }
+
+    fn click(&self, link: usize, target: &str) -> Option<String> {
+        if self.flags.mode == TrackingMode::Off {
+            return None;
+        }
+        self.url(Kind::Click, u16::try_from(link).ok()?, target)
+    }
+}
+
+/// What a template can reach: the recipient's variables before the batch's, and what is ours
+/// before both.
+#[derive(Debug)]
+pub(crate) struct Scope {
+    pub(crate) vars: Value,
+    pub(crate) defaults: Value,
+    pub(crate) email: Value,
+    pub(crate) name: Value,
+    pub(crate) prospect_id: Value,
+    pub(crate) table: Arc<LinkTable>,
+    /// `None` in trials: links and pixel are empty then.
+    pub(crate) tracked: Option<Tracked>,
+}
+
+impl Scope {
+    fn empty() -> Self {
+        let none = Value::UNDEFINED;
+        Self {
+            vars: none.clone(),
+            defaults: none.clone(),
+            email: Value::from(""),
+            name: none.clone(),
+            prospect_id: none,
+            table: Arc::default(),
+            tracked: None,
+        }
+    }
+
+    fn of_callers(&self, key: &str) -> Option<Value> {
+        let found = |map: &Value| map.get_attr(key).ok().filter(|value| !value.is_undefined());
+        found(&self.vars).or_else(|| found(&self.defaults))
+    }
+
+    fn of_recipient(&self, given: &Value, key: &str) -> Value {
+        if given.is_undefined() {
+            self.of_callers(key).unwrap_or_else(|| Value::from(""))
+        } else {
+            given.clone()
+        }
+    }
+
+    fn url(&self, kind: Kind) -> String {
+        self.tracked
+            .as_ref()
+            .and_then(|tracked| tracked.url(kind, 0, ""))
+            .unwrap_or_default()
+    }
+
+    fn pixel(&self) -> String {
+        match &self.tracked {
+            Some(tracked) if tracked.flags.mode != TrackingMode::Off => {
+                format!(
+                    "<img src=\"{}.gif\" alt=\"\" width=\"1\" height=\"1\">",
+                    self.url(Kind::Open)
+                )
+            }
+            _ => String::new(),
+        }
+    }
+
+    fn link(&self, number: usize) -> Option<Value> {
+        match self.table.links.get(number)? {
+            Link::Constant { plain, target } => {
+                let url = self
+                    .tracked
+                    .as_ref()
+                    .and_then(|tracked| tracked.click(number, target));
+                Some(Value::from_safe_string(
+                    url.unwrap_or_else(|| plain.to_string()),
+                ))
+            }
+            Link::Dynamic(_) => None,
+        }
+    }
+
+    /// What stands in the place of a rendered URL.
+    fn rendered_link(&self, number: usize, rendered: &str, html: bool) -> String {
+        let Some(tracked) = &self.tracked else {
+            return String::new();
+        };
+        let url = if html {
+            decode_attribute(rendered)
+        } else {
+            rendered.into()
+        };
+        if url.trim_start().starts_with(tracked.tracker.base_url()) {
+            return rendered.to_owned();
+        }
+        let Ok(target) = self.table.rules.target(&url) else {
+            return rendered.to_owned();
+        };
+        let click = if self.table.clicks {
+            tracked.click(number, &target)
+        } else {
+            None
+        };
+        match click {
+            Some(url) => url,
+            None if self.table.rules.utm.is_empty() => rendered.to_owned(),
+            None if html => {
+                let mut out = String::with_capacity(target.len() + 16);
+                // A String takes everything.
+                escape_html(&mut out, &target).unwrap_or_default();
+                out
+            }
+            None => target,
+        }
+    }
+
+    fn private(self: &Arc<Self>, key: &str) -> Option<Value> {
+        match key {
+            PIXEL => Some(Value::from_safe_string(self.pixel())),
+            HTML_LINK => Some(Value::from_object(RenderedLink {
+                scope: Arc::clone(self),
+                html: true,
+            })),
+            TEXT_LINK => Some(Value::from_object(RenderedLink {
+                scope: Arc::clone(self),
+                html: false,
+            })),
+            _ => self.link(key.strip_prefix(PRIVATE)?.parse().ok()?),
+        }
+    }
+
+    /// The first part of `path.to.it` that is not there.
+    fn missing<'a>(self: &Arc<Self>, path: &'a str) -> Option<&'a str> {
+        let ends = path
+            .match_indices('.')
+            .map(|(at, _)| at)
+            .chain([path.len()]);
+        ends.filter_map(|end| path.get(..end))
+            .find(|part| self.path(part).is_undefined())
+    }
+
+    /// The value at `path.to.it`; undefined when a step is not there.
+    fn path(self: &Arc<Self>, path: &str) -> Value {
+        let mut steps = path.split('.');
+        let first = steps
+            .next()
+            .and_then(|name| self.get_value_by_str(name))
+            .unwrap_or(Value::UNDEFINED);
+        steps.fold(first, |value, name| {
+            value.get_attr(name).unwrap_or(Value::UNDEFINED)
+        })
+    }
+}
+
+impl Object for Scope {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.get_value_by_str(key.as_str()?)
+    }
+
+    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
+        match key {
+            "unsubscribe_url" => Some(Value::from_safe_string(self.url(Kind::Unsubscribe))),
+            "message_id" => {
+                let id = self
+                    .tracked
+                    .as_ref()
+                    .map(|tracked| tracked.message.to_string());
+                Some(Value::from(id.unwrap_or_default()))
+            }
+            "email" => Some(self.email.clone()),
+            "name" => Some(self.of_recipient(&self.name, key)),
+            "prospect_id" => Some(self.of_recipient(&self.prospect_id, key)),
+            _ if key.starts_with(PRIVATE) => self.private(key),
+            _ => self.of_callers(key),
+        }
+    }
+}
+
+/// The function that makes a link of a URL rendered in its place.
+#[derive(Debug)]
+struct RenderedLink {
+    scope: Arc<Scope>,
+    html: bool,
+}
+
+impl Object for RenderedLink {
+    fn call(self: &Arc<Self>, _: &mut State<'_, '_>, args: &[Value]) -> Result<Value, Error> {
+        let [number, rendered] = args else {
+            return Err(Error::from(ErrorKind::MissingArgument));
+        };
+        let number = usize::try_from(number.clone()).unwrap_or(usize::MAX);
+        let rendered = rendered.as_str().unwrap_or_default();
+        Ok(Value::from_safe_string(
+            self.scope.rendered_link(number, rendered, self.html),
+        ))
+    }
+}

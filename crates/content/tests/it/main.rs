@@ -1,0 +1,5 @@
+//! Content from outside: a spec in, the bytes of a message out.
+
+mod common;
+mod compile;
+mod render;
