@@ -2,3 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod dns;
+pub mod smtp_peer;
+pub mod tls;

@@ -192,6 +192,12 @@ impl ServerSession {
         self.mode == Mode::Closing
     }
 
+    /// STARTTLS was granted: write the output, then do the handshake.
+    #[must_use]
+    pub fn is_handshake_due(&self) -> bool {
+        self.mode == Mode::Handshake
+    }
+
     /// The client's name in EHLO or HELO.
     #[must_use]
     pub fn client_name(&self) -> &str {
