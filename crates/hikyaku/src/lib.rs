@@ -1,1 +1,8 @@
-//! The command line.
+//! The command line: what an operator types, and what is printed.
+//!
+//! Owns arguments, output and exit codes, and wires the rooms together. Must not contain mail logic.
+#![forbid(unsafe_code)]
+
+mod check_config;
+pub mod cli;
+mod dkim;

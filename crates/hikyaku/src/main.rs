@@ -1,2 +1,7 @@
 //! The `hikyaku` executable.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hikyaku::cli::main()
+}

@@ -1,0 +1,157 @@
+//! Arguments, and how a command ends.
+//!
+//! Exit codes: 0 done, 1 failed at run time, 2 bad usage or configuration.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use service::config::{Environment, Mistakes};
+
+use crate::{check_config, dkim};
+
+/// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
+#[derive(Debug, Parser)]
+#[command(name = "hikyaku", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Report every mistake in a configuration and the files it names; needs no network
+    CheckConfig(check_config::Args),
+    /// Make DKIM keys, and compare DNS with them
+    #[command(subcommand)]
+    Dkim(dkim::Command),
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The arguments make no sense: exit code 2; or help was asked for: 0.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// The configuration has mistakes: exit code 2.
+    #[error(transparent)]
+    Configuration(#[from] Mistakes),
+    /// It was tried and did not work: exit code 1.
+    #[error(transparent)]
+    Run(#[from] anyhow::Error),
+    /// It was done, and the answer is no: exit code 1, nothing more to say.
+    #[error("the answer is no")]
+    No,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Run(error.into())
+    }
+}
+
+impl Failure {
+    /// What the process ends with.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(stopped) if !stopped.use_stderr() => 0,
+            Self::Usage(_) | Self::Configuration(_) => 2,
+            Self::Run(_) | Self::No => 1,
+        }
+    }
+}
+
+/// Where a command reads and writes, so that a test can look.
+pub struct Terminal<'a> {
+    /// Standard output.
+    pub out: &'a mut dyn Write,
+    /// The environment.
+    pub environment: Environment,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let mut terminal = Terminal {
+        out: &mut io::stdout().lock(),
+        environment: Environment::of_process(),
+    };
+    match run_arguments(std::env::args_os(), &mut terminal) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            report(&failure, &mut io::stderr().lock());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+/// Runs `arguments`, the program's name first.
+///
+/// # Errors
+/// When the command did not do what it was asked; see [`Failure::exit_code`].
+pub fn run_arguments<A: Into<OsString> + Clone>(
+    arguments: impl IntoIterator<Item = A>,
+    terminal: &mut Terminal<'_>,
+) -> Result<(), Failure> {
+    run(Cli::try_parse_from(arguments)?, terminal)
+}
+
+fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
+    match cli.command {
+        Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
+        Command::Dkim(command) => dkim::run(command, terminal),
+    }
+}
+
+fn report(failure: &Failure, to: &mut impl Write) {
+    // Where nobody reads any more, the exit code still tells.
+    match failure {
+        // Help goes to standard output, mistakes to standard error, in colours where there are any.
+        Failure::Usage(stopped) => stopped.print().ok(),
+        Failure::Configuration(mistakes) => writeln!(to, "{mistakes}").ok(),
+        Failure::Run(error) => writeln!(to, "hikyaku: {error:#}").ok(),
+        Failure::No => None,
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_arguments_make_sense() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_failure_says_why_and_has_the_exit_code_of_the_contract() {
+        let reported = |failure: Failure| {
+            let mut text = Vec::new();
+            report(&failure, &mut text);
+            (failure.exit_code(), String::from_utf8(text).expect("text"))
+        };
+        let run = anyhow::anyhow!("disk full").context("cannot write the key");
+        let expected = "hikyaku: cannot write the key: disk full\n".to_owned();
+        assert_eq!(reported(Failure::Run(run)), (1, expected));
+        assert_eq!(reported(Failure::No), (1, String::new()));
+    }
+
+    #[test]
+    fn bad_usage_is_2_and_help_is_0() {
+        let code = |arguments: &[&str]| {
+            let mut out = Vec::new();
+            let mut terminal = Terminal {
+                out: &mut out,
+                environment: Environment::default(),
+            };
+            let ended = run_arguments(arguments.iter().copied(), &mut terminal);
+            ended.map_or_else(|failure| failure.exit_code(), |()| 0)
+        };
+        assert_eq!(code(&["hikyaku"]), 2);
+        assert_eq!(code(&["hikyaku", "fly"]), 2);
+        assert_eq!(code(&["hikyaku", "dkim", "generate", "not a domain"]), 2);
+        assert_eq!(code(&["hikyaku", "--help"]), 0);
+        assert_eq!(code(&["hikyaku", "dkim", "check", "--version"]), 0);
+    }
+}
