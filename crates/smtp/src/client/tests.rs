@@ -1,6 +1,7 @@
 //! Tables of dialogues: what we sent, what the peer said, what it meant.
 
 use super::*;
+use proptest::prelude::*;
 
 /// Drives a session as a caller does, releasing every body at once.
 struct Driver {
@@ -734,4 +735,54 @@ fn progress_changes_with_replies_and_not_with_their_parts() {
     );
     d.session.receive(b"k\r\n");
     assert_ne!(d.session.progress(), before);
+}
+
+proptest! {
+    /// A peer that says anything at any time: nothing panics, every transaction is reported once,
+    /// and nothing is delivered whose content did not leave.
+    #[test]
+    fn whatever_a_peer_says_each_transaction_ends_once(
+        keywords in prop::sample::subsequence(vec!["PIPELINING", "CHUNKING", "LIMITS MAILMAX=2"], 0..=3),
+        says in prop::collection::vec(
+            prop_oneof![
+                6 => Just(b"250 ok\r\n".to_vec()),
+                3 => Just(b"354 go\r\n".to_vec()),
+                1 => Just(b"550 5.1.1 no\r\n".to_vec()),
+                1 => Just(b"450-4.2.0 no\r\n450 no\r\n".to_vec()),
+                1 => Just(b"421 bye\r\n".to_vec()),
+                1 => prop::collection::vec(any::<u8>(), 0..12),
+            ],
+            0..30,
+        ),
+        room in 0_usize..60,
+    ) {
+        let mut d = Driver::ready(&keywords);
+        let mut begun = 0;
+        for bytes in says {
+            if d.session.can_begin() {
+                d.queue(begun, &["a@x", "b@x"], "content");
+                begun += 1;
+            }
+            d.session.receive(&bytes);
+            while let Some(event) = d.session.poll_event() {
+                match event {
+                    Event::BodyDue(id) => { d.session.release(id); }
+                    Event::TransactionDone { id, outcome, .. } => d.done.push((id.0, outcome)),
+                    Event::Closed(error) => d.closed = Some(error),
+                    Event::HandshakeDue | Event::Ready => {}
+                }
+            }
+            d.write(room);
+        }
+        d.session.interrupted(Interruption::Disconnected);
+        d.turn();
+        prop_assert!(d.session.is_closed() && d.closed.is_some());
+        let left = d.sent.matches("content\r\n").count();
+        let delivered = d.done.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Delivered(_))).count();
+        let ambiguous = d.done.iter().filter(|(_, outcome)| matches!(outcome, Outcome::Ambiguous(_))).count();
+        prop_assert!(ambiguous <= 1 && delivered + ambiguous <= left);
+        for id in 0..begun {
+            prop_assert!(d.outcome(id).is_some(), "transaction {id} was never reported");
+        }
+    }
 }
