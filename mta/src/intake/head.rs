@@ -4,6 +4,9 @@
 //! account, the keys or the templates. Fields of the contract that this version cannot honour are
 //! refused by name, never ignored. Pure.
 
+use std::collections::BTreeMap;
+
+use content::Mailbox;
 use model::{EmailAddress, Priority, Timestamp, TrackingMode};
 use serde_json::{Map, Value};
 
@@ -22,12 +25,12 @@ pub(crate) struct BatchRequest {
     pub(crate) account: Option<String>,
     pub(crate) campaign: Option<String>,
     pub(crate) list: String,
-    pub(crate) from: Sender,
+    pub(crate) from: Mailbox,
     pub(crate) reply_to: Option<EmailAddress>,
     pub(crate) subject: String,
     pub(crate) html: Option<String>,
     pub(crate) text: Option<String>,
-    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) headers: BTreeMap<String, String>,
     pub(crate) vars: Map<String, Value>,
     pub(crate) tracking: TrackingRequest,
     pub(crate) list_unsubscribe: bool,
@@ -38,20 +41,13 @@ pub(crate) struct BatchRequest {
     pub(crate) allow_duplicates: bool,
 }
 
-/// `from`
-#[derive(Debug)]
-pub(crate) struct Sender {
-    pub(crate) email: EmailAddress,
-    pub(crate) name: Option<String>,
-}
-
 /// `tracking`
 #[derive(Debug)]
 pub(crate) struct TrackingRequest {
     pub(crate) opens: bool,
     pub(crate) clicks: bool,
     pub(crate) text_links: bool,
-    pub(crate) utm: Vec<(String, String)>,
+    pub(crate) utm: BTreeMap<String, String>,
     pub(crate) mode: Option<TrackingMode>,
 }
 
@@ -61,7 +57,7 @@ impl Default for TrackingRequest {
             opens: true,
             clicks: true,
             text_links: false,
-            utm: Vec::new(),
+            utm: BTreeMap::new(),
             mode: None,
         }
     }
@@ -114,7 +110,7 @@ pub(crate) fn read(
     })
 }
 
-fn sender(fields: &mut Fields<'_>) -> Option<Sender> {
+fn sender(fields: &mut Fields<'_>) -> Option<Mailbox> {
     if !fields.has("from") {
         fields.mistake("from", "is missing");
         return None;
@@ -132,7 +128,7 @@ fn sender(fields: &mut Fields<'_>) -> Option<Sender> {
             }
             no_control(&name).map(|()| name)
         });
-        Some(Sender {
+        Some(Mailbox {
             email: email?,
             name: name.filter(|name| !name.is_empty()),
         })
@@ -199,7 +195,7 @@ fn tracking(fields: &mut Fields<'_>) -> TrackingRequest {
 }
 
 /// An object whose values are text.
-fn texts(fields: &mut Fields<'_>, key: &str) -> Vec<(String, String)> {
+fn texts(fields: &mut Fields<'_>, key: &str) -> BTreeMap<String, String> {
     let read = fields.within(key, |inner| {
         let keys = inner.keys();
         let mut pair = |key: String| Some((inner.required(&key, string)?, key));

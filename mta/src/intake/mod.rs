@@ -7,6 +7,10 @@
 pub(crate) mod fields;
 mod head;
 mod lots;
+mod prepare;
+pub(crate) mod receive;
+mod recipients;
 mod row;
 mod splitter;
 mod spool;
+pub(crate) mod submit;

@@ -1,0 +1,222 @@
+//! A batch before its recipients: head, account, From, keys, templates.
+//!
+//! Owns the question whether a batch may be sent at all, and answers it with every reason at once.
+//! Reads the key directory, so it blocks.
+
+use std::path::Path;
+
+use content::{Content, ContentError, ContentSpec, TrackingSpec};
+use model::{BatchId, Timestamp};
+use serde_json::Value;
+use service::config::{Account, DkimPolicy};
+use store::BatchHead;
+
+use super::fields::{Mistakes, Strict, pointer_step};
+use super::head::{self, BatchRequest};
+use super::recipients::{malformed, reason};
+use super::splitter::Head;
+use crate::admin::problem::{Answer, Code, Refusal, mistake};
+
+/// A batch that may be sent, as far as its head goes.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) head: BatchHead,
+    pub(crate) spec: ContentSpec,
+    pub(crate) content: Content,
+    pub(crate) allow_duplicates: bool,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// For whom a batch is submitted, and with what it is judged.
+pub(crate) struct Against<'a> {
+    pub(crate) account: &'a str,
+    /// The caller may name another account.
+    pub(crate) any_account: bool,
+    pub(crate) accounts: &'a [Account],
+    pub(crate) dkim_dir: &'a Path,
+}
+
+/// Reads and judges the head. Blocks.
+///
+/// # Errors
+/// The refusal of the call, with every mistake in it.
+pub(crate) fn prepare(
+    head: &Head,
+    id: BatchId,
+    now: Timestamp,
+    against: &Against<'_>,
+) -> Answer<Prepared> {
+    let mut mistakes = Mistakes::default();
+    let request = head::read(document(head)?, now, &mut mistakes);
+    let Some(request) = request else {
+        return Err(Refusal::of_mistakes(mistakes.into_vec()));
+    };
+    let account = account(&request, against, &mut mistakes)?;
+    let spec = spec_of(&request, account);
+    let compiled = Content::compile(&spec).map_err(|errors| {
+        for error in errors {
+            mistakes.push(content_mistake(error));
+        }
+    });
+    let (true, Ok(content)) = (mistakes.is_empty(), compiled) else {
+        return Err(Refusal::of_mistakes(mistakes.into_vec()));
+    };
+    let warnings = dkim_warnings(&request, account, against.dkim_dir)?;
+    let batch = batch_head(&request, id, now, account);
+    Ok(Prepared {
+        head: batch,
+        spec,
+        content,
+        allow_duplicates: request.allow_duplicates,
+        warnings,
+    })
+}
+
+fn document(head: &Head) -> Answer<Value> {
+    let parsed: Result<Strict, _> = serde_json::from_slice(&head.json);
+    let Strict(document) =
+        parsed.map_err(|error| malformed("", head.position(&error), &reason(&error)))?;
+    Ok(document)
+}
+
+/// The account of the batch: the caller's own, or the one it names and may use.
+fn account<'a>(
+    request: &BatchRequest,
+    against: &Against<'a>,
+    mistakes: &mut Mistakes,
+) -> Answer<&'a Account> {
+    let id = request.account.as_deref().unwrap_or(against.account);
+    if id != against.account && !against.any_account {
+        let detail = "the key acts for another account";
+        return Err(Refusal::at(Code::ForbiddenScope, "/account", detail));
+    }
+    let Some(account) = against.accounts.iter().find(|account| account.id == id) else {
+        mistakes.add(
+            "/account".to_owned(),
+            Code::InvalidField,
+            "there is no such account",
+        );
+        return Err(Refusal::of_mistakes(std::mem::take(mistakes).into_vec()));
+    };
+    let allowed = account.from_domains.as_deref();
+    if !head::domain_is_allowed(&request.from.email, allowed) {
+        let detail = format!(
+            "the account does not send from {}",
+            request.from.email.domain()
+        );
+        return Err(Refusal::at(Code::ForbiddenFrom, "/from/email", detail));
+    }
+    Ok(account)
+}
+
+fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
+    ContentSpec {
+        from: request.from.clone(),
+        reply_to: request.reply_to.clone(),
+        subject: request.subject.clone(),
+        html: request.html.clone(),
+        text: request.text.clone(),
+        headers: request.headers.clone(),
+        vars: request.vars.clone(),
+        tracking: TrackingSpec {
+            opens: request.tracking.opens,
+            clicks: request.tracking.clicks,
+            text_links: request.tracking.text_links,
+            utm: request.tracking.utm.clone(),
+            allowed_targets: account.tracking.allowed_targets.clone(),
+        },
+        list_unsubscribe: request.list_unsubscribe,
+        feedback_id: Some(feedback_id(request, account)),
+    }
+}
+
+/// `campaign:list:account:hikyaku`: what a mailbox provider groups complaints by.
+fn feedback_id(request: &BatchRequest, account: &Account) -> String {
+    let part = |text: &str| -> String {
+        let plain = |c: char| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        };
+        text.chars().take(40).map(plain).collect()
+    };
+    let campaign = request
+        .campaign
+        .as_deref()
+        .map_or_else(|| "none".to_owned(), part);
+    format!(
+        "{campaign}:{}:{}:hikyaku",
+        part(&request.list),
+        part(&account.id)
+    )
+}
+
+fn content_mistake(error: ContentError) -> service::http::ProblemError {
+    let path = match error.field.split_once('.') {
+        None => format!("/{}", pointer_step(&error.field)),
+        Some((field, rest)) => format!("/{}/{}", pointer_step(field), pointer_step(rest)),
+    };
+    let code = if error.template {
+        Code::TemplateError
+    } else {
+        Code::InvalidField
+    };
+    let mut mistake = mistake(path, code, error.detail);
+    mistake.line = error.line.and_then(|line| u64::try_from(line).ok());
+    mistake
+}
+
+/// Whether the From domain has a key that can sign.
+fn dkim_warnings(request: &BatchRequest, account: &Account, dir: &Path) -> Answer<Vec<String>> {
+    let domain = request.from.email.domain();
+    if has_key(&dir.join(domain)) {
+        return Ok(Vec::new());
+    }
+    match account.dkim {
+        DkimPolicy::Optional => Ok(vec![format!(
+            "{domain} has no DKIM key: the mail leaves unsigned"
+        )]),
+        DkimPolicy::Required => Err(Refusal::at(
+            Code::NoDkimKey,
+            "/from/email",
+            format!("{domain} has no DKIM key; hikyaku dkim generate {domain} makes one"),
+        )),
+    }
+}
+
+fn has_key(dir: &Path) -> bool {
+    let Ok(files) = std::fs::read_dir(dir) else {
+        return false;
+    };
+    files.filter_map(Result::ok).any(|file| {
+        let path = file.path();
+        let selector = path.file_stem().and_then(|stem| stem.to_str());
+        match (
+            selector,
+            path.extension().and_then(|extension| extension.to_str()),
+        ) {
+            (Some(selector), Some("pem")) => std::fs::read_to_string(&path)
+                .is_ok_and(|pem| content::dkim::Key::from_pem(selector, &pem).is_ok()),
+            _ => false,
+        }
+    })
+}
+
+fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Account) -> BatchHead {
+    let mode = account.tracking.mode;
+    BatchHead {
+        id,
+        account: account.id.clone(),
+        campaign: request.campaign.clone(),
+        list: request.list.clone(),
+        priority: request.priority,
+        created_at: now,
+        release_at: request.send_at.map_or(now, |at| at.max(now)),
+        expires_at: request.expires_at,
+        // The most restrictive wins, and it is the least.
+        tracking: request.tracking.mode.map_or(mode, |own| own.min(mode)),
+        metadata: request.metadata.clone(),
+    }
+}

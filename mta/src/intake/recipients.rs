@@ -1,0 +1,229 @@
+//! The recipients of a batch whose head is good: from the spool into lots.
+//!
+//! Owns the judgement of recipients against the content and against each other, the count of the
+//! rejected, and the pace: lots go out in groups, and the next group waits until the one before was
+//! taken. Runs on a thread that may block; must not talk to the store.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher as _, RandomState};
+
+use content::Content;
+use model::{Partition, Row};
+use store::NewLot;
+use tokio::sync::mpsc;
+
+use super::fields::Mistakes;
+use super::lots::{Bounds, LotBuilder};
+use super::row::{self, Parsed, Rejection, RejectionCode};
+use super::splitter::Position;
+use super::spool::SpoolReader;
+use crate::admin::problem::{Answer, Code, Refusal};
+
+/// The most rejections that an answer lists.
+pub(crate) const REJECTIONS_MAX: usize = 1_000;
+
+/// Complete lots go out when they have this many recipients together.
+const GROUP_ROWS: usize = 4_000;
+
+/// What became of the recipients.
+#[derive(Debug, Default)]
+pub(crate) struct Sorted {
+    pub(crate) accepted: u64,
+    /// The first [`REJECTIONS_MAX`].
+    pub(crate) rejected: Vec<Rejection>,
+    pub(crate) rejected_count: u64,
+}
+
+/// Everything that recipients are judged by.
+pub(crate) struct Judge<'c> {
+    content: &'c Content,
+    account: &'c str,
+    partitions: u16,
+    seen: Option<Seen>,
+    sorted: Sorted,
+}
+
+impl<'c> Judge<'c> {
+    pub(crate) fn new(
+        content: &'c Content,
+        account: &'c str,
+        partitions: u16,
+        allow_duplicates: bool,
+    ) -> Self {
+        Self {
+            content,
+            account,
+            partitions,
+            seen: (!allow_duplicates).then(Seen::default),
+            sorted: Sorted::default(),
+        }
+    }
+
+    /// Sorts all recipients; lots go to `out`, unless there is none (a dry run). Blocks.
+    ///
+    /// # Errors
+    /// The refusal of the whole call; lots that went out are for nothing then.
+    pub(crate) fn sort(
+        mut self,
+        mut spool: SpoolReader,
+        out: Option<&mpsc::Sender<Vec<NewLot>>>,
+    ) -> Answer<Sorted> {
+        let mut mistakes = Mistakes::default();
+        let mut lots = LotBuilder::new(Bounds::default());
+        let mut index = 0;
+        while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
+            let parsed = match spooled.json {
+                None => Parsed::Rejected(row::too_large(index)),
+                Some(json) => row::parse(json, index, &mut mistakes)
+                    .map_err(|error| broken(&error, spooled.at, index))?,
+            };
+            let accepted = self.judge(parsed);
+            if mistakes.is_full() {
+                break;
+            }
+            // With a mistake the call is lost: go on for the sake of the other mistakes only.
+            if let (Some((partition, row)), true) = (accepted, mistakes.is_empty()) {
+                self.sorted.accepted += 1;
+                lots.push(partition, row)
+                    .map_err(|error| too_many(&error))?;
+                send_if(lots.sealed_rows() >= GROUP_ROWS, &mut lots, out)?;
+            }
+            index += 1;
+        }
+        if !mistakes.is_empty() {
+            return Err(Refusal::of_mistakes(mistakes.into_vec()));
+        }
+        let last = lots.finish().map_err(|error| too_many(&error))?;
+        send(last, out)?;
+        Ok(self.sorted)
+    }
+
+    fn judge(&mut self, parsed: Parsed) -> Option<(Partition, Row)> {
+        match parsed {
+            Parsed::Refused => None,
+            Parsed::Rejected(rejection) => {
+                self.reject(rejection);
+                None
+            }
+            Parsed::Good(row) => match self.against_others(&row) {
+                Ok(partition) => Some((partition, *row)),
+                Err((code, detail)) => {
+                    let detail = format!("/recipients/{}/{detail}", row.index);
+                    let email = Some(row.email.to_string());
+                    self.reject(Rejection {
+                        index: row.index,
+                        email,
+                        code,
+                        detail,
+                    });
+                    None
+                }
+            },
+        }
+    }
+
+    fn against_others(&mut self, row: &Row) -> Result<Partition, (RejectionCode, String)> {
+        let address = row.email.normalised();
+        if self
+            .seen
+            .as_ref()
+            .is_some_and(|seen| seen.contains(&address))
+        {
+            let detail = "email is there already; allow_duplicates would take it".to_owned();
+            return Err((RejectionCode::Duplicate, detail));
+        }
+        self.content.check(row).map_err(|error| {
+            let code = match error {
+                content::RecipientError::MissingVariable { .. } => RejectionCode::MissingVariable,
+                content::RecipientError::InvalidVars { .. } => RejectionCode::InvalidVars,
+            };
+            (code, format!("vars {error}"))
+        })?;
+        if let Some(seen) = &mut self.seen {
+            seen.insert(&address);
+        }
+        Ok(Partition::of(self.account, &address, self.partitions))
+    }
+
+    fn reject(&mut self, rejection: Rejection) {
+        self.sorted.rejected_count += 1;
+        if self.sorted.rejected.len() < REJECTIONS_MAX {
+            self.sorted.rejected.push(rejection);
+        }
+    }
+}
+
+/// Addresses of the batch, as 128 bits each: enough that no two are ever taken for one, and a
+/// million take 32 MiB at most. Keyed by chance, so that nobody can make two collide.
+#[derive(Debug, Default)]
+struct Seen {
+    keys: [RandomState; 2],
+    hashes: HashSet<u128>,
+}
+
+impl Seen {
+    fn hash(&self, address: &str) -> u128 {
+        let [high, low] = &self.keys;
+        u128::from(high.hash_one(address)) << 64 | u128::from(low.hash_one(address))
+    }
+
+    fn contains(&self, address: &str) -> bool {
+        self.hashes.contains(&self.hash(address))
+    }
+
+    fn insert(&mut self, address: &str) {
+        self.hashes.insert(self.hash(address));
+    }
+}
+
+fn send_if(
+    due: bool,
+    lots: &mut LotBuilder,
+    out: Option<&mpsc::Sender<Vec<NewLot>>>,
+) -> Answer<()> {
+    if due {
+        send(lots.take_sealed(), out)
+    } else {
+        Ok(())
+    }
+}
+
+fn send(lots: Vec<NewLot>, out: Option<&mpsc::Sender<Vec<NewLot>>>) -> Answer<()> {
+    match out {
+        Some(out) if !lots.is_empty() => out.blocking_send(lots).map_err(|_| {
+            // Whoever takes the lots has an error of its own to tell, or nobody is left to be told.
+            Refusal::new(Code::Unavailable, "the recipients could not be stored")
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn too_many(error: &super::lots::TooManyLots) -> Refusal {
+    Refusal::new(Code::BodyTooLarge, error.to_string())
+}
+
+/// A recipient that is not JSON: says where in the document.
+fn broken(error: &serde_json::Error, at: Position, index: u32) -> Refusal {
+    let lines_in = u32::try_from(error.line().saturating_sub(1)).unwrap_or(u32::MAX);
+    let line = at.line.saturating_add(lines_in);
+    malformed(
+        &format!("/recipients/{index}"),
+        Position { line, ..at },
+        &reason(error),
+    )
+}
+
+/// The refusal of a document that is not JSON.
+pub(crate) fn malformed(path: &str, at: Position, reason: &str) -> Refusal {
+    let detail = format!("line {}, byte {}: {reason}", at.line, at.offset);
+    let mut mistake = crate::admin::problem::mistake(path, Code::MalformedBody, detail.clone());
+    mistake.line = Some(u64::from(at.line));
+    Refusal(service::http::Problem::new(Code::MalformedBody, detail).with(mistake))
+}
+
+/// The text of an error without its place, which is that in a piece of the document.
+pub(crate) fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let end = text.rfind(" at line ").unwrap_or(text.len());
+    text.get(..end).unwrap_or(&text).to_owned()
+}
