@@ -1,1 +1,268 @@
 //! The tracker: open pixels, click redirects, unsubscribes.
+//!
+//! Three rooms: `http` answers, `hits` writes what was answered into the journal, `ship` takes it
+//! from there to the store. A token carries all that an answer needs, so an answer waits for the
+//! journal's write and never for the store or the network. Must not depend on `mta`.
+//!
+//! A proxy before the tracker (for TLS) passes on the client's `Host`, or is listed in
+//! `trusted_proxies` and sends `X-Forwarded-Host`, `-For` and `-Proto`.
+#![forbid(unsafe_code)]
+
+mod hits;
+mod http;
+mod keys;
+mod ship;
+
+pub use keys::{KeysError, load as load_keys};
+
+use arc_swap::ArcSwap;
+use hits::Recorder;
+use hits::visitor::Visitors;
+use http::admin::Admin;
+use http::server::{Answers, Listening};
+use http::{Answer, Keyed, Public};
+use hyper::Request;
+use hyper::body::Incoming;
+use journal::{Journal, JournalConfig, OpenError, RealDisk};
+use keys::Hosts;
+use links::KeyRing;
+use model::JournalId;
+use service::clock::SharedClock;
+use service::config::Config;
+use service::metrics::Metrics;
+use service::tasks::{Shutdown, Stage, Tasks};
+use ship::{Reported, Shipper};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use store::Store;
+use tokio::net::TcpListener;
+
+/// Connections of the public listener at a time; each costs some 10 KiB, at most 64 KiB and a
+/// descriptor.
+const MAX_CONNECTIONS: usize = 8192;
+const MAX_ADMIN_CONNECTIONS: usize = 64;
+
+/// What the tracker works with.
+#[derive(Clone)]
+pub struct Deps {
+    /// Where hits go in the end.
+    pub store: Arc<dyn Store>,
+    /// Under `up` the same as the MTA's.
+    pub metrics: Arc<Metrics>,
+    /// The time.
+    pub clock: SharedClock,
+    /// Where its tasks live.
+    pub tasks: Tasks,
+    /// Ends it: with `Stage::Intake` it stops accepting, in `Transactions` it answers what it has
+    /// begun, in `Journal` it ships what it has.
+    pub shutdown: Shutdown,
+}
+
+impl std::fmt::Debug for Deps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Deps").finish_non_exhaustive()
+    }
+}
+
+/// Why the tracker did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No tracking keys.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// No journal.
+    #[error("the journal did not open")]
+    Journal(#[from] OpenError),
+    /// A port that cannot be had.
+    #[error("cannot listen on {address} ({what})")]
+    Listen {
+        /// `tracker.listen` or `tracker.admin_listen`.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// No chance, no threads: the system is at its end.
+    #[error("the system refuses")]
+    System(#[source] io::Error),
+}
+
+/// A running tracker.
+#[derive(Debug)]
+pub struct Tracker {
+    addr: SocketAddr,
+    admin_addr: SocketAddr,
+    journal: JournalId,
+    key_file: PathBuf,
+    cookie_domain: Option<String>,
+    public: Arc<Public>,
+}
+
+impl Tracker {
+    /// Where the public listener is.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Where the admin listener is.
+    pub fn admin_addr(&self) -> SocketAddr {
+        self.admin_addr
+    }
+
+    /// The identity of its journal.
+    pub fn journal_id(&self) -> JournalId {
+        self.journal
+    }
+
+    /// Reads the key file again (SIGHUP). Blocks.
+    ///
+    /// # Errors
+    /// When it cannot be used; the keys stay as they were.
+    pub fn reload_keys(&self) -> Result<(), KeysError> {
+        let ring = keys::load(&self.key_file)?;
+        let keyed = Keyed::new(ring, self.cookie_domain.clone());
+        self.public.keyed.store(Arc::new(keyed));
+        Ok(())
+    }
+}
+
+impl Keyed {
+    fn new(ring: KeyRing, cookie_domain: Option<String>) -> Self {
+        let visitors = Visitors::new(&ring, cookie_domain);
+        Self { ring, visitors }
+    }
+}
+
+impl Answers for Public {
+    async fn answer(&self, request: Request<Incoming>, peer: IpAddr) -> Answer {
+        Self::answer(self, request, peer).await
+    }
+}
+
+/// Starts the tracker: keys, journal, both listeners, shipping. Links are answered when it
+/// returns, whether the store is there or not. It ends with `deps.shutdown`.
+///
+/// # Errors
+/// See [`StartError`]; nothing is left running.
+pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
+    let settings = &config.tracker;
+    let listener = listen("tracker.listen", settings.listen).await?;
+    let admin_listener = listen("tracker.admin_listen", settings.admin_listen).await?;
+    let local = |listener: &TcpListener| listener.local_addr().map_err(StartError::System);
+    let (addr, admin_addr) = (local(&listener)?, local(&admin_listener)?);
+    let ring = blocking({
+        let key_file = settings.key_file.clone();
+        move || keys::load(&key_file)
+    })
+    .await??;
+    let journal = open_journal(config, &deps).await?;
+    let cookie_domain = settings.cookie_domain.as_ref().map(ToString::to_string);
+    let base_urls = config
+        .accounts
+        .iter()
+        .map(|account| account.tracking.base_url.as_str());
+    let public = Arc::new(Public {
+        keyed: ArcSwap::from_pointee(Keyed::new(ring, cookie_domain.clone())),
+        hosts: Hosts::of(base_urls),
+        recorder: Recorder {
+            journal: journal.clone(),
+            clock: deps.clock.clone(),
+            metrics: deps.metrics.clone(),
+            trusted_proxies: settings.trusted_proxies.clone(),
+        },
+        trusted_proxies: settings.trusted_proxies.clone(),
+        clock: deps.clock.clone(),
+        metrics: deps.metrics.clone(),
+    });
+    run(&deps, &public, &journal, listener, admin_listener);
+    tracing::info!(%addr, %admin_addr, journal = %journal.id(), "tracker is up");
+    Ok(Tracker {
+        addr,
+        admin_addr,
+        journal: journal.id(),
+        key_file: settings.key_file.clone(),
+        cookie_domain,
+        public,
+    })
+}
+
+/// Starts the tasks.
+fn run(
+    deps: &Deps,
+    public: &Arc<Public>,
+    journal: &Journal,
+    listener: TcpListener,
+    admin_listener: TcpListener,
+) {
+    let shipper = Shipper {
+        journal: journal.clone(),
+        clock: deps.clock.clone(),
+        metrics: deps.metrics.clone(),
+        shutdown: deps.shutdown.clone(),
+        reported: Reported::default(),
+        store: deps.store.clone(),
+    };
+    let hold = deps.shutdown.hold(Stage::Journal);
+    drop(deps.tasks.spawn("tracker-ship", shipper.run(hold)));
+    let listening = |name, max_connections, until, connections_until| Listening {
+        name,
+        max_connections,
+        tasks: deps.tasks.clone(),
+        shutdown: deps.shutdown.clone(),
+        until,
+        connections_until,
+    };
+    listening(
+        "tracker",
+        MAX_CONNECTIONS,
+        Stage::Intake,
+        Stage::Transactions,
+    )
+    .start(listener, public.clone());
+    let admin = Arc::new(Admin {
+        journal: journal.clone(),
+        metrics: deps.metrics.clone(),
+        shutdown: deps.shutdown.clone(),
+    });
+    // Until the very end: a drain is worth watching.
+    listening(
+        "tracker-admin",
+        MAX_ADMIN_CONNECTIONS,
+        Stage::Close,
+        Stage::Close,
+    )
+    .start(admin_listener, admin);
+}
+
+async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|source| StartError::Listen {
+        what,
+        address,
+        source,
+    })
+}
+
+async fn open_journal(config: &Config, deps: &Deps) -> Result<Journal, StartError> {
+    let mut random = [0; 16];
+    aws_lc_rs::rand::fill(&mut random)
+        .map_err(|_| StartError::System(io::Error::other("no random bytes")))?;
+    let fresh_id = JournalId::new(deps.clock.now(), u128::from_be_bytes(random));
+    let directory: &Path = &config.journal.dir;
+    let settings = JournalConfig {
+        sync_interval: Some(config.journal.sync),
+        max_bytes: config.journal.max_bytes,
+        ..JournalConfig::new(directory, "tracker", fresh_id)
+    };
+    Ok(blocking(move || Journal::open(&settings, Arc::new(RealDisk))).await??)
+}
+
+async fn blocking<T: Send + 'static>(
+    act: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StartError> {
+    let done = tokio::task::spawn_blocking(act).await;
+    done.map_err(|error| StartError::System(io::Error::other(error)))
+}

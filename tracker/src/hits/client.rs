@@ -1,0 +1,201 @@
+//! What is kept of the client: its network, its user agent; and what its headers say about whether
+//! a person asked. Pure; nothing of it is believed beyond that.
+
+use crate::http::route::is_trusted;
+use hyper::HeaderMap;
+use hyper::header::{AsHeaderName, USER_AGENT};
+use ipnet::IpNet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// The longest user agent that is kept, in bytes.
+const MAX_USER_AGENT: usize = 256;
+/// How many proxies may stand one behind the other.
+const MAX_FORWARDED: usize = 32;
+
+/// The address of the client: the peer's, or where trusted proxies say that they took it from.
+///
+/// `X-Forwarded-For` is read from its end, where the nearest proxy wrote: each address is believed
+/// only because a trusted one wrote it, and the first that is not trusted is the client.
+pub(crate) fn address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+    let mut client = peer.to_canonical();
+    let forwarded = headers.get_all("x-forwarded-for").iter().rev();
+    let entries = forwarded
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|list| list.rsplit(','));
+    for entry in entries.take(MAX_FORWARDED) {
+        if !is_trusted(client, trusted) {
+            break;
+        }
+        let Some(next) = parse_address(entry.trim()) else {
+            break;
+        };
+        client = next;
+    }
+    client
+}
+
+/// An address as proxies write it: bare, or with a port, IPv6 perhaps in brackets.
+fn parse_address(entry: &str) -> Option<IpAddr> {
+    let bare = entry.parse::<IpAddr>().ok();
+    let with_port = || {
+        entry
+            .parse()
+            .ok()
+            .map(|socket: std::net::SocketAddr| socket.ip())
+    };
+    let bracketed = || {
+        let inner = entry.strip_prefix('[')?.strip_suffix(']')?;
+        inner.parse::<Ipv6Addr>().ok().map(IpAddr::V6)
+    };
+    bare.or_else(with_port)
+        .or_else(bracketed)
+        .map(|ip| ip.to_canonical())
+}
+
+/// The network that is kept in place of an address: IPv4 /24, IPv6 /48.
+pub(crate) fn network(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            format!("{}/24", Ipv4Addr::new(a, b, c, 0))
+        }
+        IpAddr::V6(v6) => {
+            let [a, b, c, ..] = v6.segments();
+            format!("{}/48", Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0))
+        }
+    }
+}
+
+/// The user agent, printable and at most 256 bytes; empty when there is none.
+pub(crate) fn user_agent(headers: &HeaderMap) -> String {
+    let bytes = headers.get(USER_AGENT).map(|value| value.as_bytes());
+    let text = String::from_utf8_lossy(bytes.unwrap_or_default());
+    let printable = text.chars().map(|c| {
+        let invisible = c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
+        if invisible { ' ' } else { c }
+    });
+    let mut kept = String::new();
+    for c in printable {
+        if kept.len() + c.len_utf8() > MAX_USER_AGENT {
+            break;
+        }
+        kept.push(c);
+    }
+    kept
+}
+
+/// Whether a header says that nobody has asked for it yet.
+pub(crate) fn is_prefetch(headers: &HeaderMap) -> bool {
+    ["sec-purpose", "purpose", "x-purpose", "x-moz"]
+        .iter()
+        .filter_map(|name| text(headers, *name))
+        .map(str::to_ascii_lowercase)
+        .any(|purpose| purpose.contains("prefetch") || purpose.contains("preview"))
+}
+
+/// What the browser fetches it for (W3C Fetch Metadata).
+pub(crate) fn fetch_dest(headers: &HeaderMap) -> Option<&str> {
+    text(headers, "sec-fetch-dest")
+}
+
+fn text(headers: &HeaderMap, name: impl AsHeaderName) -> Option<&str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::header::HeaderValue;
+    use proptest::prelude::*;
+
+    fn forwarded(lists: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for list in lists {
+            let value = HeaderValue::from_str(list).expect("a header value");
+            headers.append("x-forwarded-for", value);
+        }
+        headers
+    }
+
+    #[test]
+    fn only_trusted_proxies_are_believed() {
+        let trusted: Vec<IpNet> = ["127.0.0.0/8", "10.0.0.0/8", "fd00::/8"]
+            .iter()
+            .map(|net| net.parse().expect("a network"))
+            .collect();
+        for (peer, lists, expected) in [
+            ("203.0.113.9", &["198.51.100.1"][..], "203.0.113.9"),
+            ("127.0.0.1", &[], "127.0.0.1"),
+            ("127.0.0.1", &["198.51.100.1"], "198.51.100.1"),
+            // What the client wrote itself stands before what our proxy saw.
+            (
+                "127.0.0.1",
+                &["8.8.8.8, 198.51.100.1, 10.0.0.2"],
+                "198.51.100.1",
+            ),
+            (
+                "127.0.0.1",
+                &["8.8.8.8", "198.51.100.1", "10.0.0.2"],
+                "198.51.100.1",
+            ),
+            ("127.0.0.1", &["8.8.8.8, rubbish, 10.0.0.2"], "10.0.0.2"),
+            ("127.0.0.1", &["198.51.100.1:4711"], "198.51.100.1"),
+            ("127.0.0.1", &["[2001:db8::1]:4711"], "2001:db8::1"),
+            ("127.0.0.1", &["[2001:db8::1]"], "2001:db8::1"),
+            ("127.0.0.1", &["::ffff:198.51.100.1"], "198.51.100.1"),
+            ("::ffff:127.0.0.1", &["198.51.100.1"], "198.51.100.1"),
+            ("fd00::1", &["2001:db8::1"], "2001:db8::1"),
+        ] {
+            let peer = peer.parse().expect("an address");
+            let client = address(peer, &forwarded(lists), &trusted);
+            assert_eq!(client.to_string(), expected, "{peer} {lists:?}");
+        }
+    }
+
+    #[test]
+    fn networks_are_cut() {
+        for (address, expected) in [
+            ("203.0.113.77", "203.0.113.0/24"),
+            ("2001:db8:1:2:3::4", "2001:db8:1::/48"),
+            ("::ffff:203.0.113.77", "203.0.113.0/24"),
+        ] {
+            assert_eq!(network(address.parse().expect("an address")), expected);
+        }
+    }
+
+    #[test]
+    fn prefetches_show() {
+        for (name, value, expected) in [
+            ("sec-purpose", "prefetch;prerender", true),
+            ("purpose", "Prefetch", true),
+            ("x-moz", "prefetch", true),
+            ("x-purpose", "preview", true),
+            ("sec-purpose", "", false),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, HeaderValue::from_static(value));
+            assert_eq!(is_prefetch(&headers), expected, "{name}: {value}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_forwarded_list_is_read(lists in proptest::collection::vec("[ -~]{0,40}", 0..4), peer: u32) {
+            let lists: Vec<&str> = lists.iter().map(String::as_str).collect();
+            let peer = IpAddr::V4(peer.into());
+            let any: Vec<IpNet> = vec!["0.0.0.0/0".parse().expect("a network")];
+            let _believed = address(peer, &forwarded(&lists), &any);
+            prop_assert_eq!(address(peer, &forwarded(&lists), &[]), peer);
+        }
+
+        #[test]
+        fn any_user_agent_is_made_printable(bytes in proptest::collection::vec(32_u8..=255, 0..600)) {
+            let Ok(value) = HeaderValue::from_bytes(&bytes) else { return Ok(()) };
+            let mut headers = HeaderMap::new();
+            headers.insert(USER_AGENT, value);
+            let kept = user_agent(&headers);
+            prop_assert!(kept.len() <= MAX_USER_AGENT);
+            prop_assert!(!kept.chars().any(char::is_control));
+        }
+    }
+}

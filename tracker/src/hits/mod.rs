@@ -1,0 +1,182 @@
+//! Hits: what was answered becomes a fact in the journal.
+//!
+//! Owns what is kept of a request and for how long the answer waits: until the record is with the
+//! operating system, for an unsubscribe until it is on disk. Must not know HTTP answers, nor the
+//! store: shipping is `ship`'s.
+//!
+//! What is kept depends on the tracking mode that the token carries: `off` keeps nothing,
+//! `aggregate` and `last_date` nothing about the client. A proof keeps nothing.
+
+pub(crate) mod client;
+pub(crate) mod visitor;
+
+use engagement::{Observed, judge};
+use hyper::HeaderMap;
+use ipnet::IpNet;
+use journal::{AppendError, Journal, RecordKind, WriteError};
+use links::Token;
+use model::{Fact, Hit, HitKind, MessageId, TrackingMode, VisitorId};
+use service::clock::SharedClock;
+use service::metrics::Metrics;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The longest target that is kept with a click, in bytes.
+const MAX_TARGET: usize = 2048;
+
+/// Why a hit is not in the journal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotRecorded {
+    #[error(transparent)]
+    Append(#[from] AppendError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+/// How an unsubscribe came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// RFC 8058, mostly by the mail provider.
+    OneClick,
+    /// The button of our page.
+    Page,
+}
+
+impl Method {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::OneClick => "one_click",
+            Self::Page => "page",
+        }
+    }
+}
+
+/// A request as far as hits are concerned.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seen<'a> {
+    pub(crate) peer: IpAddr,
+    pub(crate) headers: &'a HeaderMap,
+}
+
+/// Writes hits to the journal.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    pub(crate) journal: Journal,
+    pub(crate) clock: SharedClock,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) trusted_proxies: Vec<IpNet>,
+}
+
+impl Recorder {
+    /// Records an open, a click or a probe of one; returns when it is written. Cancel-safe: once
+    /// begun, the hit is kept.
+    pub(crate) async fn hit(
+        &self,
+        kind: HitKind,
+        token: &Token<'_>,
+        seen: Seen<'_>,
+        visitor: Option<VisitorId>,
+    ) -> Result<(), NotRecorded> {
+        if token.flags.proof || token.flags.mode == TrackingMode::Off {
+            return Ok(());
+        }
+        let hit = self.describe(kind, token, seen, visitor);
+        let worth = match kind {
+            HitKind::Click => RecordKind::Click,
+            HitKind::Unsubscribe => RecordKind::Unsubscribe,
+            HitKind::Open | HitKind::Probe => RecordKind::Open,
+        };
+        let seq = self.append(worth, hit)?;
+        Ok(self.journal.written(seq).await?)
+    }
+
+    /// Records that the person unsubscribed, whatever the tracking mode; returns when it is on
+    /// disk. Cancel-safe: once begun, it is kept.
+    pub(crate) async fn unsubscribe(
+        &self,
+        token: &Token<'_>,
+        seen: Seen<'_>,
+        method: Method,
+    ) -> Result<(), NotRecorded> {
+        if token.flags.proof {
+            return Ok(());
+        }
+        let mut hit = self.describe(HitKind::Unsubscribe, token, seen, None);
+        hit.method = Some(method.as_str().into());
+        let seq = self.append(RecordKind::Unsubscribe, hit)?;
+        Ok(self.journal.synced(seq).await?)
+    }
+
+    fn describe(
+        &self,
+        kind: HitKind,
+        token: &Token<'_>,
+        seen: Seen<'_>,
+        visitor: Option<VisitorId>,
+    ) -> Hit {
+        let headers = seen.headers;
+        let user_agent = client::user_agent(headers);
+        let verdict = judge(&Observed {
+            kind,
+            user_agent: &user_agent,
+            prefetch: client::is_prefetch(headers),
+            fetch_dest: client::fetch_dest(headers),
+        });
+        let is_click = !token.target.is_empty();
+        let individual = token.flags.mode == TrackingMode::Individual;
+        let address = client::address(seen.peer, headers, &self.trusted_proxies);
+        Hit {
+            kind,
+            message: MessageId {
+                batch: token.batch,
+                index: token.index,
+            },
+            at: self.clock.now(),
+            link: is_click.then_some(token.link),
+            target: is_click.then(|| cut(token.target, MAX_TARGET).into()),
+            user_agent: if individual {
+                user_agent.into()
+            } else {
+                "".into()
+            },
+            network: if individual {
+                client::network(address).into()
+            } else {
+                "".into()
+            },
+            visitor: visitor.filter(|_| individual),
+            method: None,
+            verdict,
+        }
+    }
+
+    fn append(&self, worth: RecordKind, hit: Hit) -> Result<u64, AppendError> {
+        let (kind, actor) = (hit.kind, hit.verdict.actor);
+        let fact = Fact::Hit(Box::new(hit)).write_to(Vec::with_capacity(256));
+        let seq = self.journal.append(worth, &fact)?;
+        self.metrics.engagement.at(kind, actor).inc();
+        Ok(seq)
+    }
+}
+
+/// As much of `text` as fits into `bytes`, whole characters.
+fn cut(text: &str, bytes: usize) -> &str {
+    let mut end = text.len().min(bytes);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.get(..end).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!(cut("abc", 5), "abc");
+        assert_eq!(cut("abc", 2), "ab");
+        assert_eq!(cut("aé", 2), "a");
+        assert_eq!(cut("é", 0), "");
+    }
+}

@@ -1,0 +1,84 @@
+//! The admin listener: health and metrics, for the operator's network only.
+
+use super::Answer;
+use super::server::Answers;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use journal::Journal;
+use service::http::{Check, Health};
+use service::metrics::{self, Metrics};
+use service::tasks::Shutdown;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// What the admin listener shows.
+#[derive(Debug)]
+pub(crate) struct Admin {
+    pub(crate) journal: Journal,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) shutdown: Shutdown,
+}
+
+impl Answers for Admin {
+    async fn answer(&self, request: Request<Incoming>, _peer: IpAddr) -> Answer {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+            let headers = answer.headers_mut();
+            headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return answer;
+        }
+        match request.uri().path() {
+            "/healthz" => health(&Health::of(Vec::new())),
+            "/readyz" => health(&self.readiness()),
+            "/metrics" => {
+                let page = self.metrics.render();
+                with_type(StatusCode::OK, metrics::CONTENT_TYPE, page.into_bytes())
+            }
+            _ => text(StatusCode::NOT_FOUND, "not found\n"),
+        }
+    }
+}
+
+impl Admin {
+    /// Ready is who can answer links and keep hits. The store has no say: while it is away, hits
+    /// wait in the journal, and taking the tracker out of service would break every link.
+    fn readiness(&self) -> Health {
+        let check = |name, ok, detail: &str| Check {
+            name,
+            ok,
+            detail: if ok { String::new() } else { detail.to_owned() },
+        };
+        let ending = self.shutdown.has_begun();
+        let mut store = check("store", true, "");
+        if self.metrics.store_up.get() == 0 {
+            let waiting = self.journal.pending_records();
+            store.detail = format!("does not answer; {waiting} hits wait in the journal");
+        }
+        Health::of(vec![
+            check("running", !ending, "the process is ending"),
+            check("journal", self.journal.has_room(), "is full or has failed"),
+            store,
+        ])
+    }
+}
+
+fn health(health: &Health) -> Answer {
+    let status = StatusCode::from_u16(health.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    with_type(status, "application/json", health.to_bytes())
+}
+
+fn text(status: StatusCode, body: &'static str) -> Answer {
+    with_type(status, "text/plain; charset=utf-8", body.into())
+}
+
+fn with_type(status: StatusCode, media_type: &'static str, body: Vec<u8>) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}

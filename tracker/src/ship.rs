@@ -1,0 +1,218 @@
+//! Shipping: from the journal into the store, in batches, in the background.
+//!
+//! Owns the pace and the patience. Nothing waits for it: while the store is away the journal
+//! grows, and drains afterwards. A fact is shipped at least once and counted once, since the store
+//! keeps a mark for each journal; that mark is where shipping begins after a start.
+
+use journal::{Journal, Pending, RecordKind};
+use model::{Fact, Seq};
+use service::clock::SharedClock;
+use service::metrics::{DroppedKind, Metrics};
+use service::tasks::{Hold, Shutdown, Stage};
+use std::sync::Arc;
+use std::time::Duration;
+use store::{Shipment, Store, StoreError};
+
+/// The most facts in one shipment.
+const BATCH: usize = 500;
+/// How long a hit waits for others to go with it.
+const LINGER: Duration = Duration::from_millis(50);
+/// How often the gauges are set while nothing happens.
+const IDLE: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The task that ships.
+#[derive(Debug)]
+pub(crate) struct Shipper<S: ?Sized> {
+    pub(crate) journal: Journal,
+    pub(crate) clock: SharedClock,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) shutdown: Shutdown,
+    /// What the gauge and counters have of this journal so far; other journals of the process add
+    /// theirs.
+    pub(crate) reported: Reported,
+    pub(crate) store: Arc<S>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Reported {
+    pending: i64,
+    opens: u64,
+    clicks: u64,
+}
+
+/// Whether the process goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// What is there is shipped, if the store is.
+    Ending,
+}
+
+impl<S: Store + ?Sized> Shipper<S> {
+    /// Ships until the process has come to its end: then once more all there is, unless the store
+    /// is away, in which case the next start does it.
+    pub(crate) async fn run(mut self, _hold: Hold) {
+        let Some(mut after) = self.find_mark().await else {
+            return;
+        };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.measure();
+            let phase = self.wait(after).await;
+            if phase == Phase::Ending && !self.has_more(after) {
+                break;
+            }
+            match self.ship(after).await {
+                Ok(through) => {
+                    after = through;
+                    pause = FIRST_PAUSE;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, pending = self.journal.pending_records(), "hits cannot be shipped now");
+                    if phase == Phase::Ending {
+                        break;
+                    }
+                    self.sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+        self.measure();
+    }
+
+    /// Through where the store has this journal; waits for the store. `None`: the process ends.
+    async fn find_mark(&mut self) -> Option<Seq> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let mark = self.store.high_water(self.journal.id()).await;
+            self.note_store(mark.as_ref().err());
+            match mark {
+                Ok(mark) => {
+                    self.journal.resume(mark, self.clock.instant());
+                    return Some(mark);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "store does not answer; hits wait in the journal");
+                }
+            }
+            self.measure();
+            if self.sleep(pause).await == Phase::Ending {
+                return None;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Waits until there is something to ship and a little longer, so that it goes in company.
+    async fn wait(&self, after: Seq) -> Phase {
+        let something = async {
+            if self.journal.readable(after).await.is_err() {
+                // A journal that has failed gives nothing new; what it had was shipped.
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(LINGER).await;
+        };
+        tokio::select! {
+            () = self.shutdown.reached(Stage::Journal) => self.last_sync().await,
+            () = something => Phase::Running,
+            () = tokio::time::sleep(IDLE) => Phase::Running,
+        }
+    }
+
+    /// Brings to disk what was answered last, which is the condition for shipping it.
+    async fn last_sync(&self) -> Phase {
+        let journal = self.journal.clone();
+        let synced = tokio::task::spawn_blocking(move || journal.sync()).await;
+        if let Ok(Err(error)) = synced {
+            tracing::error!(%error, "last hits are not on disk");
+        }
+        Phase::Ending
+    }
+
+    fn has_more(&self, after: Seq) -> bool {
+        self.journal.synced_through() > after
+    }
+
+    async fn sleep(&self, pause: Duration) -> Phase {
+        // Jitter: trackers that lost the store together do not come back together.
+        let pause = pause.mul_f64(0.75 + fastrand::f64() / 2.0);
+        tokio::select! {
+            () = self.shutdown.reached(Stage::Journal) => Phase::Ending,
+            () = tokio::time::sleep(pause) => Phase::Running,
+        }
+    }
+
+    /// Ships some of what is after `after`; says through where.
+    async fn ship(&mut self, after: Seq) -> Result<Seq, StoreError> {
+        let read = self.journal.pending(after, BATCH).await;
+        let pending = read.map_err(|error| {
+            StoreError::Unavailable(format!("the journal cannot be read: {error}"))
+        })?;
+        if pending.through <= after {
+            // To be called even if nothing is new: what was retained may be dropped now.
+            self.journal.shipped(after, self.clock.instant());
+            return Ok(after);
+        }
+        let through = pending.through;
+        let began = self.clock.instant();
+        let shipped = self.store.ship(self.shipment(pending)).await;
+        let took = self.clock.instant().saturating_duration_since(began);
+        self.metrics
+            .store_seconds("ship")
+            .observe(took.as_secs_f64());
+        self.note_store(shipped.as_ref().err());
+        let shipped = shipped?;
+        if shipped.unknown > 0 {
+            tracing::info!(
+                hits = shipped.unknown,
+                "hits on messages that are no longer there"
+            );
+        }
+        self.journal.shipped(through, self.clock.instant());
+        Ok(through)
+    }
+
+    fn shipment(&self, pending: Pending) -> Shipment {
+        let facts = pending.records.iter().filter_map(|record| {
+            let fact = Fact::from_bytes(&record.payload);
+            if let Err(error) = &fact {
+                // Its checksum was right, so another version wrote it: skipping is all there is.
+                tracing::error!(%error, seq = record.seq, "journal has a record that is no fact");
+            }
+            Some((record.seq, fact.ok()?))
+        });
+        Shipment {
+            journal: self.journal.id(),
+            facts: facts.collect(),
+            through: pending.through,
+            windows: Vec::new(),
+            finished: Vec::new(),
+            now: self.clock.now(),
+        }
+    }
+
+    fn note_store(&self, error: Option<&StoreError>) {
+        self.metrics.store_up.set(i64::from(error.is_none()));
+    }
+
+    /// Brings the gauge and the counters up to date.
+    fn measure(&mut self) {
+        let reported = &mut self.reported;
+        let pending = i64::try_from(self.journal.pending_records()).unwrap_or(i64::MAX);
+        self.metrics
+            .journal_pending_records
+            .add(pending - reported.pending);
+        reported.pending = pending;
+        for (kind, label, before) in [
+            (RecordKind::Open, DroppedKind::Open, &mut reported.opens),
+            (RecordKind::Click, DroppedKind::Click, &mut reported.clicks),
+        ] {
+            let dropped = self.journal.dropped(kind);
+            let counter = self.metrics.journal_dropped.at(label);
+            counter.inc_by(dropped.saturating_sub(*before));
+            *before = dropped;
+        }
+    }
+}
