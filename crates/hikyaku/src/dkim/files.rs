@@ -60,7 +60,12 @@ pub(super) fn write(file: &Path, pem: &str) -> Result<()> {
             fs::remove_file(file).ok();
         }
         written?;
-        File::open(directory)?.sync_all()
+        File::open(directory)?.sync_all()?;
+        // The domain's directory may be new as well.
+        match directory.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
+            _ => Ok(()),
+        }
     };
     attempt().with_context(|| format!("cannot write {}", file.display()))
 }

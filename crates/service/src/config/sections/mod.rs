@@ -7,7 +7,7 @@ mod delivery;
 mod storage;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -155,7 +155,7 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
     config
 }
 
-fn tracker(section: &mut Section<'_>, data_dir: &std::path::Path) -> Tracker {
+fn tracker(section: &mut Section<'_>, data_dir: &Path) -> Tracker {
     Tracker {
         listen: section.value("listen", SocketAddr::from(([127, 0, 0, 1], 8026))),
         admin_listen: section.value("admin_listen", SocketAddr::from(([127, 0, 0, 1], 8027))),
@@ -183,10 +183,25 @@ fn read_path(section: &mut Section<'_>, key: &'static str, default: &str) -> Rea
     let typed = section.optional::<String>(key);
     ReadFile {
         named: typed.is_some(),
-        path: section
-            .directory()
-            .join(typed.as_deref().unwrap_or(default)),
+        path: beside(section.directory(), typed.as_deref().unwrap_or(default)),
     }
+}
+
+/// Joins, and takes each leading `..` together with the directory that it leaves, so that people
+/// read `dkim-keys` and not `config/../dkim-keys`. Where that directory is a symbolic link the two
+/// differ, and both stay.
+fn beside(directory: &Path, file: &str) -> PathBuf {
+    let mut base = directory.to_owned();
+    let mut rest = Path::new(file);
+    while let Ok(above) = rest.strip_prefix("..") {
+        let named = matches!(base.components().next_back(), Some(Component::Normal(_)));
+        if !named || base.is_symlink() {
+            break;
+        }
+        base.pop();
+        rest = above;
+    }
+    base.join(rest)
 }
 
 /// Under `up` all listeners are in one process; alone, two daemons share a machine as often.
@@ -232,5 +247,39 @@ fn name(text: &String) -> Result<(), String> {
         Err(format!(
             "{text:?} is not a name: 1 to 64 of letters, digits, - _ ."
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_beside_the_file_read_well_and_lead_to_the_same_place() {
+        let beside = |directory: &str, file| beside(Path::new(directory), file);
+        assert_eq!(beside("config", "../dkim-keys"), Path::new("dkim-keys"));
+        assert_eq!(
+            beside("/etc/hikyaku", "shaping.toml"),
+            Path::new("/etc/hikyaku/shaping.toml")
+        );
+        assert_eq!(
+            beside("/etc/hikyaku", "../../var/keys"),
+            Path::new("/var/keys")
+        );
+        assert_eq!(beside("/etc/hikyaku", "/keys"), Path::new("/keys"));
+        assert_eq!(beside("", "../keys"), Path::new("../keys"));
+        assert_eq!(beside("../config", "../../keys"), Path::new("../../keys"));
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let (real, link) = (folder.path().join("a/real"), folder.path().join("link"));
+        std::fs::create_dir_all(&real).expect("a directory");
+        std::os::unix::fs::symlink(&real, &link).expect("a link");
+        let through = super::beside(&link, "../keys");
+        assert_eq!(
+            through,
+            link.join("../keys"),
+            "not {}/keys",
+            folder.path().display()
+        );
     }
 }
