@@ -386,12 +386,14 @@ impl Files {
         Ok(())
     }
 
+    /// Whether the oldest segment of a chain has only records through `through`, and a later one is
+    /// on disk to say which numbers were used.
     fn oldest_is_trimmable(&self, class: Class, through: Seq) -> bool {
         let segments = &self.chains[class.index()].segments;
-        segments.len() > 1
-            && segments
-                .front()
-                .is_some_and(|segment| segment.last_seq <= through)
+        segments
+            .front()
+            .is_some_and(|oldest| oldest.last_seq <= through)
+            && segments.get(1).is_some_and(|next| next.durable)
     }
 
     fn unlink_oldest(&mut self, class: Class) -> io::Result<()> {

@@ -18,6 +18,8 @@ enum Crash {
 #[derive(Debug)]
 struct Witness {
     disk: FaultDisk,
+    /// What it appends: everything, or with an odd seed what the MTA does.
+    kinds: &'static [RecordKind],
     rng: fastrand::Rng,
     now: Instant,
     truth: BTreeMap<u64, (RecordKind, Vec<u8>)>,
@@ -33,6 +35,11 @@ impl Witness {
     fn new(seed: u64) -> Self {
         Self {
             disk: FaultDisk::new(seed),
+            kinds: if seed.is_multiple_of(2) {
+                &KINDS
+            } else {
+                &KINDS[..2]
+            },
             rng: fastrand::Rng::with_seed(seed),
             now: now(),
             truth: BTreeMap::new(),
@@ -47,13 +54,18 @@ impl Witness {
     /// Uses the journal for a while, noting what it claims; ends early when it fails.
     fn live(&mut self, journal: &Journal, steps: usize) -> Result<()> {
         for _ in 0..steps {
-            let going_on = match self.rng.u8(..20) {
+            let going_on = match self.rng.u8(..22) {
                 0..12 => self.append(journal)?,
                 12..16 => !matches!(journal.write(), Err(WriteError::Poisoned(_))),
                 16..18 => !matches!(journal.sync(), Err(WriteError::Poisoned(_))),
-                18 => self.read(journal)?,
+                18..20 => self.read(journal)?,
                 _ => {
-                    self.shipped = self.rng.u64(self.shipped..=self.given.max(self.shipped));
+                    // Mostly all that was given, as the one who ships does.
+                    if self.rng.u8(..4) > 0 {
+                        self.shipped = self.given.max(self.shipped);
+                    } else {
+                        self.shipped = self.rng.u64(self.shipped..=self.given.max(self.shipped));
+                    }
                     journal.shipped(self.shipped, self.now);
                     true
                 }
@@ -74,7 +86,7 @@ impl Witness {
 
     fn append(&mut self, journal: &Journal) -> Result<bool> {
         for _ in 0..self.rng.usize(1..4) {
-            let kind = KINDS[self.rng.usize(..KINDS.len())];
+            let kind = self.kinds[self.rng.usize(..self.kinds.len())];
             let size = self.rng.usize(..200);
             let payload: Vec<u8> = std::iter::repeat_with(|| self.rng.u8(..))
                 .take(size)
@@ -250,7 +262,7 @@ fn each_operation_fails_in_turn_and_nothing_claimed_is_lost() -> Result<()> {
 #[test]
 fn each_operation_of_the_recovery_fails_in_turn() -> Result<()> {
     for crash in [Crash::Kill, Crash::PowerCut] {
-        for seed in 0..12 {
+        for seed in 0..5 {
             let mut n = 1;
             loop {
                 let mut witness = Witness::new(seed);

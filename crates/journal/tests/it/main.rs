@@ -2,12 +2,14 @@
 
 mod basics;
 mod crash;
+mod damage;
 mod full;
 mod kill;
 mod ship;
 mod waiting;
 
 use anyhow::Result;
+use journal::fault::FaultDisk;
 use journal::{Disk, Journal, JournalConfig, Record, RecordKind};
 use model::JournalId;
 use std::path::{Path, PathBuf};
@@ -44,6 +46,19 @@ fn segments(disk: &Arc<dyn Disk>, journal: &Journal) -> Result<Vec<PathBuf>> {
     names.retain(|name| Path::new(name).extension().is_some_and(|ext| ext == "seg"));
     names.sort();
     Ok(names.iter().map(|name| journal.dir().join(name)).collect())
+}
+
+/// Ninety outcomes in several segments.
+fn filled(disk: &FaultDisk) -> Result<Journal> {
+    let journal = open(&disk.mount())?;
+    for n in 0..90_u32 {
+        journal.append(RecordKind::Outcome, &[b'x'; 40])?;
+        if n % 10 == 9 {
+            journal.write()?;
+        }
+    }
+    journal.sync()?;
+    Ok(journal)
 }
 
 const KINDS: [RecordKind; 5] = RecordKind::ALL;

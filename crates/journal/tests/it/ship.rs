@@ -90,3 +90,25 @@ fn numbers_of_dropped_records_do_not_stop_the_shipping() -> Result<()> {
     assert_eq!(journal.pending_records(), 0);
     Ok(())
 }
+
+#[test]
+fn numbers_go_on_when_the_power_goes_between_a_new_segment_and_its_sync() -> Result<()> {
+    for seed in 0..20 {
+        let disk = FaultDisk::new(seed);
+        let journal = open(&disk.mount())?;
+        journal.append(RecordKind::Outcome, &[b'x'; 1000])?;
+        journal.sync()?;
+        // Goes to the next segment, which a power cut may take away again.
+        let next = journal.append(RecordKind::Outcome, &[b'x'; 1000])?;
+        journal.write()?;
+        assert_eq!(segments(&disk.mount(), &journal)?.len(), 2);
+        journal.shipped(1, now());
+        disk.power_cut();
+        let journal = open(&disk.mount())?;
+        assert!(
+            journal.append(RecordKind::Outcome, b"")? >= next,
+            "seed {seed}"
+        );
+    }
+    Ok(())
+}

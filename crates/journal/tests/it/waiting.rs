@@ -126,3 +126,19 @@ async fn the_backlog_is_read_from_disk_on_another_thread() -> Result<()> {
     assert_eq!(found, 400);
     Ok(())
 }
+
+#[tokio::test]
+async fn waiting_for_a_record_that_is_dropped_ends() -> Result<()> {
+    let disk = FaultDisk::new(1);
+    let journal = open(&disk.mount())?;
+    while journal.append(RecordKind::Outcome, &[b'x'; 500]).is_ok() {}
+    journal.sync()?;
+    let last = journal.synced_through();
+    let open = journal.append(RecordKind::Open, &[b'x'; 500])?;
+    journal.synced(open).await?;
+    assert_eq!(journal.dropped(RecordKind::Open), 1);
+    // Its number is on no disk: nobody may build on it before a later one is.
+    assert_eq!(journal.synced_through(), last);
+    assert_eq!(journal.pending_records(), last);
+    Ok(())
+}
