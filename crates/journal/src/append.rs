@@ -70,14 +70,6 @@ impl Batch {
     }
 }
 
-/// Records that were dropped although they had numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Hole {
-    pub(crate) first: Seq,
-    pub(crate) last: Seq,
-    pub(crate) count: u64,
-}
-
 /// Why a record was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -104,12 +96,7 @@ pub(crate) struct Buffer {
     pub(crate) tail: Tail,
     pub(crate) shipped: Seq,
     dropped: [u64; 5],
-    /// Numbers after `shipped` that no record has any more, one entry per kind and one for what
-    /// was missing at the start; an entry goes when `shipped` has passed it.
-    holes: [Option<Hole>; 6],
 }
-
-const START_HOLE: usize = 5;
 
 impl Buffer {
     pub(crate) fn new(next_seq: Seq, max_bytes: u64, tail_bytes: usize) -> Self {
@@ -125,7 +112,6 @@ impl Buffer {
             tail: Tail::new(next_seq, tail_bytes),
             shipped: 0,
             dropped: [0; 5],
-            holes: [None; 6],
         }
     }
 
@@ -194,48 +180,21 @@ impl Buffer {
         self.dropped[index(kind)]
     }
 
-    pub(crate) fn count_dropped(&mut self, kind: RecordKind, hole: Hole) {
-        self.dropped[index(kind)] += hole.count;
-        self.add_hole(index(kind), hole);
-    }
-
-    pub(crate) fn missing_at_start(&mut self, hole: Hole) {
-        self.add_hole(START_HOLE, hole);
-    }
-
-    fn add_hole(&mut self, at: usize, hole: Hole) {
-        if hole.count == 0 {
-            return;
-        }
-        let old = self.holes[at].unwrap_or(Hole { count: 0, ..hole });
-        let (first, last) = (old.first.min(hole.first), old.last.max(hole.last));
-        self.holes[at] = Some(Hole {
-            first,
-            last,
-            count: old.count + hole.count,
-        });
+    pub(crate) fn count_dropped(&mut self, kind: RecordKind, count: u64) {
+        self.dropped[index(kind)] += count;
     }
 
     pub(crate) fn set_shipped(&mut self, seq: Seq) {
         self.shipped = seq;
         self.tail.drop_through(seq);
-        for hole in &mut self.holes {
-            *hole = hole.filter(|hole| hole.last > seq);
-        }
     }
 
-    /// Records appended and neither shipped nor dropped. Exact but while `shipped` lies within a
-    /// range of dropped records.
-    pub(crate) fn pending(&self) -> u64 {
-        let missing: u64 = self
-            .holes
+    /// Records that wait for a write.
+    pub(crate) fn waiting(&self) -> u64 {
+        self.batches
             .iter()
-            .flatten()
-            .map(|hole| hole.count.min(hole.last - self.shipped.min(hole.last)))
-            .sum();
-        (self.next_seq - 1)
-            .saturating_sub(self.shipped)
-            .saturating_sub(missing)
+            .map(|batch| batch.records.len() as u64)
+            .sum()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Every call blocks. Must not hold anything that `append` waits for.
 
-use crate::append::{Batch, Hole, Staged};
+use crate::append::{Batch, Staged};
 use crate::disk::{Disk, DiskFile, is_no_space, write_all_at};
 use crate::format::{self, Class, HEADER_BYTES, Header, RecordKind};
 use crate::recovery::Chains;
@@ -57,8 +57,8 @@ pub(crate) enum Fate {
     Shed,
 }
 
-/// Segments dropped while writing: their kind and how many unshipped records went with them.
-pub(crate) type Shed = Vec<(RecordKind, Hole)>;
+/// What was dropped while writing: the kind and how many unshipped records.
+pub(crate) type Shed = Vec<(RecordKind, u64)>;
 
 impl Files {
     pub(crate) fn new(
@@ -105,6 +105,23 @@ impl Files {
         let newest = keep.back().map_or(0, |segment| segment.first_seq);
         let counts = |s: &&Segment| s.last_seq > self.shipped || s.first_seq == newest;
         keep.iter().filter(counts).map(|segment| segment.len).sum()
+    }
+
+    /// How many records are not shipped. Of the one segment in each chain that `shipped` lies in,
+    /// it is their share by number: exact where no number is missing, and never zero.
+    pub(crate) fn pending(&self) -> u64 {
+        let segments = self.chains.iter().flat_map(|chain| &chain.segments);
+        let unshipped =
+            segments.filter(|segment| segment.records > 0 && segment.last_seq > self.shipped);
+        unshipped
+            .map(|segment| {
+                let span = segment.last_seq - (segment.first_seq - 1);
+                let left = segment.last_seq - self.shipped.max(segment.first_seq - 1);
+                let share = u128::from(segment.records) * u128::from(left);
+                let share = share.div_ceil(u128::from(span));
+                u64::try_from(share).unwrap_or(segment.records)
+            })
+            .sum()
     }
 
     /// The segments with records after `after`, by class.
@@ -163,12 +180,7 @@ impl Files {
         while self.bytes + need > self.max_bytes && self.shed_one(class, synced, shed)? {}
         // What may not be dropped was held below the bound when it was appended.
         if self.bytes + need > self.max_bytes && class != Class::Keep {
-            let hole = Hole {
-                first: first.seq,
-                last: batch.records.last().map_or(first.seq, |record| record.seq),
-                count: batch.records.len() as u64,
-            };
-            shed.push((first.kind, hole));
+            shed.push((first.kind, batch.records.len() as u64));
             return Ok(Fate::Shed);
         }
         loop {
@@ -300,7 +312,11 @@ impl Files {
                 return Ok(true);
             }
         }
-        for victim in [Class::Open, Class::Click] {
+        let droppable = [
+            (Class::Open, RecordKind::Open),
+            (Class::Click, RecordKind::Click),
+        ];
+        for (victim, kind) in droppable {
             // Nothing is dropped for the sake of what is worth less.
             if victim < class || !self.make_droppable(victim, synced)? {
                 continue;
@@ -309,21 +325,9 @@ impl Files {
                 continue;
             };
             let count = self.count_unshipped(segment)?;
-            let hole = Hole {
-                first: segment.first_seq,
-                last: segment.last_seq,
-                count,
-            };
             self.unlink_oldest(victim)?;
             if count > 0 {
-                shed.push((
-                    if victim == Class::Open {
-                        RecordKind::Open
-                    } else {
-                        RecordKind::Click
-                    },
-                    hole,
-                ));
+                shed.push((kind, count));
             }
             return Ok(true);
         }

@@ -1,6 +1,6 @@
 //! The journal as its users hold it.
 
-use crate::append::{Batch, Buffer, Hole, Refusal};
+use crate::append::{Batch, Buffer, Refusal};
 use crate::claim::claim;
 use crate::config::{Doing as _, JournalConfig, OpenError};
 use crate::disk::{Disk, DiskLock};
@@ -108,12 +108,6 @@ impl Journal {
             .max()
             .unwrap_or(0);
         let mut buffer = Buffer::new(last + 1, config.max_bytes(), config.tail_bytes);
-        let records: u64 = segments().map(|segment| segment.records).sum();
-        buffer.missing_at_start(Hole {
-            first: 1,
-            last,
-            count: last.saturating_sub(records),
-        });
         let bounds = (config.max_bytes(), config.segment_bytes());
         let files = Files::new(
             Arc::clone(&disk),
@@ -353,12 +347,6 @@ impl Journal {
                     newest = buffer.next_seq - 1,
                     "store knows more of this journal than is here"
                 );
-                let hole = Hole {
-                    first: buffer.next_seq,
-                    last: mark,
-                    count: mark + 1 - buffer.next_seq,
-                };
-                buffer.missing_at_start(hole);
                 buffer.next_seq = mark + 1;
                 buffer.last_written = mark;
                 self.shared
@@ -389,9 +377,11 @@ impl Journal {
         lock(&self.shared.buffer).dropped(kind)
     }
 
-    /// Records not yet shipped.
+    /// Records not yet shipped; an estimate within a segment where classes are mixed or records
+    /// were dropped.
     pub fn pending_records(&self) -> u64 {
-        lock(&self.shared.buffer).pending()
+        let files = lock(&self.shared.files);
+        files.pending() + lock(&self.shared.buffer).waiting()
     }
 
     /// Bytes of the segment files and of what waits to be written.
@@ -466,9 +456,9 @@ impl Shared {
             written.sort_unstable_by_key(|record| record.seq);
         }
         buffer.tail.extend(written.into_iter());
-        for (kind, hole) in shed {
-            tracing::warn!(%kind, count = hole.count, "journal is full, dropped records");
-            buffer.count_dropped(kind, hole);
+        for (kind, count) in shed {
+            tracing::warn!(%kind, count, "journal is full, dropped records");
+            buffer.count_dropped(kind, count);
         }
         buffer.no_space = fates.contains(&Fate::Waits);
         self.written

@@ -81,6 +81,12 @@ impl Witness {
     fn note(&mut self, journal: &Journal) {
         self.written = journal.written_through();
         self.synced = journal.synced_through();
+        let unshipped = self.truth.range(self.shipped..).count() as u64;
+        assert!(
+            journal.pending_records() <= unshipped + 100,
+            "{} of {unshipped}",
+            journal.pending_records()
+        );
         self.dropped = KINDS.iter().map(|kind| journal.dropped(*kind)).sum();
     }
 
