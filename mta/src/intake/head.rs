@@ -12,7 +12,6 @@ use serde_json::{Map, Value};
 
 use super::fields::{Fields, Mistakes, expected, no_control, string};
 use super::row::METADATA_MAX;
-use crate::admin::problem::Code;
 
 /// The list that an unsubscribe leaves when the batch names none (contract, section 6).
 pub(crate) const DEFAULT_LIST: &str = "default";
@@ -66,6 +65,7 @@ impl Default for TrackingRequest {
 /// Reads the head; what is wrong stands among the mistakes, and then it is of no use.
 pub(crate) fn read(
     document: Value,
+    recipient_count: u32,
     now: Timestamp,
     mistakes: &mut Mistakes,
 ) -> Option<BatchRequest> {
@@ -73,7 +73,7 @@ pub(crate) fn read(
     let from = sender(&mut fields);
     let subject = fields.required("subject", string);
     let (html, text) = bodies(&mut fields);
-    recipients(&mut fields);
+    recipients(&mut fields, recipient_count);
     unsupported(&mut fields);
     let send_at = fields.time("send_at");
     let expires_at = expires_at(&mut fields, send_at.unwrap_or(now).max(now));
@@ -144,10 +144,11 @@ fn bodies(fields: &mut Fields<'_>) -> (Option<String>, Option<String>) {
 }
 
 /// The splitter left an empty array where recipients were taken out.
-fn recipients(fields: &mut Fields<'_>) {
+fn recipients(fields: &mut Fields<'_>, count: u32) {
     let elsewhere = fields.has("recipients_from") || fields.has("hold");
     match fields.take("recipients") {
-        Some(Value::Array(_)) => {}
+        Some(Value::Array(_)) if count > 0 => {}
+        Some(Value::Array(_)) => fields.mistake("recipients", "is empty"),
         Some(other) => fields.mistake("recipients", expected(&other, "an array")),
         None if elsewhere => {}
         None => fields.mistake("recipients", "is missing"),
@@ -244,7 +245,7 @@ mod tests {
 
     fn mistakes_of(document: Value) -> Vec<String> {
         let mut mistakes = Mistakes::default();
-        read(document, NOW, &mut mistakes);
+        read(document, 1, NOW, &mut mistakes);
         mistakes
             .into_vec()
             .into_iter()
@@ -255,7 +256,7 @@ mod tests {
     #[test]
     fn a_minimal_batch_has_the_defaults_of_the_contract() {
         let mut mistakes = Mistakes::default();
-        let request = read(minimal(), NOW, &mut mistakes).expect("read");
+        let request = read(minimal(), 1, NOW, &mut mistakes).expect("read");
         assert!(mistakes.is_empty());
         assert_eq!(request.list, "default");
         assert_eq!(request.priority, Priority::Bulk);
@@ -312,6 +313,9 @@ mod tests {
                 "/tracking/utm/a invalid_field",
             ]
         );
+        let mut mistakes = Mistakes::default();
+        read(minimal(), 0, NOW, &mut mistakes);
+        assert_eq!(mistakes.into_vec()[0].path, "/recipients");
         assert_eq!(
             mistakes_of(json!([])).first().map(String::as_str),
             Some(" invalid_field")

@@ -42,12 +42,13 @@ pub(crate) struct Against<'a> {
 /// The refusal of the call, with every mistake in it.
 pub(crate) fn prepare(
     head: &Head,
+    recipient_count: u32,
     id: BatchId,
     now: Timestamp,
     against: &Against<'_>,
 ) -> Answer<Prepared> {
     let mut mistakes = Mistakes::default();
-    let request = head::read(document(head)?, now, &mut mistakes);
+    let request = head::read(document(head)?, recipient_count, now, &mut mistakes);
     let Some(request) = request else {
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
     };

@@ -32,6 +32,8 @@ pub(crate) struct Sorted {
     /// The first [`REJECTIONS_MAX`].
     pub(crate) rejected: Vec<Rejection>,
     pub(crate) rejected_count: u64,
+    /// The first that was accepted, for a dry run.
+    pub(crate) first: Option<Row>,
 }
 
 /// Everything that recipients are judged by.
@@ -83,6 +85,9 @@ impl<'c> Judge<'c> {
             }
             // With a mistake the call is lost: go on for the sake of the other mistakes only.
             if let (Some((partition, row)), true) = (accepted, mistakes.is_empty()) {
+                if out.is_none() && self.sorted.first.is_none() {
+                    self.sorted.first = Some(row.clone());
+                }
                 self.sorted.accepted += 1;
                 lots.push(partition, row)
                     .map_err(|error| too_many(&error))?;
@@ -194,6 +199,7 @@ fn send(lots: Vec<NewLot>, out: Option<&mpsc::Sender<Vec<NewLot>>>) -> Answer<()
             // Whoever takes the lots has an error of its own to tell, or nobody is left to be told.
             Refusal::new(Code::Unavailable, "the recipients could not be stored")
         }),
+        // A dry run drops them here.
         _ => Ok(()),
     }
 }

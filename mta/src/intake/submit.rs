@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use aws_lc_rs::rand;
 use axum::body::Body;
-use content::LinkReport;
-use model::{BatchId, BatchState, Timestamp};
+use content::{LinkReport, RenderContext, Tracker};
+use model::{BatchId, BatchState, Row, Timestamp};
 use serde::Serialize;
 use service::clock::SharedClock;
 use service::config::Account;
@@ -63,21 +63,94 @@ pub(crate) struct Accepted {
     pub(crate) warnings: Vec<String>,
 }
 
+/// The answer to a dry run.
+#[derive(Debug, Serialize)]
+pub(crate) struct Checked {
+    accepted: u64,
+    rejected: Vec<Rejection>,
+    rejected_count: u64,
+    links: LinkReport,
+    warnings: Vec<String>,
+    /// Of the first good recipient.
+    rendered: Option<Rendered>,
+}
+
+/// A message as it would leave, unsigned, with links that lead nowhere.
+#[derive(Debug, Serialize)]
+pub(crate) struct Rendered {
+    email: String,
+    message: String,
+}
+
+/// Renders with a tracking key that nobody has: a dry run must not make links that work.
+fn render(prepared: &Prepared, row: &Row, account: &Account) -> Answer<Rendered> {
+    let failed = |error: &dyn std::fmt::Display| Refusal::internal("dry run", error);
+    let mut secret = [0_u8; 32];
+    rand::fill(&mut secret).map_err(|error| failed(&error))?;
+    let ring = links::KeyRing::parse(&links::KeyRing::file_text(&secret))
+        .map_err(|error| failed(&error))?;
+    let base_url = account.tracking.base_url.as_str();
+    let signer = ring
+        .signer(Tracker::host(base_url), None)
+        .ok_or_else(|| failed(&"no signer"))?;
+    let context = RenderContext {
+        batch: prepared.head.id,
+        released_at: prepared.head.release_at,
+        tracker: Arc::new(Tracker::new(base_url, signer).map_err(|error| failed(&error))?),
+        mode: prepared.head.tracking,
+        proof: false,
+    };
+    let message = prepared
+        .content
+        .render(row, &context)
+        .map_err(|error| failed(&error))?;
+    Ok(Rendered {
+        email: row.email.to_string(),
+        message: String::from_utf8_lossy(&message.into_bytes()).into_owned(),
+    })
+}
+
 impl Intake {
+    /// Judges a batch, accepts nothing, and renders the message of its first good recipient.
+    ///
+    /// # Errors
+    /// The refusal that a submission would get.
+    pub(crate) async fn dry_run(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Checked> {
+        let received = self.receive(body, &by).await?;
+        let (id, now) = (self.new_id()?, self.clock.now());
+        let (intake, count) = (Arc::clone(self), received.spool.rows());
+        blocking(move || {
+            let prepared = prepare(&received.head, count, id, now, &intake.against(&by))?;
+            let judge = intake.judge(&prepared);
+            let spool = received
+                .spool
+                .read()
+                .map_err(|error| Refusal::disk(&error))?;
+            let sorted = judge.sort(spool, None)?;
+            let account = intake.account(&prepared.head.account);
+            let first = sorted.first.as_ref().zip(account);
+            let rendered = first
+                .map(|(row, account)| render(&prepared, row, account))
+                .transpose()?;
+            Ok(Checked {
+                accepted: sorted.accepted,
+                rejected: sorted.rejected,
+                rejected_count: sorted.rejected_count,
+                links: prepared.content.links().clone(),
+                warnings: prepared.warnings,
+                rendered,
+            })
+        })
+        .await
+    }
+
     /// Takes in one batch: when this returns `Ok`, it is durable. Dropping the future before that
     /// leaves nothing, unless the commit was already under way.
     ///
     /// # Errors
     /// The refusal; then nothing of the batch is there.
     pub(crate) async fn submit(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Accepted> {
-        let receiver = Receiver {
-            limits: &self.limits,
-            clock: &self.clock,
-            dir: &self.data_dir,
-            max_body: self.max_body,
-            waits: by.waits,
-        };
-        let received = receiver.receive(body).await?;
+        let received = self.receive(body, &by).await?;
         let gone = CancellationToken::new();
         let _gone_on_drop = gone.clone().drop_guard();
         let (intake, hold) = (Arc::clone(self), self.shutdown.hold(Stage::Intake));
@@ -89,6 +162,40 @@ impl Intake {
         task.join()
             .await
             .unwrap_or_else(|error| Err(Refusal::internal("intake", &error)))
+    }
+
+    async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
+        let receiver = Receiver {
+            limits: &self.limits,
+            clock: &self.clock,
+            dir: &self.data_dir,
+            max_body: self.max_body,
+            waits: by.waits,
+        };
+        receiver.receive(body).await
+    }
+
+    fn against<'a>(&'a self, by: &'a Submitter) -> Against<'a> {
+        Against {
+            account: &by.account,
+            any_account: by.any_account,
+            accounts: &self.accounts,
+            dkim_dir: &self.dkim_dir,
+        }
+    }
+
+    fn account(&self, id: &str) -> Option<&Account> {
+        self.accounts.iter().find(|account| account.id == id)
+    }
+
+    fn judge<'p>(&self, prepared: &'p Prepared) -> Judge<'p> {
+        let (account, partitions) = (prepared.head.account.as_str(), self.store.partitions());
+        Judge::new(
+            &prepared.content,
+            account,
+            partitions,
+            prepared.allow_duplicates,
+        )
     }
 
     async fn accept(
@@ -103,29 +210,14 @@ impl Intake {
             spool,
             permits,
         } = received;
-        let intake = Arc::clone(&self);
-        let prepared = blocking(move || {
-            let against = Against {
-                account: &by.account,
-                any_account: by.any_account,
-                accounts: &intake.accounts,
-                dkim_dir: &intake.dkim_dir,
-            };
-            prepare(&head, id, now, &against)
-        });
+        let (intake, count) = (Arc::clone(&self), spool.rows());
+        let prepared = blocking(move || prepare(&head, count, id, now, &intake.against(&by)));
         let prepared = Arc::new(prepared.await?);
         let (out, mut groups) = mpsc::channel(1);
-        let (judged, partitions) = (Arc::clone(&prepared), self.store.partitions());
+        let (intake, judged) = (Arc::clone(&self), Arc::clone(&prepared));
         let sorting = blocking(move || {
-            let account = judged.head.account.as_str();
-            let judge = Judge::new(
-                &judged.content,
-                account,
-                partitions,
-                judged.allow_duplicates,
-            );
             let spool = spool.read().map_err(|error| Refusal::disk(&error))?;
-            judge.sort(spool, Some(&out))
+            intake.judge(&judged).sort(spool, Some(&out))
         });
         let (sorted, staged) = tokio::join!(sorting, self.stage(id, &mut groups, gone));
         // A store that failed is the cause; that the sorting was then stopped follows from it.

@@ -1,0 +1,166 @@
+//! Who calls, and what the call may do.
+//!
+//! Owns API keys in memory: only their SHA-256. Must not log a key or say whether one exists.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use aws_lc_rs::{constant_time, digest, rand};
+use axum::extract::FromRequestParts;
+use axum::http::header::AUTHORIZATION;
+use axum::http::request::Parts;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use service::config::{Account, ApiKey, KeyMaterial, Scope};
+
+use super::Api;
+use super::problem::{Answer, Code, Refusal};
+
+/// The file in the data directory with the key that was made at first start.
+pub const KEY_FILE: &str = "api-key";
+
+/// The keys of the service.
+pub(crate) struct Keys(Vec<Key>);
+
+struct Key {
+    hash: [u8; 32],
+    caller: Caller,
+}
+
+/// Who calls.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    /// The account that the key acts for.
+    pub(crate) account: Arc<str>,
+    scopes: Arc<[Scope]>,
+}
+
+impl Caller {
+    /// Whether the key has this scope.
+    pub(crate) fn may(&self, scope: Scope) -> bool {
+        self.scopes.contains(&scope)
+    }
+
+    /// Whether something of this account may be shown.
+    pub(crate) fn sees(&self, account: &str) -> bool {
+        *self.account == *account || self.may(Scope::Admin)
+    }
+}
+
+impl Keys {
+    /// The configured keys; when there are none, the one in `data_dir`, made at first start with
+    /// every scope for the first account. Blocks.
+    ///
+    /// # Errors
+    /// When that key can be neither read nor made.
+    pub(crate) fn load(
+        keys: &[ApiKey],
+        accounts: &[Account],
+        data_dir: &Path,
+    ) -> anyhow::Result<Self> {
+        if !keys.is_empty() {
+            return Ok(Self(keys.iter().map(Key::configured).collect()));
+        }
+        let path = data_dir.join(KEY_FILE);
+        let text = service::secrets::load_or_create(&path, make).context("the first API key")?;
+        let text = text.trim();
+        anyhow::ensure!(!text.is_empty(), "{} is empty", path.display());
+        let account = accounts
+            .first()
+            .map_or("default", |account| account.id.as_str());
+        let scopes = [Scope::Submit, Scope::Read, Scope::Admin];
+        let caller = Caller {
+            account: account.into(),
+            scopes: scopes.into(),
+        };
+        Ok(Self(vec![Key {
+            hash: sha256(text),
+            caller,
+        }]))
+    }
+
+    /// Whose key it is. Takes the same time whichever it is.
+    fn caller(&self, key: &str) -> Option<&Caller> {
+        let hash = sha256(key);
+        let mut found = None;
+        for known in &self.0 {
+            if constant_time::verify_slices_are_equal(&known.hash, &hash).is_ok() {
+                found = Some(&known.caller);
+            }
+        }
+        found
+    }
+}
+
+impl Key {
+    fn configured(key: &ApiKey) -> Self {
+        let hash = match &key.material {
+            KeyMaterial::Plain(secret) => sha256(secret.reveal()),
+            KeyMaterial::Sha256(hash) => *hash,
+        };
+        let caller = Caller {
+            account: key.account.as_str().into(),
+            scopes: key.scopes.as_slice().into(),
+        };
+        Self { hash, caller }
+    }
+}
+
+fn sha256(text: &str) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, text.as_bytes());
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest.as_ref());
+    hash
+}
+
+fn make() -> std::io::Result<String> {
+    let mut secret = [0_u8; 32];
+    rand::fill(&mut secret).map_err(std::io::Error::other)?;
+    Ok(format!("hk_{}", URL_SAFE_NO_PAD.encode(secret)))
+}
+
+/// A caller that may read.
+pub(crate) struct CanRead(pub(crate) Caller);
+
+/// A caller that may submit and steer.
+pub(crate) struct CanSubmit(pub(crate) Caller);
+
+impl FromRequestParts<Arc<Api>> for CanRead {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Answer<Self> {
+        authorise(parts, &api.keys, Scope::Read).map(Self)
+    }
+}
+
+impl FromRequestParts<Arc<Api>> for CanSubmit {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Answer<Self> {
+        authorise(parts, &api.keys, Scope::Submit).map(Self)
+    }
+}
+
+fn authorise(parts: &Parts, keys: &Keys, scope: Scope) -> Answer<Caller> {
+    let unauthorized = |detail: &str| Refusal::new(Code::Unauthorized, detail);
+    let header = parts
+        .headers
+        .get(AUTHORIZATION)
+        .ok_or_else(|| unauthorized("send the header Authorization: Bearer KEY"))?;
+    let key = header
+        .to_str()
+        .ok()
+        .and_then(|text| text.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, key)| key.trim())
+        .ok_or_else(|| unauthorized("the header Authorization is not of the form Bearer KEY"))?;
+    let caller = keys
+        .caller(key)
+        .ok_or_else(|| unauthorized("the key is not known"))?;
+    if !caller.may(scope) {
+        let detail = format!("the key lacks the scope {}", scope.as_str());
+        return Err(Refusal::new(Code::ForbiddenScope, detail));
+    }
+    Ok(caller.clone())
+}

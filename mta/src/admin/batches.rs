@@ -1,0 +1,316 @@
+//! Batches: submitting, reading, steering, the report.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use model::{BatchId, BatchState, Counters, Priority, Timestamp};
+use serde::Serialize;
+use service::config::Scope;
+use store::{Batch, BatchChange, BatchQuery, ChangeOutcome};
+
+use super::auth::{Caller, CanRead, CanSubmit};
+use super::params::{Params, Segment, batch_id};
+use super::problem::{Answer, Code, Refusal};
+use super::{Api, List};
+use crate::intake::receive::drain;
+use crate::intake::submit::Submitter;
+
+/// `POST /v1/batches`
+pub(super) async fn submit(
+    State(api): State<Arc<Api>>,
+    CanSubmit(caller): CanSubmit,
+    mut params: Params,
+    request: Request,
+) -> Answer<Response> {
+    let dry_run = params.parsed::<bool>("dry_run").unwrap_or(false);
+    let refusal = params.finish().and_then(|()| is_json(request.headers()));
+    let waits = request.headers().contains_key(header::EXPECT);
+    let body = request.into_body();
+    if let Err(refusal) = refusal {
+        if !waits {
+            drain(body).await;
+        }
+        return Err(refusal);
+    }
+    let by = Submitter {
+        account: caller.account.to_string(),
+        any_account: caller.may(Scope::Admin),
+        waits,
+    };
+    if dry_run {
+        let checked = api.intake.dry_run(body, by).await?;
+        return Ok(Json(checked).into_response());
+    }
+    let accepted = api.intake.submit(body, by).await?;
+    Ok((StatusCode::ACCEPTED, Json(accepted)).into_response())
+}
+
+/// Whether the body is one that is taken.
+fn is_json(headers: &HeaderMap) -> Answer<()> {
+    let text = |name| {
+        headers
+            .get(name)
+            .map(|value| value.to_str().unwrap_or("?").trim().to_ascii_lowercase())
+    };
+    let unsupported = |detail: String| Err(Refusal::new(Code::UnsupportedMedia, detail));
+    if headers.contains_key("idempotency-key") {
+        // To ignore it would be to send twice what was to be sent once.
+        let detail = "is not supported yet";
+        return Err(Refusal::at(Code::InvalidField, "Idempotency-Key", detail));
+    }
+    match text(header::CONTENT_ENCODING).as_deref() {
+        None | Some("" | "identity") => {}
+        Some(other) => {
+            return unsupported(format!(
+                "the content encoding {other:.40?} is not supported yet"
+            ));
+        }
+    }
+    let media = text(header::CONTENT_TYPE).unwrap_or_default();
+    match media.split(';').next().map(str::trim) {
+        Some("application/json") => Ok(()),
+        _ => unsupported(format!(
+            "the body is {media:.80?}, expected application/json"
+        )),
+    }
+}
+
+/// A batch as the contract shows it.
+#[derive(Debug, Serialize)]
+pub(super) struct BatchView {
+    id: BatchId,
+    state: BatchState,
+    account: String,
+    campaign: Option<String>,
+    list: String,
+    priority: Priority,
+    archived: bool,
+    created_at: Timestamp,
+    send_at: Option<Timestamp>,
+    expires_at: Option<Timestamp>,
+    started_at: Option<Timestamp>,
+    completed_at: Option<Timestamp>,
+    metadata: serde_json::Value,
+    counters: Counters,
+}
+
+impl From<Batch> for BatchView {
+    fn from(batch: Batch) -> Self {
+        let head = batch.head;
+        Self {
+            id: head.id,
+            state: batch.state,
+            account: head.account,
+            campaign: head.campaign,
+            list: head.list,
+            priority: head.priority,
+            archived: batch.archived,
+            created_at: head.created_at,
+            send_at: (head.release_at > head.created_at).then_some(head.release_at),
+            expires_at: head.expires_at,
+            started_at: batch.started_at,
+            completed_at: batch.completed_at,
+            metadata: head.metadata,
+            counters: batch.counters,
+        }
+    }
+}
+
+/// `GET /v1/batches`
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    CanRead(caller): CanRead,
+    mut params: Params,
+) -> Answer<Json<List<BatchView>>> {
+    let query = BatchQuery {
+        account: Some(caller.account.to_string()),
+        state: params.parsed("state"),
+        campaign: params.text("campaign"),
+        after: params.parsed("cursor"),
+        limit: params.limit(),
+    };
+    params.finish()?;
+    let page = api.store.batches(query).await?;
+    Ok(Json(List {
+        items: page.items.into_iter().map(Into::into).collect(),
+        next_cursor: page.next,
+    }))
+}
+
+/// The batch of a path, when the caller may see it.
+pub(super) async fn visible(api: &Api, caller: &Caller, id: &str) -> Answer<Batch> {
+    let found = api.store.batch(batch_id(id)?).await?;
+    found
+        .filter(|batch| caller.sees(&batch.head.account))
+        .ok_or_else(|| Refusal::not_found("batch"))
+}
+
+/// `GET /v1/batches/{id}`
+pub(super) async fn one(
+    State(api): State<Arc<Api>>,
+    CanRead(caller): CanRead,
+    Segment(id): Segment,
+) -> Answer<Json<BatchView>> {
+    Ok(Json(visible(&api, &caller, &id).await?.into()))
+}
+
+#[derive(Serialize)]
+struct Changed {
+    #[serde(flatten)]
+    batch: BatchView,
+    #[serde(flatten)]
+    ended: Option<Ended>,
+}
+
+/// What a cancel adds.
+#[derive(Serialize)]
+struct Ended {
+    cancelled: u64,
+    in_flight: u64,
+}
+
+/// `POST /v1/batches/{id}/pause` and the other changes.
+pub(super) async fn change(
+    api: Arc<Api>,
+    caller: Caller,
+    id: String,
+    change: BatchChange,
+) -> Answer<Response> {
+    let batch = visible(&api, &caller, &id).await?.head.id;
+    let outcome = api
+        .store
+        .change_batch(batch, change, api.clock.now())
+        .await?;
+    match outcome {
+        ChangeOutcome::Done {
+            batch,
+            cancelled,
+            in_flight,
+        } => {
+            let ended = (change == BatchChange::Cancel).then_some(Ended {
+                cancelled,
+                in_flight,
+            });
+            Ok(Json(Changed {
+                batch: (*batch).into(),
+                ended,
+            })
+            .into_response())
+        }
+        ChangeOutcome::Impossible(state) => {
+            let detail = format!("not possible: the batch is {state}");
+            Err(Refusal::new(Code::InvalidState, detail))
+        }
+        ChangeOutcome::Unknown => Err(Refusal::not_found("batch")),
+    }
+}
+
+/// The first form of the report: counters, and the rates that follow from them.
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    batch: BatchView,
+    rates: Rates,
+}
+
+/// Shares between 0 and 1; none where there is nothing to divide by.
+#[derive(Debug, PartialEq, Serialize)]
+struct Rates {
+    /// Of the accepted.
+    delivered: Option<f64>,
+    bounce: Option<f64>,
+    failed: Option<f64>,
+    suppressed: Option<f64>,
+    /// Of the delivered.
+    opened: Option<f64>,
+    opened_human: Option<f64>,
+    clicked: Option<f64>,
+    clicked_human: Option<f64>,
+    unsubscribed: Option<f64>,
+    complained: Option<f64>,
+    replied: Option<f64>,
+    /// Clicked of the opened.
+    click_to_open: Option<f64>,
+    click_to_open_human: Option<f64>,
+}
+
+impl From<Counters> for Rates {
+    fn from(c: Counters) -> Self {
+        let of_accepted = |count| share(count, c.accepted);
+        let of_delivered = |count| share(count, c.delivered);
+        Self {
+            delivered: of_accepted(c.delivered),
+            bounce: of_accepted(c.bounce),
+            failed: of_accepted(c.failed),
+            suppressed: of_accepted(c.suppressed),
+            opened: of_delivered(c.opened_unique),
+            opened_human: of_delivered(c.opened_unique_human),
+            clicked: of_delivered(c.clicked_unique),
+            clicked_human: of_delivered(c.clicked_unique_human),
+            unsubscribed: of_delivered(c.unsubscribed),
+            complained: of_delivered(c.complained),
+            replied: of_delivered(c.replied),
+            click_to_open: share(c.clicked_unique, c.opened_unique),
+            click_to_open_human: share(c.clicked_unique_human, c.opened_unique_human),
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "beyond 2^53 recipients a rate has other problems"
+)]
+fn share(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+/// `GET /v1/batches/{id}/report`
+pub(super) async fn report(
+    State(api): State<Arc<Api>>,
+    CanRead(caller): CanRead,
+    Segment(id): Segment,
+) -> Answer<Response> {
+    let batch = visible(&api, &caller, &id).await?;
+    let rates = batch.counters.into();
+    Ok(Json(Report {
+        batch: batch.into(),
+        rates,
+    })
+    .into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_follow_from_counters() {
+        let counters = Counters {
+            accepted: 8,
+            delivered: 4,
+            bounce: 2,
+            opened_unique: 2,
+            clicked_unique: 1,
+            ..Counters::default()
+        };
+        let rates = Rates::from(counters);
+        assert_eq!(
+            (rates.delivered, rates.bounce, rates.failed),
+            (Some(0.5), Some(0.25), Some(0.0))
+        );
+        assert_eq!(
+            (rates.opened, rates.clicked, rates.click_to_open),
+            (Some(0.5), Some(0.25), Some(0.5))
+        );
+        assert_eq!(
+            (
+                rates.click_to_open_human,
+                Rates::from(Counters::default()).delivered
+            ),
+            (None, None)
+        );
+    }
+}

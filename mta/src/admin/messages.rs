@@ -1,0 +1,265 @@
+//! One message with its whole story, and one person with all messages.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use model::{
+    Actor, Attempt, AttemptResult, Blame, Class, DeliveryStatus, EmailAddress, Hit, HitKind,
+    MessageId, Status, Timestamp,
+};
+use serde::Serialize;
+use store::{RecipientRow, Suppression};
+
+use super::Api;
+use super::auth::CanRead;
+use super::params::{Params, Segment};
+use super::problem::{Answer, Refusal};
+use super::recipients::RowView;
+
+/// `GET /v1/messages/{message_id}`
+#[derive(Serialize)]
+pub(super) struct Story {
+    #[serde(flatten)]
+    row: RowView,
+    campaign: Option<String>,
+    list: String,
+    timeline: Vec<AttemptView>,
+    engagement: Vec<HitView>,
+}
+
+#[derive(Serialize)]
+struct AttemptView {
+    number: u8,
+    at: Timestamp,
+    /// When the final dot was sent.
+    dot_at: Option<Timestamp>,
+    status: Status,
+    /// When the next was due.
+    retry_at: Option<Timestamp>,
+    /// Its final dot may have been sent, and no reply was seen.
+    ambiguous: bool,
+    smtp_code: Option<u16>,
+    enhanced_code: Option<String>,
+    class: Option<Class>,
+    blame: Option<Blame>,
+    reply: String,
+    host: String,
+    tls: Option<String>,
+    destination: String,
+    source: String,
+    rule: Option<String>,
+    transaction_ms: u32,
+}
+
+#[derive(Serialize)]
+struct HitView {
+    r#type: HitKind,
+    at: Timestamp,
+    link: Option<u16>,
+    url: Option<String>,
+    user_agent: String,
+    network: String,
+    visitor: Option<model::VisitorId>,
+    method: Option<String>,
+    actor: Actor,
+    machine_reasons: Vec<String>,
+}
+
+impl From<Attempt> for AttemptView {
+    fn from(attempt: Attempt) -> Self {
+        let (status, retry_at, ambiguous) = match attempt.result {
+            AttemptResult::Delivered => (Status::Delivered, None, false),
+            AttemptResult::TemporaryError {
+                retry_at,
+                ambiguous,
+            } => (Status::TemporaryError, Some(retry_at), ambiguous),
+            AttemptResult::Bounce => (Status::Bounce, None, false),
+            AttemptResult::Failed => (Status::Failed, None, false),
+            AttemptResult::Suppressed(_) => (Status::Suppressed, None, false),
+            AttemptResult::Cancelled => (Status::Cancelled, None, false),
+        };
+        let detail = attempt.detail;
+        Self {
+            number: attempt.number,
+            at: attempt.at,
+            dot_at: attempt.dot_at,
+            status,
+            retry_at,
+            ambiguous,
+            smtp_code: detail.smtp_code,
+            enhanced_code: detail.enhanced_code.map(|code| code.to_string()),
+            class: detail.class,
+            blame: detail.blame,
+            reply: detail.reply.into(),
+            host: detail.host.into(),
+            tls: detail.tls.map(Into::into),
+            destination: detail.destination.into(),
+            source: detail.source.into(),
+            rule: detail.rule.map(Into::into),
+            transaction_ms: detail.transaction_ms,
+        }
+    }
+}
+
+impl From<Hit> for HitView {
+    fn from(hit: Hit) -> Self {
+        Self {
+            r#type: hit.kind,
+            at: hit.at,
+            link: hit.link,
+            url: hit.target.map(Into::into),
+            user_agent: hit.user_agent.into(),
+            network: hit.network.into(),
+            visitor: hit.visitor,
+            method: hit.method.map(Into::into),
+            actor: hit.verdict.actor,
+            machine_reasons: hit
+                .verdict
+                .machine_reasons
+                .into_iter()
+                .map(Into::into)
+                .collect(),
+        }
+    }
+}
+
+pub(super) async fn message(
+    State(api): State<Arc<Api>>,
+    CanRead(caller): CanRead,
+    Segment(id): Segment,
+) -> Answer<Json<Story>> {
+    let unknown = || Refusal::not_found("message");
+    let id: MessageId = id.parse().map_err(|_| unknown())?;
+    let story = api
+        .store
+        .message(id)
+        .await?
+        .filter(|story| caller.sees(&story.batch.account));
+    let story = story.ok_or_else(unknown)?;
+    Ok(Json(Story {
+        row: RowView::of(id.batch, story.recipient),
+        campaign: story.batch.campaign.clone(),
+        list: story.batch.list.clone(),
+        timeline: story.attempts.into_iter().map(Into::into).collect(),
+        engagement: story.hits.into_iter().map(Into::into).collect(),
+    }))
+}
+
+/// `GET /v1/recipients/{email}`
+#[derive(Serialize)]
+pub(super) struct Person {
+    email: String,
+    delivery_status: DeliveryStatus,
+    suppressions: Vec<Suppression>,
+    messages: Vec<PersonMessage>,
+}
+
+#[derive(Serialize)]
+struct PersonMessage {
+    #[serde(flatten)]
+    row: RowView,
+    batch_id: model::BatchId,
+    campaign: Option<String>,
+}
+
+pub(super) async fn person(
+    State(api): State<Arc<Api>>,
+    CanRead(caller): CanRead,
+    Segment(email): Segment,
+    params: Params,
+) -> Answer<Json<Person>> {
+    params.finish()?;
+    let email: EmailAddress = email.parse().map_err(|_| Refusal::not_found("address"))?;
+    let story = api
+        .store
+        .address(&caller.account, &email.normalised())
+        .await?;
+    let delivery_status = delivery_status(story.messages.iter().map(|(_, row)| row));
+    let messages = story
+        .messages
+        .into_iter()
+        .map(|(batch, row)| PersonMessage {
+            row: RowView::of(batch.id, row),
+            batch_id: batch.id,
+            campaign: batch.campaign.clone(),
+        });
+    Ok(Json(Person {
+        email: email.normalised(),
+        delivery_status,
+        suppressions: story.suppressions,
+        messages: messages.collect(),
+    }))
+}
+
+/// What the newest final outcome says of an address (contract, section 6); `messages` newest first.
+fn delivery_status<'r>(messages: impl Iterator<Item = &'r RecipientRow>) -> DeliveryStatus {
+    messages
+        .filter_map(|row| outcome(row.status, row.class))
+        .next()
+        .unwrap_or(DeliveryStatus::Unconfirmed)
+}
+
+/// None: not final, or it says nothing of the address.
+fn outcome(status: Status, class: Option<Class>) -> Option<DeliveryStatus> {
+    let by_class = match class {
+        Some(Class::InvalidMailbox | Class::BadDomain | Class::NoMx) => {
+            DeliveryStatus::InvalidAddress
+        }
+        Some(Class::SpamContent) => DeliveryStatus::Spam,
+        _ => DeliveryStatus::Error,
+    };
+    match status {
+        Status::Delivered => Some(DeliveryStatus::Ok),
+        Status::Bounce => Some(by_class),
+        // Retries that ended keep the class of the last reply, or say that they expired.
+        Status::Failed => Some(match class {
+            Some(Class::BadDomain | Class::NoMx) => DeliveryStatus::InvalidAddress,
+            Some(
+                Class::Expired
+                | Class::DnsFailure
+                | Class::ConnectFailure
+                | Class::Greylisted
+                | Class::RateLimited
+                | Class::MailboxFull,
+            ) => DeliveryStatus::TemporaryError,
+            _ => DeliveryStatus::Error,
+        }),
+        Status::Scheduled
+        | Status::Queued
+        | Status::TemporaryError
+        | Status::Suppressed
+        | Status::Cancelled => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_delivery_status_follows_the_contract() {
+        use DeliveryStatus::*;
+        for (status, class, expected) in [
+            (Status::Delivered, None, Some(Ok)),
+            (
+                Status::Bounce,
+                Some(Class::InvalidMailbox),
+                Some(InvalidAddress),
+            ),
+            (Status::Bounce, Some(Class::MailboxFull), Some(Error)),
+            (Status::Bounce, Some(Class::SpamContent), Some(Spam)),
+            (Status::Bounce, None, Some(Error)),
+            (Status::Failed, Some(Class::BadDomain), Some(InvalidAddress)),
+            (Status::Failed, Some(Class::NoMx), Some(InvalidAddress)),
+            (Status::Failed, Some(Class::Expired), Some(TemporaryError)),
+            (Status::Failed, Some(Class::Protocol), Some(Error)),
+            (Status::Queued, None, None),
+            (Status::TemporaryError, Some(Class::Greylisted), None),
+            (Status::Suppressed, None, None),
+            (Status::Cancelled, None, None),
+        ] {
+            assert_eq!(outcome(status, class), expected, "{status} {class:?}");
+        }
+    }
+}
