@@ -16,6 +16,11 @@
 //! - `accepted` is the sum of the status counters at every read.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod form;
+pub mod sqlite;
+pub mod transition;
 mod types;
 
 pub use types::*;
@@ -66,7 +71,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Due, unleased work by queue, after the queue `after` in order of name, at most `limit`
     /// queues. Expired leases count as unleased. Paused and unreleased batches do not count.
-    async fn backlog(&self, now: Timestamp, after: Option<&str>, limit: u32) -> Result<Vec<Backlog>>;
+    async fn backlog(
+        &self,
+        now: Timestamp,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Backlog>>;
 
     /// Leases ranges for the queues that `request` wants, transactional first, then the batches in
     /// turn. Recipients that must not be written to are ended `suppressed` in the same step and
@@ -74,11 +84,21 @@ pub trait Store: Send + Sync + 'static {
     async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;
 
     /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have.
-    async fn reclaim(&self, node: JournalId, now: Timestamp, ttl: std::time::Duration) -> Result<Vec<LeasedRange>>;
+    async fn reclaim(
+        &self,
+        node: JournalId,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<Vec<LeasedRange>>;
 
     /// Extends every lease of `node` that has not expired to `now + ttl`; tells which ranges it
     /// still holds.
-    async fn renew(&self, node: JournalId, now: Timestamp, ttl: std::time::Duration) -> Result<Vec<RangeRef>>;
+    async fn renew(
+        &self,
+        node: JournalId,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<Vec<RangeRef>>;
 
     /// Hands ranges back: what is unreported in them is untouched and free at once (or at
     /// `due_at`). All facts about them must have been shipped. A lost range is ignored.
@@ -97,7 +117,12 @@ pub trait Store: Send + Sync + 'static {
     // ---- control ------------------------------------------------------------------------
 
     /// Pauses, resumes, cancels, archives or unarchives a batch, with its event.
-    async fn change_batch(&self, batch: BatchId, change: BatchChange, now: Timestamp) -> Result<ChangeOutcome>;
+    async fn change_batch(
+        &self,
+        batch: BatchId,
+        change: BatchChange,
+        now: Timestamp,
+    ) -> Result<ChangeOutcome>;
 
     /// What was changed by anyone after `after`, in order, at most 1,000; `None`: nothing, only
     /// the cursor of this moment. One round trip; a node asks at least every 250 ms.
@@ -111,7 +136,13 @@ pub trait Store: Send + Sync + 'static {
     async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()>;
 
     /// Removes those of an address: of one list, or all. Tells how many there were.
-    async fn unsuppress(&self, account: &str, email: &str, list: Option<&str>, now: Timestamp) -> Result<u32>;
+    async fn unsuppress(
+        &self,
+        account: &str,
+        email: &str,
+        list: Option<&str>,
+        now: Timestamp,
+    ) -> Result<u32>;
 
     // ---- reading ------------------------------------------------------------------------
 

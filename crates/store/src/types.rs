@@ -1,8 +1,9 @@
 //! What goes into and comes out of the store.
 
 use model::{
-    Attempt, BatchId, BatchState, Class, Counters, Blame, EnhancedCode, EventKind, Fact, Hit, JournalId, LotNumber,
-    MessageId, Place, Priority, Row, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
+    Attempt, BatchId, BatchState, Blame, Class, Counters, EnhancedCode, EventKind, Fact, Hit,
+    JournalId, LotNumber, MessageId, Place, Priority, Row, Seq, Status, SuppressionReason,
+    Timestamp, TrackingMode,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,7 +139,7 @@ pub struct LeasedRange {
     pub batch: Arc<BatchHead>,
     /// The queue it stood in.
     pub queue: Box<str>,
-    /// The recipients to send to, in order.
+    /// The recipients to send to, in order: the item at `n` has the offset `n`.
     pub items: Vec<LeasedRecipient>,
     /// How many of the items, from the first, the holder may start before it moves the window.
     pub window: u32,
@@ -151,7 +152,7 @@ pub struct LeasedRange {
 pub struct LeasedRecipient {
     /// Where it stands.
     pub place: Place,
-    /// Its offset in the range: windows count these.
+    /// Its offset in the range, which is its place among the items: windows count these.
     pub offset: u32,
     /// The recipient.
     pub row: Row,
@@ -304,7 +305,9 @@ impl Suppression {
     /// transactional mail (contract, section 6).
     pub fn stops(&self, list: &str, priority: Priority) -> bool {
         let kind = match self.reason {
-            SuppressionReason::Complaint | SuppressionReason::Unsubscribed => priority == Priority::Bulk,
+            SuppressionReason::Complaint | SuppressionReason::Unsubscribed => {
+                priority == Priority::Bulk
+            }
             SuppressionReason::InvalidAddress
             | SuppressionReason::Inactive
             | SuppressionReason::Manual

@@ -1,0 +1,207 @@
+//! Rules of intake: staging, the commit, release.
+
+use super::Fixture;
+use super::support::*;
+use crate::{BatchQuery, Control, Result, StoreError};
+use model::{BatchState, MessageId};
+
+/// What is staged is no batch, no work and no event until it is committed; it can be abandoned.
+pub async fn nothing_is_visible_before_the_commit(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(600, "x.example"));
+    store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await?;
+    assert_eq!(store.batch(spec.head.id).await?, None);
+    assert_eq!(store.content(spec.head.id).await?, None);
+    let query = BatchQuery {
+        limit: 10,
+        ..BatchQuery::default()
+    };
+    assert_eq!(store.batches(query).await?.items, []);
+    assert_eq!(store.backlog(T0, None, 10).await?, []);
+    assert_eq!(Node::new(1).lease(&*store, T0, "x.example", 10).await?, []);
+    assert_eq!(all_rows(&*store, spec.head.id).await?, []);
+    assert_eq!(all_events(&*store).await?, []);
+    assert_eq!(store.totals(T0).await?.queued, 0);
+    let gone = store.address("acme", "n1@x.example").await?;
+    assert_eq!(gone.messages, []);
+
+    store.abandon_batch(spec.head.id).await?;
+    spec.submit(&*store, T0).await?;
+    assert_eq!(checked(&*store, spec.head.id).await?.counters.queued, 600);
+    Ok(())
+}
+
+/// A process that ended before its commit leaves nothing.
+pub async fn what_was_left_staged_is_thrown_away(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(3, "x.example"));
+    store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await?;
+    drop(store);
+    let store = fixture.mta().await;
+    spec.submit(&*store, T0).await?;
+    assert_eq!(checked(&*store, spec.head.id).await?.counters.accepted, 3);
+    assert_eq!(
+        Node::new(1)
+            .lease(&*store, T0, "x.example", 10)
+            .await?
+            .iter()
+            .map(|r| r.items.len())
+            .sum::<usize>(),
+        3
+    );
+    Ok(())
+}
+
+/// With the commit there are the batch, its rows by index, its events and its work; another
+/// process sees them too.
+pub async fn a_commit_shows_everything_at_once(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let cursor = store.control(None).await?.next;
+    let mut emails = people(1_200, "x.example");
+    emails.extend(people(300, "Y.example"));
+    let mut spec = Spec::new(1, emails.clone());
+    spec.rejected = vec![0, 5, 1_030];
+    let batch = spec.submit(&*store, T0).await?;
+    for store in [store.clone(), fixture.another().await] {
+        let found = checked(&*store, batch).await?;
+        assert_eq!(found.head, spec.head);
+        assert_eq!(
+            (found.state, found.archived),
+            (BatchState::InProgress, false)
+        );
+        assert_eq!((found.started_at, found.completed_at), (Some(T0), None));
+        assert_eq!(found.counters.queued, 1_500);
+        assert_eq!(
+            store.content(batch).await?.as_deref(),
+            Some(&*spec.committed().content)
+        );
+        let rows = all_rows(&*store, batch).await?;
+        let indices: Vec<u32> = (0..1_503)
+            .filter(|index| !spec.rejected.contains(index))
+            .collect();
+        assert_eq!(
+            rows.iter().map(|row| row.row.index).collect::<Vec<_>>(),
+            indices
+        );
+        assert_eq!(rows[1_499].row.email.as_str(), "n299@y.example");
+        assert_eq!(store.message(MessageId { batch, index: 5 }).await?, None);
+        assert_eq!(
+            store
+                .message(MessageId {
+                    batch,
+                    index: 1_503
+                })
+                .await?,
+            None
+        );
+        let events = all_events(&*store).await?;
+        assert_eq!(kinds(&events), ["batch.accepted", "batch.started"]);
+        assert_eq!(
+            events[0].data,
+            serde_json::json!({"first_index": 0, "count": 1_500, "rejected_count": 3})
+        );
+        let backlog = store.backlog(T0, None, 10).await?;
+        let due: Vec<_> = backlog.iter().map(|of| (&*of.queue, of.due)).collect();
+        assert_eq!(due, [("x.example", 1_200), ("y.example", 300)]);
+        assert_eq!(store.backlog(T0, Some("x.example"), 10).await?.len(), 1);
+        assert_eq!(store.backlog(T0, None, 1).await?.len(), 1);
+    }
+    assert_eq!(store.control(Some(cursor)).await?.items, [Control::Work]);
+    Ok(())
+}
+
+/// Whoever did not hear the answer may commit again.
+pub async fn a_commit_can_be_repeated(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(3, "x.example"));
+    spec.submit(&*store, T0).await?;
+    store.commit_batch(spec.committed(), T0 + secs(1)).await?;
+    assert_eq!(checked(&*store, spec.head.id).await?.counters.accepted, 3);
+    assert_eq!(all_events(&*store).await?.len(), 2);
+    let again = store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await;
+    assert!(matches!(again, Err(StoreError::Refused(_))), "{again:?}");
+    Ok(())
+}
+
+/// `accepted` is the sum of the rows staged, or nothing is committed.
+pub async fn a_commit_that_does_not_add_up_is_refused(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(3, "x.example"));
+    store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await?;
+    let mut wrong = spec.committed();
+    wrong.accepted = 4;
+    assert!(matches!(
+        store.commit_batch(wrong, T0).await,
+        Err(StoreError::Refused(_))
+    ));
+    assert_eq!(store.batch(spec.head.id).await?, None);
+    store.commit_batch(spec.committed(), T0).await?;
+    assert_eq!(checked(&*store, spec.head.id).await?.counters.queued, 3);
+    Ok(())
+}
+
+/// A batch of which nothing was accepted is a batch all the same.
+pub async fn all_rejected_is_completed_at_once(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut spec = Spec::new(1, Vec::new());
+    spec.rejected = vec![0, 1];
+    spec.submit(&*store, T0).await?;
+    let batch = checked(&*store, spec.head.id).await?;
+    assert_eq!(
+        (batch.state, batch.completed_at),
+        (BatchState::Completed, Some(T0))
+    );
+    assert_eq!(
+        kinds(&all_events(&*store).await?),
+        ["batch.accepted", "batch.completed"]
+    );
+    Ok(())
+}
+
+/// Before its release time a batch is `scheduled`, and so are its recipients; then both start.
+pub async fn mail_waits_for_its_release_time(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let node = Node::new(1);
+    let mut spec = Spec::new(1, people(3, "x.example"));
+    spec.head.release_at = T0 + secs(3_600);
+    let batch = spec.submit(&*store, T0).await?;
+    let found = checked(&*store, batch).await?;
+    assert_eq!(
+        (found.state, found.counters.scheduled, found.started_at),
+        (BatchState::Scheduled, 3, None)
+    );
+    let early = T0 + secs(3_599);
+    assert_eq!(node.lease(&*store, early, "x.example", 10).await?, []);
+    let backlog = store.backlog(early, None, 10).await?;
+    assert_eq!(
+        (backlog[0].due, backlog[0].next_due),
+        (0, Some(spec.head.release_at))
+    );
+    assert_eq!(store.totals(early).await?.oldest_due, None);
+
+    let backlog = store.backlog(spec.head.release_at, None, 10).await?;
+    assert_eq!(backlog.iter().map(|of| of.due).sum::<u64>(), 3);
+    let found = checked(&*store, batch).await?;
+    assert_eq!(
+        (found.state, found.counters.queued),
+        (BatchState::InProgress, 3)
+    );
+    assert_eq!(found.started_at, Some(spec.head.release_at));
+    let leased = node
+        .lease(&*store, spec.head.release_at, "x.example", 10)
+        .await?;
+    assert_eq!(emails(&leased).len(), 3);
+    assert_eq!(
+        kinds(&all_events(&*store).await?),
+        ["batch.accepted", "batch.started"]
+    );
+    Ok(())
+}

@@ -1,0 +1,253 @@
+//! Stored forms: the bytes of rows, references, log entries and events.
+//!
+//! Owns their versions. The first byte is the version, the second says whether the rest is
+//! compressed; an unknown one is [`StoreError::Damaged`], never a guess. Must not know an engine.
+
+use crate::{Result, StoreError};
+use model::{Fact, JournalId, LotNumber, Row, Seq};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// What a stored form may grow to when it is unpacked: 500 rows of what intake lets through.
+const UNPACKED_MAX: u32 = 256 << 20;
+/// Below this, compression costs more than it saves.
+const COMPRESS_FROM: usize = 200;
+const LEVEL: i32 = 1;
+
+const PLAIN: u8 = 0;
+const ZSTD: u8 = 1;
+
+/// The version of every form here; each has its own number so that they can part ways.
+pub(crate) mod version {
+    /// Rows of a lot.
+    pub(crate) const ROWS: u8 = 1;
+    /// References of a retry lot.
+    pub(crate) const REFS: u8 = 1;
+    /// Facts of a lot. It contains [`model::Fact`] in its form 1.
+    pub(crate) const LOG: u8 = 1;
+    /// Events.
+    pub(crate) const EVENTS: u8 = 1;
+    /// Counters.
+    pub(crate) const COUNTERS: u8 = 1;
+}
+
+/// Packs values; keeps a compressor, which is expensive to make.
+pub(crate) struct Packer(zstd::bulk::Compressor<'static>);
+
+impl Packer {
+    pub(crate) fn new() -> Result<Self> {
+        let compressor = zstd::bulk::Compressor::new(LEVEL).map_err(|error| unavailable(&error))?;
+        Ok(Self(compressor))
+    }
+
+    pub(crate) fn pack(&mut self, version: u8, value: &impl Serialize) -> Result<Vec<u8>> {
+        let plain = postcard::to_extend(value, vec![version, PLAIN])
+            .map_err(|error| StoreError::Damaged(format!("cannot be written: {error}")))?;
+        let body = plain.get(2..).unwrap_or_default();
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        if length > UNPACKED_MAX {
+            return Err(StoreError::Refused("more than 256 MiB in one piece".into()));
+        }
+        if body.len() < COMPRESS_FROM {
+            return Ok(plain);
+        }
+        let mut packed = vec![version, ZSTD];
+        packed.extend_from_slice(&length.to_le_bytes());
+        packed.extend(self.0.compress(body).map_err(|error| unavailable(&error))?);
+        Ok(packed)
+    }
+}
+
+fn unavailable(error: &std::io::Error) -> StoreError {
+    StoreError::Unavailable(format!("zstd: {error}"))
+}
+
+fn damaged(what: &str) -> StoreError {
+    StoreError::Damaged(format!("a stored form is not readable: {what}"))
+}
+
+/// Reads what [`Packer::pack`] wrote.
+pub(crate) fn unpack<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T> {
+    let read = |body: &[u8]| postcard::from_bytes(body).map_err(|_| damaged("its content"));
+    match bytes {
+        [found, ..] if *found != version => Err(damaged(&format!("version {found}"))),
+        [_, PLAIN, body @ ..] => read(body),
+        [_, ZSTD, a, b, c, d, body @ ..] => {
+            let length = u32::from_le_bytes([*a, *b, *c, *d]);
+            if length > UNPACKED_MAX {
+                return Err(damaged("its length"));
+            }
+            let length = usize::try_from(length).map_err(|_| damaged("its length"))?;
+            let plain =
+                zstd::bulk::decompress(body, length).map_err(|_| damaged("its compression"))?;
+            read(&plain)
+        }
+        _ => Err(damaged("its head")),
+    }
+}
+
+/// The rows of a lot, packed on the caller's thread.
+pub(crate) fn pack_rows(rows: &[Row]) -> Result<Vec<u8>> {
+    Packer::new()?.pack(version::ROWS, &rows)
+}
+
+/// A reference to a recipient, with the attempts that it had when it was filed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ref {
+    pub(crate) lot: LotNumber,
+    pub(crate) position: u16,
+    pub(crate) attempts: u8,
+}
+
+const REF_BYTES: usize = 7;
+
+/// References, uncompressed: they are appended to.
+pub(crate) fn pack_refs(refs: &[Ref]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(1 + refs.len() * REF_BYTES);
+    bytes.push(version::REFS);
+    for of in refs {
+        bytes.extend_from_slice(&of.lot.0.to_le_bytes());
+        bytes.extend_from_slice(&of.position.to_le_bytes());
+        bytes.push(of.attempts);
+    }
+    bytes
+}
+
+pub(crate) fn unpack_refs(bytes: &[u8]) -> Result<Vec<Ref>> {
+    let Some((&version::REFS, body)) = bytes.split_first() else {
+        return Err(damaged("references"));
+    };
+    let chunks = body.chunks_exact(REF_BYTES);
+    if !chunks.remainder().is_empty() {
+        return Err(damaged("references"));
+    }
+    let refs = chunks.filter_map(|chunk| match *chunk {
+        [a, b, c, d, e, f, attempts] => Some(Ref {
+            lot: LotNumber(u32::from_le_bytes([a, b, c, d])),
+            position: u16::from_le_bytes([e, f]),
+            attempts,
+        }),
+        _ => None,
+    });
+    Ok(refs.collect())
+}
+
+/// Numbers of four bytes each, little end first.
+pub(crate) fn pack_u32s(numbers: impl Iterator<Item = u32>) -> Vec<u8> {
+    numbers.flat_map(u32::to_le_bytes).collect()
+}
+
+pub(crate) fn unpack_u32s(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.chunks_exact(4).filter_map(|chunk| {
+        let bytes: [u8; 4] = chunk.try_into().ok()?;
+        Some(u32::from_le_bytes(bytes))
+    })
+}
+
+/// Facts of one lot that came in one step. Its entries are told from events by (log, entry).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LogBlock {
+    pub(crate) journal: JournalId,
+    pub(crate) entries: Vec<LogEntry>,
+}
+
+/// One fact in a log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LogEntry {
+    pub(crate) position: u16,
+    pub(crate) seq: Seq,
+    pub(crate) fact: Fact,
+}
+
+/// Events of one step, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct EventBlock {
+    pub(crate) events: Vec<StoredEvent>,
+}
+
+/// An event as it is kept: it refers to what else is kept, so that a person's erasure there
+/// takes the person out of the events too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum StoredEvent {
+    /// Of a fact: the entry of a log.
+    Fact {
+        kind: u8,
+        lot: i64,
+        log: i64,
+        entry: u32,
+    },
+    /// Of a recipient that was not written to.
+    Unsent {
+        kind: u8,
+        lot: i64,
+        position: u16,
+        /// JSON.
+        data: String,
+    },
+    /// Of a batch.
+    Batch {
+        kind: u8,
+        batch: i64,
+        /// JSON.
+        data: String,
+    },
+    /// Of an address in an account.
+    Address {
+        kind: u8,
+        account: String,
+        email: String,
+        /// JSON.
+        data: String,
+    },
+}
+
+impl StoredEvent {
+    pub(crate) const fn kind(&self) -> u8 {
+        match self {
+            Self::Fact { kind, .. }
+            | Self::Unsent { kind, .. }
+            | Self::Batch { kind, .. }
+            | Self::Address { kind, .. } => *kind,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_form_says_its_version() {
+        let packed = Packer::new().unwrap().pack(3, &vec![7_u32; 1000]).unwrap();
+        assert!(packed.len() < 200);
+        assert_eq!(unpack::<Vec<u32>>(3, &packed), Ok(vec![7; 1000]));
+        assert!(matches!(
+            unpack::<Vec<u32>>(4, &packed),
+            Err(StoreError::Damaged(_))
+        ));
+        assert!(unpack_refs(&[2]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn references_read_back(list in prop::collection::vec((any::<u32>(), any::<u16>(), any::<u8>()), 0..50)) {
+            let refs: Vec<Ref> = list
+                .into_iter()
+                .map(|(lot, position, attempts)| Ref { lot: LotNumber(lot), position, attempts })
+                .collect();
+            prop_assert_eq!(unpack_refs(&pack_refs(&refs)), Ok(refs));
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes: Vec<u8>, zstd: bool) {
+            let head = [1, u8::from(zstd)];
+            for form in [bytes.clone(), [&head[..], &bytes].concat()] {
+                let _read = unpack::<Vec<Row>>(version::ROWS, &form);
+                let _read = unpack::<LogBlock>(version::LOG, &form);
+                let _read = unpack::<EventBlock>(version::EVENTS, &form);
+                let _read = unpack_refs(&form);
+            }
+        }
+    }
+}

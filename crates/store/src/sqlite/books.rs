@@ -1,0 +1,596 @@
+//! The books of one step: cells, counters, logs, retry lots and events are changed here in memory
+//! and written once at its end.
+//!
+//! Owns how these are stored. Every change of a recipient goes through here, so that its status,
+//! the counters and the event change together. Must not decide what changes: `transition` does.
+
+use super::control;
+use super::ids::{self, BatchNo, LotId};
+use super::writer::Step;
+use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
+use crate::transition::{self, Applied, Cell};
+use crate::{BatchHead, Control, Result, StoreError};
+use model::{
+    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Seq, Status, Timestamp,
+    TrackingMode,
+};
+use rusqlite::{OptionalExtension as _, params};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+/// References in one retry lot.
+const RETRY_ROWS: usize = crate::LOT_ROWS;
+/// Events in one block: what a page of events has to unpack.
+const BLOCK_EVENTS: usize = 1_000;
+
+/// What a step changed that others follow.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Changed {
+    pub(super) control: bool,
+    pub(super) events: bool,
+}
+
+impl Changed {
+    pub(super) const fn any(self) -> bool {
+        self.control || self.events
+    }
+}
+
+/// What of a batch can change.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct BatchRecord {
+    pub(super) no: BatchNo,
+    pub(super) id: BatchId,
+    pub(super) state: BatchState,
+    pub(super) released: bool,
+    pub(super) archived: bool,
+    pub(super) release_at: Timestamp,
+    pub(super) started_at: Option<Timestamp>,
+    pub(super) completed_at: Option<Timestamp>,
+    pub(super) tracking: TrackingMode,
+    pub(super) transactional: bool,
+}
+
+impl BatchRecord {
+    /// Whether attempts may start.
+    pub(super) fn active(&self) -> bool {
+        self.state == BatchState::InProgress
+    }
+}
+
+/// Reads what of a batch can change; `None` when there is no such committed batch.
+pub(super) fn record(connection: &rusqlite::Connection, by: By) -> Result<Option<BatchRecord>> {
+    let columns = "SELECT no, id, state, released, archived, release_at, started_at, completed_at, tracking, priority FROM batch WHERE state < 99 AND";
+    let (sql, key): (_, &dyn rusqlite::ToSql) = match &by {
+        By::No(no) => (format!("{columns} no=?1"), no),
+        By::Id(id) => (format!("{columns} id=?1"), id),
+    };
+    let row = connection
+        .prepare_cached(&sql)?
+        .query_row([key], read_record)
+        .optional()?;
+    Ok(row)
+}
+
+/// How a batch is named.
+pub(super) enum By {
+    /// By its number in this file.
+    No(BatchNo),
+    /// By its id.
+    Id([u8; 16]),
+}
+
+fn read_record(row: &rusqlite::Row<'_>) -> rusqlite::Result<BatchRecord> {
+    Ok(BatchRecord {
+        no: row.get(0)?,
+        id: BatchId::from_bytes(row.get(1)?),
+        state: BatchState::from_code(row.get(2)?).unwrap_or(BatchState::Open),
+        released: row.get(3)?,
+        archived: row.get(4)?,
+        release_at: ids::time(row.get(5)?),
+        started_at: row.get::<_, Option<i64>>(6)?.map(ids::time),
+        completed_at: row.get::<_, Option<i64>>(7)?.map(ids::time),
+        tracking: TrackingMode::from_code(row.get(8)?).unwrap_or(TrackingMode::Off),
+        transactional: row.get::<_, u8>(9)? == model::Priority::Transactional.code(),
+    })
+}
+
+/// Writes what of a batch can change.
+pub(super) fn save_record(connection: &rusqlite::Connection, batch: &BatchRecord) -> Result<()> {
+    connection
+        .prepare_cached("UPDATE batch SET state=?2, released=?3, archived=?4, started_at=?5, completed_at=?6 WHERE no=?1")?
+        .execute(params![
+            batch.no,
+            batch.state.code(),
+            batch.released,
+            batch.archived,
+            batch.started_at.map(Timestamp::millis),
+            batch.completed_at.map(Timestamp::millis),
+        ])?;
+    Ok(())
+}
+
+/// The mutable bytes of a lot.
+struct LotBook {
+    cells: Vec<u8>,
+    dirty: bool,
+    log: Vec<LogEntry>,
+}
+
+/// An event that may wait for the number of its log entry.
+enum Pending {
+    Fact {
+        kind: EventKind,
+        lot: LotId,
+        entry: usize,
+    },
+    Other(StoredEvent),
+}
+
+/// Where retries are filed.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RetryKey {
+    pub(super) batch: BatchNo,
+    pub(super) partition: Partition,
+    pub(super) queue: Box<str>,
+    pub(super) due_at: i64,
+}
+
+/// The open books of a step.
+pub(super) struct Books<'s, 'c> {
+    pub(super) step: &'s mut Step<'c>,
+    pub(super) now: Timestamp,
+    lots: HashMap<LotId, Option<LotBook>>,
+    counters: HashMap<i64, Counters>,
+    batches: HashMap<BatchNo, Option<BatchRecord>>,
+    retries: BTreeMap<RetryKey, Vec<Ref>>,
+    events: Vec<Pending>,
+    /// Batches whose counters moved.
+    touched: BTreeSet<BatchNo>,
+}
+
+impl<'s, 'c> Books<'s, 'c> {
+    pub(super) fn open(step: &'s mut Step<'c>, now: Timestamp) -> Self {
+        Self {
+            step,
+            now,
+            lots: HashMap::new(),
+            counters: HashMap::new(),
+            batches: HashMap::new(),
+            retries: BTreeMap::new(),
+            events: Vec::new(),
+            touched: BTreeSet::new(),
+        }
+    }
+
+    /// The batch as it is now.
+    pub(super) fn batch(&mut self, no: BatchNo) -> Result<Option<BatchRecord>> {
+        if let Some(known) = self.batches.get(&no) {
+            return Ok(known.clone());
+        }
+        let found = record(self.step.connection, By::No(no))?;
+        self.batches.insert(no, found.clone());
+        Ok(found)
+    }
+
+    /// Changes the batch.
+    pub(super) fn set_batch(&mut self, batch: BatchRecord) -> Result<()> {
+        save_record(self.step.connection, &batch)?;
+        self.batches.insert(batch.no, Some(batch));
+        Ok(())
+    }
+
+    pub(super) fn head(&self, no: BatchNo) -> Result<Arc<BatchHead>> {
+        self.step.cache.head(self.step.connection, no)
+    }
+
+    fn lot(&mut self, lot: LotId) -> Result<Option<&mut LotBook>> {
+        use std::collections::hash_map::Entry;
+        let book = match self.lots.entry(lot) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(free) => {
+                let cells: Option<Vec<u8>> = self
+                    .step
+                    .connection
+                    .prepare_cached("SELECT data FROM cell WHERE lot=?1")?
+                    .query_row([lot], |row| row.get(0))
+                    .optional()?;
+                free.insert(cells.map(|cells| LotBook {
+                    cells,
+                    dirty: false,
+                    log: Vec::new(),
+                }))
+            }
+        };
+        Ok(book.as_mut())
+    }
+
+    /// The cell of a recipient; `None` when there is none at that place.
+    pub(super) fn cell(&mut self, lot: LotId, position: u16) -> Result<Option<Cell>> {
+        let Some(book) = self.lot(lot)? else {
+            return Ok(None);
+        };
+        let at = usize::from(position) * Cell::BYTES;
+        match book.cells.get(at..at + Cell::BYTES) {
+            None => Ok(None),
+            Some(bytes) => Cell::read(bytes)
+                .map(Some)
+                .ok_or_else(|| StoreError::Damaged(format!("cell {position} of lot {lot}"))),
+        }
+    }
+
+    pub(super) fn set_cell(&mut self, lot: LotId, position: u16, cell: Cell) -> Result<()> {
+        let at = usize::from(position) * Cell::BYTES;
+        if let Some(book) = self.lot(lot)?
+            && let Some(bytes) = book.cells.get_mut(at..at + Cell::BYTES)
+        {
+            bytes.copy_from_slice(&cell.to_bytes());
+            book.dirty = true;
+        }
+        Ok(())
+    }
+
+    /// Changes the counters of the batch in the partition of `lot`.
+    pub(super) fn count<T>(
+        &mut self,
+        lot: LotId,
+        change: impl FnOnce(&mut Counters) -> T,
+    ) -> Result<T> {
+        let (batch, number) = ids::split(lot);
+        let id = ids::counter_id(batch, number.partition());
+        self.touched.insert(batch);
+        if let Some(counters) = self.counters.get_mut(&id) {
+            return Ok(change(counters));
+        }
+        let mut counters = load_counters(self.step.connection, id)?;
+        let outcome = change(&mut counters);
+        self.counters.insert(id, counters);
+        Ok(outcome)
+    }
+
+    /// Keeps a fact for the story; its number among those of the lot in this step.
+    pub(super) fn log(&mut self, lot: LotId, position: u16, seq: Seq, fact: Fact) -> Result<usize> {
+        let Some(book) = self.lot(lot)? else {
+            return Ok(0);
+        };
+        book.log.push(LogEntry {
+            position,
+            seq,
+            fact,
+        });
+        Ok(book.log.len() - 1)
+    }
+
+    /// Ends a recipient that was not written to, with its event. Whether it was still open.
+    pub(super) fn end_unsent(
+        &mut self,
+        lot: LotId,
+        position: u16,
+        status: Status,
+        data: serde_json::Value,
+    ) -> Result<bool> {
+        let Some(mut cell) = self.cell(lot, position)? else {
+            return Ok(false);
+        };
+        let released = self.released(lot)?;
+        let applied = self.count(lot, |counters| {
+            transition::end_unsent(&mut cell, counters, released, status)
+        })?;
+        let Applied::Moved(kind) = applied else {
+            return Ok(false);
+        };
+        self.set_cell(lot, position, cell)?;
+        self.events.push(Pending::Other(StoredEvent::Unsent {
+            kind: kind.code(),
+            lot,
+            position,
+            data: data.to_string(),
+        }));
+        Ok(true)
+    }
+
+    /// Whether the mail of the lot's batch may leave.
+    pub(super) fn released(&mut self, lot: LotId) -> Result<bool> {
+        let batch = self.batch(ids::split(lot).0)?;
+        Ok(batch.is_none_or(|batch| batch.released))
+    }
+
+    /// Notes the event of a fact that was logged as `entry`.
+    pub(super) fn fact_event(&mut self, kind: EventKind, lot: LotId, entry: usize) {
+        self.events.push(Pending::Fact { kind, lot, entry });
+    }
+
+    /// Notes an event of a batch.
+    pub(super) fn batch_event(
+        &mut self,
+        kind: EventKind,
+        batch: BatchNo,
+        data: &serde_json::Value,
+    ) {
+        self.events.push(Pending::Other(StoredEvent::Batch {
+            kind: kind.code(),
+            batch,
+            data: data.to_string(),
+        }));
+    }
+
+    /// Notes an event of an address.
+    pub(super) fn address_event(
+        &mut self,
+        kind: EventKind,
+        account: &str,
+        email: &str,
+        data: &serde_json::Value,
+    ) {
+        self.events.push(Pending::Other(StoredEvent::Address {
+            kind: kind.code(),
+            account: account.to_owned(),
+            email: email.to_owned(),
+            data: data.to_string(),
+        }));
+    }
+
+    /// Tells every node.
+    pub(super) fn tell(&mut self, item: &Control) -> Result<()> {
+        self.step.changed.control = true;
+        control::append(self.step.connection, item, self.now)
+    }
+
+    /// Files a reference in a retry lot.
+    pub(super) fn retry(&mut self, key: RetryKey, of: Ref) {
+        self.retries.entry(key).or_default().push(of);
+    }
+
+    /// Lets the mail of a batch leave: what was scheduled is queued.
+    pub(super) fn release_batch(&mut self, mut batch: BatchRecord) -> Result<()> {
+        let ids = counter_ids(self.step.connection, batch.no)?;
+        for id in ids {
+            let lot = ids::any_lot(id);
+            self.count(lot, |counters| {
+                counters.queued += std::mem::take(&mut counters.scheduled);
+            })?;
+        }
+        batch.released = true;
+        self.set_batch(batch)
+    }
+
+    /// Writes everything; the batches that were completed by it.
+    pub(super) fn close(mut self, journal: Option<JournalId>) -> Result<Vec<BatchId>> {
+        self.write_counters()?;
+        let completed = self.complete()?;
+        let logs = self.write_lots(journal)?;
+        for (key, refs) in std::mem::take(&mut self.retries) {
+            file_retries(self.step, &key, &refs)?;
+        }
+        self.write_events(&logs)?;
+        Ok(completed)
+    }
+
+    fn write_counters(&mut self) -> Result<()> {
+        for (id, counters) in &self.counters {
+            let data = self.step.memory.packer.pack(version::COUNTERS, counters)?;
+            self.step
+                .connection
+                .prepare_cached("INSERT INTO counter VALUES (?1, ?2) ON CONFLICT DO UPDATE SET data=excluded.data")?
+                .execute(params![id, data])?;
+        }
+        Ok(())
+    }
+
+    /// Completes the batches in which nothing is open any more.
+    fn complete(&mut self) -> Result<Vec<BatchId>> {
+        let mut completed = Vec::new();
+        for no in std::mem::take(&mut self.touched) {
+            let Some(mut batch) = self.batch(no)? else {
+                continue;
+            };
+            if batch.completed_at.is_some() || read_counters(self.step.connection, no)?.open() > 0 {
+                continue;
+            }
+            batch.completed_at = Some(self.now);
+            if batch.state != BatchState::Cancelled {
+                batch.state = BatchState::Completed;
+                completed.push(batch.id);
+                self.batch_event(EventKind::BatchCompleted, no, &serde_json::json!({}));
+            }
+            self.set_batch(batch)?;
+        }
+        Ok(completed)
+    }
+
+    /// Writes cells and logs; the number of each lot's log.
+    fn write_lots(&mut self, journal: Option<JournalId>) -> Result<HashMap<LotId, i64>> {
+        let mut logs = HashMap::new();
+        for (lot, book) in std::mem::take(&mut self.lots) {
+            let Some(book) = book else { continue };
+            let step = &mut *self.step;
+            if book.dirty {
+                step.connection
+                    .prepare_cached("UPDATE cell SET data=?2 WHERE lot=?1")?
+                    .execute(params![lot, book.cells])?;
+            }
+            if let Some(journal) = journal
+                && !book.log.is_empty()
+            {
+                let block = LogBlock {
+                    journal,
+                    entries: book.log,
+                };
+                let data = step.memory.packer.pack(version::LOG, &block)?;
+                step.connection
+                    .prepare_cached("INSERT INTO lot_log (lot, data) VALUES (?1, ?2)")?
+                    .execute(params![lot, data])?;
+                logs.insert(lot, step.connection.last_insert_rowid());
+            }
+        }
+        Ok(logs)
+    }
+
+    fn write_events(&mut self, logs: &HashMap<LotId, i64>) -> Result<()> {
+        let events: Vec<StoredEvent> = std::mem::take(&mut self.events)
+            .into_iter()
+            .filter_map(|pending| match pending {
+                Pending::Other(event) => Some(event),
+                Pending::Fact { kind, lot, entry } => Some(StoredEvent::Fact {
+                    kind: kind.code(),
+                    lot,
+                    log: *logs.get(&lot)?,
+                    entry: u32::try_from(entry).ok()?,
+                }),
+            })
+            .collect();
+        for chunk in events.chunks(BLOCK_EVENTS) {
+            write_block(self.step, chunk.to_vec(), self.now)?;
+        }
+        Ok(())
+    }
+}
+
+fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) -> Result<()> {
+    let kinds = events
+        .iter()
+        .fold(0_i64, |mask, event| mask | 1 << event.kind());
+    let of = |event: &StoredEvent| match event {
+        StoredEvent::Fact { lot, .. } | StoredEvent::Unsent { lot, .. } => ids::split(*lot).0,
+        StoredEvent::Batch { batch, .. } => *batch,
+        StoredEvent::Address { .. } => 0,
+    };
+    let first = events.first().map_or(0, of);
+    let batch = if events.iter().all(|event| of(event) == first) {
+        first
+    } else {
+        0
+    };
+    let data = step
+        .memory
+        .packer
+        .pack(version::EVENTS, &EventBlock { events })?;
+    step.connection
+        .prepare_cached(
+            "INSERT INTO event (recorded_at, kinds, batch, data) VALUES (?1, ?2, ?3, ?4)",
+        )?
+        .execute(params![now.millis(), kinds, batch, data])?;
+    step.changed.events = true;
+    Ok(())
+}
+
+/// Adds references to retry lots that nobody holds, or makes new ones.
+pub(super) fn file_retries(step: &Step<'_>, key: &RetryKey, refs: &[Ref]) -> Result<()> {
+    let open: Option<(i64, Vec<u8>)> = step
+        .connection
+        .prepare_cached(
+            "SELECT id, refs FROM work WHERE queue=?1 AND batch=?2 AND due_at=?3 AND expires=0 AND count<?4
+             AND partition=?5 AND refs IS NOT NULL AND holder IS NULL LIMIT 1",
+        )?
+        .query_row(
+            params![key.queue, key.batch, key.due_at, length(RETRY_ROWS), key.partition.0],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
+        .optional()?;
+    let (open, mut all) = match open {
+        Some((id, packed)) => (Some(id), form::unpack_refs(&packed)?),
+        None => (None, Vec::new()),
+    };
+    all.extend_from_slice(refs);
+    let mut chunks = all.chunks(RETRY_ROWS);
+    if let Some(id) = open {
+        let chunk = chunks.next().unwrap_or_default();
+        step.connection
+            .prepare_cached("UPDATE work SET refs=?2, count=?3 WHERE id=?1")?
+            .execute(params![id, form::pack_refs(chunk), length(chunk.len())])?;
+    }
+    for chunk in chunks {
+        step.connection
+            .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, refs) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+            .execute(params![
+                key.batch,
+                key.partition.0,
+                key.queue,
+                key.due_at,
+                length(chunk.len()),
+                form::pack_refs(chunk)
+            ])?;
+    }
+    Ok(())
+}
+
+fn length(of: usize) -> i64 {
+    i64::try_from(of).unwrap_or(i64::MAX)
+}
+
+fn load_counters(connection: &rusqlite::Connection, id: i64) -> Result<Counters> {
+    let data: Option<Vec<u8>> = connection
+        .prepare_cached("SELECT data FROM counter WHERE id=?1")?
+        .query_row([id], |row| row.get(0))
+        .optional()?;
+    data.map_or_else(
+        || Ok(Counters::default()),
+        |data| form::unpack(version::COUNTERS, &data),
+    )
+}
+
+fn counter_ids(connection: &rusqlite::Connection, batch: BatchNo) -> Result<Vec<i64>> {
+    let (first, last) = ids::counter_range(batch);
+    let mut sql = connection.prepare_cached("SELECT id FROM counter WHERE id BETWEEN ?1 AND ?2")?;
+    let ids = sql.query_map([first, last], |row| row.get(0))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+/// The counters of a batch: the sum over its partitions.
+pub(super) fn read_counters(connection: &rusqlite::Connection, batch: BatchNo) -> Result<Counters> {
+    let (first, last) = ids::counter_range(batch);
+    let mut sql =
+        connection.prepare_cached("SELECT data FROM counter WHERE id BETWEEN ?1 AND ?2")?;
+    let mut rows = sql.query([first, last])?;
+    let mut sum = Counters::default();
+    while let Some(row) = rows.next()? {
+        let data: Vec<u8> = row.get(0)?;
+        add(&mut sum, &form::unpack(version::COUNTERS, &data)?);
+    }
+    Ok(sum)
+}
+
+fn add(sum: &mut Counters, other: &Counters) {
+    let Counters {
+        accepted,
+        scheduled,
+        queued,
+        temporary_error,
+        delivered,
+        bounce,
+        failed,
+        suppressed,
+        cancelled,
+        complained,
+        unsubscribed,
+        replied,
+        opened_unique,
+        opened_total,
+        clicked_unique,
+        clicked_total,
+        opened_unique_human,
+        opened_total_human,
+        clicked_unique_human,
+        clicked_total_human,
+    } = other;
+    sum.accepted += accepted;
+    sum.scheduled += scheduled;
+    sum.queued += queued;
+    sum.temporary_error += temporary_error;
+    sum.delivered += delivered;
+    sum.bounce += bounce;
+    sum.failed += failed;
+    sum.suppressed += suppressed;
+    sum.cancelled += cancelled;
+    sum.complained += complained;
+    sum.unsubscribed += unsubscribed;
+    sum.replied += replied;
+    sum.opened_unique += opened_unique;
+    sum.opened_total += opened_total;
+    sum.clicked_unique += clicked_unique;
+    sum.clicked_total += clicked_total;
+    sum.opened_unique_human += opened_unique_human;
+    sum.opened_total_human += opened_total_human;
+    sum.clicked_unique_human += clicked_unique_human;
+    sum.clicked_total_human += clicked_total_human;
+}

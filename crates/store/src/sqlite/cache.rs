@@ -1,0 +1,145 @@
+//! What never changes once written, kept decoded: heads of batches and rows of lots.
+//!
+//! Bounded; shared by the writer and the readers. Must not hold anything that can change.
+
+use crate::form::{self, version};
+use crate::{BatchHead, Result, StoreError};
+use model::Row;
+use rusqlite::{Connection, OptionalExtension as _};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Lots kept decoded: 64,000 rows, some 15 MB.
+const LOTS: usize = 128;
+const HEADS: usize = 256;
+
+/// A lot as it was staged.
+#[derive(Debug)]
+pub(super) struct Lot {
+    pub(super) queue: Box<str>,
+    pub(super) rows: Vec<Row>,
+}
+
+/// The caches of a store.
+#[derive(Debug)]
+pub(super) struct Cache {
+    lots: Mutex<Recent<Arc<Lot>>>,
+    heads: Mutex<Recent<Arc<BatchHead>>>,
+}
+
+/// Keeps the values that were asked for last. Found by a scan: there are few.
+#[derive(Debug)]
+struct Recent<T> {
+    limit: usize,
+    clock: u64,
+    entries: Vec<(i64, u64, T)>,
+}
+
+impl<T: Clone> Recent<T> {
+    fn new(limit: usize) -> Mutex<Self> {
+        Mutex::new(Self {
+            limit,
+            clock: 0,
+            entries: Vec::with_capacity(limit),
+        })
+    }
+
+    fn find(&mut self, key: i64) -> Option<T> {
+        self.clock += 1;
+        let entry = self.entries.iter_mut().find(|(at, ..)| *at == key)?;
+        entry.1 = self.clock;
+        Some(entry.2.clone())
+    }
+
+    fn keep(&mut self, key: i64, value: T) {
+        if self.entries.len() >= self.limit {
+            let oldest = self
+                .entries
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, entry)| entry.1);
+            if let Some((at, _)) = oldest {
+                self.entries.swap_remove(at);
+            }
+        }
+        self.entries.push((key, self.clock, value));
+    }
+}
+
+impl Cache {
+    pub(super) fn new() -> Self {
+        Self {
+            lots: Recent::new(LOTS),
+            heads: Recent::new(HEADS),
+        }
+    }
+
+    /// The rows of a lot; `None` when there is no such lot.
+    pub(super) fn lot(&self, connection: &Connection, id: i64) -> Result<Option<Arc<Lot>>> {
+        if let Some(lot) = self
+            .lots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .find(id)
+        {
+            return Ok(Some(lot));
+        }
+        let stored: Option<(String, Vec<u8>)> = connection
+            .prepare_cached("SELECT queue, packed FROM lot WHERE id=?1")?
+            .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        let Some((queue, packed)) = stored else {
+            return Ok(None);
+        };
+        let lot = Arc::new(Lot {
+            queue: queue.into(),
+            rows: form::unpack(version::ROWS, &packed)?,
+        });
+        self.lots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keep(id, lot.clone());
+        Ok(Some(lot))
+    }
+
+    /// The head of a committed batch.
+    pub(super) fn head(&self, connection: &Connection, no: i64) -> Result<Arc<BatchHead>> {
+        if let Some(head) = self
+            .heads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .find(no)
+        {
+            return Ok(head);
+        }
+        let text: String = connection
+            .prepare_cached("SELECT head FROM batch WHERE no=?1")?
+            .query_row([no], |row| row.get(0))?;
+        let head: BatchHead = serde_json::from_str(&text)
+            .map_err(|error| StoreError::Damaged(format!("the head of batch {no}: {error}")))?;
+        let head = Arc::new(head);
+        self.heads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keep(no, head.clone());
+        Ok(head)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_recent_goes_first() {
+        let recent = Recent::new(2);
+        let mut recent = recent.lock().unwrap();
+        recent.keep(1, 'a');
+        recent.keep(2, 'b');
+        assert_eq!(recent.find(1), Some('a'));
+        recent.keep(3, 'c');
+        assert_eq!(
+            (recent.find(1), recent.find(2), recent.find(3)),
+            (Some('a'), None, Some('c'))
+        );
+    }
+}

@@ -1,0 +1,321 @@
+//! The control feed, and what changes a whole batch: pause, resume, cancel, archive, release.
+//!
+//! Must not change a recipient but through the books.
+
+use super::books::{BatchRecord, Books, By, read_counters, record};
+use super::ids::{self, BatchNo};
+use super::lease::{cancel_range, ranges};
+use super::writer::{Step, Writer};
+use crate::{
+    Batch, BatchChange, ChangeOutcome, Control, ControlCursor, ControlPage, Result, StoreError,
+};
+use model::{BatchId, BatchState, EventKind, Timestamp};
+use rusqlite::{Connection, params};
+use serde_json::json;
+
+/// How long the feed is kept, in milliseconds: a node that was away longer starts anew.
+const KEPT: i64 = 24 * 60 * 60 * 1000;
+/// Items between two trimmings.
+const TRIM: i64 = 256;
+/// Items of one page.
+const PAGE: i64 = 1_000;
+/// Ranges cancelled in one step.
+const RANGES: i64 = 64;
+
+/// Appends to the feed.
+pub(super) fn append(connection: &Connection, item: &Control, now: Timestamp) -> Result<()> {
+    let text = serde_json::to_string(item)
+        .map_err(|error| StoreError::Damaged(format!("a control item: {error}")))?;
+    connection
+        .prepare_cached("INSERT INTO control (at, item) VALUES (?1, ?2)")?
+        .execute(params![now.millis(), text])?;
+    if connection.last_insert_rowid() % TRIM == 0 {
+        connection
+            .prepare_cached("DELETE FROM control WHERE at<?1")?
+            .execute([now.millis() - KEPT])?;
+    }
+    Ok(())
+}
+
+/// Reads the feed after a cursor.
+pub(super) fn page(connection: &Connection, after: Option<ControlCursor>) -> Result<ControlPage> {
+    let Some(after) = after.and_then(|cursor| cursor.0.first().copied()) else {
+        let last: i64 = connection
+            .prepare_cached(
+                "SELECT COALESCE((SELECT seq FROM sqlite_sequence WHERE name='control'), 0)",
+            )?
+            .query_row([], |row| row.get(0))?;
+        let next = ControlCursor(vec![ids::nat(last)]);
+        return Ok(ControlPage {
+            items: Vec::new(),
+            next,
+        });
+    };
+    let mut sql = connection
+        .prepare_cached("SELECT id, item FROM control WHERE id>?1 ORDER BY id LIMIT ?2")?;
+    let mut rows = sql.query([ids::int(after), PAGE])?;
+    let (mut items, mut next) = (Vec::new(), after);
+    while let Some(row) = rows.next()? {
+        next = ids::nat(row.get(0)?);
+        let text: String = row.get(1)?;
+        let item = serde_json::from_str(&text)
+            .map_err(|error| StoreError::Damaged(format!("control item {next}: {error}")))?;
+        items.push(item);
+    }
+    Ok(ControlPage {
+        items,
+        next: ControlCursor(vec![next]),
+    })
+}
+
+/// Lets the mail of batches leave whose time has come.
+pub(super) fn release_due(step: &mut Step<'_>, now: Timestamp) -> Result<()> {
+    let due: Vec<BatchNo> = {
+        let mut sql = step
+            .connection
+            .prepare_cached("SELECT no FROM batch WHERE state=?1 AND release_at<=?2")?;
+        let found = sql.query_map(params![BatchState::Scheduled.code(), now.millis()], |row| {
+            row.get(0)
+        })?;
+        found.collect::<rusqlite::Result<_>>()?
+    };
+    if due.is_empty() {
+        return Ok(());
+    }
+    let mut books = Books::open(step, now);
+    for no in due {
+        if let Some(batch) = books.batch(no)? {
+            start(&mut books, batch)?;
+        }
+    }
+    books.close(None)?;
+    Ok(())
+}
+
+/// Its mail begins to leave.
+fn start(books: &mut Books<'_, '_>, mut batch: BatchRecord) -> Result<()> {
+    let no = batch.no;
+    batch.state = BatchState::InProgress;
+    batch.started_at = Some(books.now);
+    books.release_batch(batch)?;
+    books.batch_event(EventKind::BatchStarted, no, &json!({}));
+    books.tell(&Control::Work)
+}
+
+/// What the first step of a change came to.
+enum Begun {
+    Answer(Box<ChangeOutcome>),
+    Cancelling(BatchNo),
+}
+
+/// Changes a batch; a cancel goes on in short steps after the one that makes it hold.
+pub(super) async fn change(
+    writer: &Writer,
+    id: BatchId,
+    change: BatchChange,
+    now: Timestamp,
+) -> Result<ChangeOutcome> {
+    let begun = writer
+        .write(move |step| begin(step, id, change, now))
+        .await?;
+    let no = match begun {
+        Begun::Answer(outcome) => return Ok(*outcome),
+        Begun::Cancelling(no) => no,
+    };
+    let (cancelled, in_flight) = cancel_all(writer, no, now).await?;
+    writer
+        .write(move |step| {
+            let batch = Box::new(read(step, no)?);
+            Ok(ChangeOutcome::Done {
+                batch,
+                cancelled,
+                in_flight,
+            })
+        })
+        .await
+}
+
+/// Ends what was not started of a cancelled batch, in short steps.
+async fn cancel_all(writer: &Writer, no: BatchNo, now: Timestamp) -> Result<(u64, u64)> {
+    let (mut cancelled, mut in_flight, mut after) = (0, 0, 0);
+    loop {
+        let slice = writer
+            .write(move |step| cancel_some(step, no, after, now))
+            .await?;
+        cancelled += slice.cancelled;
+        in_flight += slice.in_flight;
+        match slice.next {
+            Some(next) => after = next,
+            None => return Ok((cancelled, in_flight)),
+        }
+    }
+}
+
+/// What was cancelled in one step.
+#[derive(Default)]
+struct Slice {
+    cancelled: u64,
+    in_flight: u64,
+    next: Option<i64>,
+}
+
+fn cancel_some(step: &mut Step<'_>, no: BatchNo, after: i64, now: Timestamp) -> Result<Slice> {
+    let some = ranges(
+        step,
+        "batch=?1 AND id>?2 ORDER BY id LIMIT ?3",
+        [no, after, RANGES],
+    )?;
+    let mut slice = Slice {
+        next: some.last().map(|range| range.id),
+        ..Slice::default()
+    };
+    let mut books = Books::open(step, now);
+    for range in some {
+        let held = range.held && range.expires > now.millis();
+        let from = if held { range.window } else { 0 };
+        let (cancelled, kept) = cancel_range(&mut books, &range, from)?;
+        slice.cancelled += cancelled;
+        slice.in_flight += kept;
+    }
+    books.close(None)?;
+    Ok(slice)
+}
+
+/// Ends what a holder that is gone left of a cancelled batch; also what a crash left of a cancel.
+pub(super) async fn sweep(writer: &Writer, batches: Vec<BatchNo>, now: Timestamp) -> Result<()> {
+    for no in batches {
+        cancel_all(writer, no, now).await?;
+    }
+    Ok(())
+}
+
+fn read(step: &Step<'_>, no: BatchNo) -> Result<Batch> {
+    let found = record(step.connection, By::No(no))?
+        .ok_or_else(|| StoreError::Damaged(format!("batch {no} is gone")))?;
+    describe(
+        step.connection,
+        &found,
+        step.cache.head(step.connection, no)?.as_ref().clone(),
+    )
+}
+
+/// A batch as it is read.
+pub(super) fn describe(
+    connection: &Connection,
+    record: &BatchRecord,
+    head: crate::BatchHead,
+) -> Result<Batch> {
+    Ok(Batch {
+        head,
+        state: record.state,
+        archived: record.archived,
+        started_at: record.started_at,
+        completed_at: record.completed_at,
+        counters: read_counters(connection, record.no)?,
+    })
+}
+
+fn begin(step: &mut Step<'_>, id: BatchId, change: BatchChange, now: Timestamp) -> Result<Begun> {
+    let answer = |outcome| Ok(Begun::Answer(Box::new(outcome)));
+    let Some(batch) = record(step.connection, By::Id(id.to_bytes()))? else {
+        return answer(ChangeOutcome::Unknown);
+    };
+    let no = batch.no;
+    let ended = matches!(batch.state, BatchState::Completed | BatchState::Cancelled);
+    match change {
+        BatchChange::Cancel if batch.state != BatchState::Completed => {
+            if !ended {
+                cancel(step, batch, now)?;
+            }
+            return Ok(Begun::Cancelling(no));
+        }
+        BatchChange::Pause | BatchChange::Resume | BatchChange::Cancel if ended => {
+            return answer(ChangeOutcome::Impossible(batch.state));
+        }
+        BatchChange::Cancel => {}
+        BatchChange::Pause => pause(step, batch, now)?,
+        BatchChange::Resume => resume(step, batch, now)?,
+        BatchChange::Archive => archive(step, batch, true, now)?,
+        BatchChange::Unarchive => archive(step, batch, false, now)?,
+    }
+    answer(ChangeOutcome::Done {
+        batch: Box::new(read(step, no)?),
+        cancelled: 0,
+        in_flight: 0,
+    })
+}
+
+/// Takes hold with this step: from now on nothing of the batch is leased.
+fn cancel(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result<()> {
+    let (no, id) = (batch.no, batch.id);
+    let mut books = Books::open(step, now);
+    batch.state = BatchState::Cancelled;
+    if batch.released {
+        books.set_batch(batch)?;
+    } else {
+        books.release_batch(batch)?;
+    }
+    books.batch_event(EventKind::BatchCancelled, no, &json!({}));
+    books.tell(&Control::Cancelled(id))?;
+    books.close(None)?;
+    Ok(())
+}
+
+fn pause(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result<()> {
+    if batch.state == BatchState::Paused {
+        return Ok(());
+    }
+    let (no, id) = (batch.no, batch.id);
+    let mut books = Books::open(step, now);
+    batch.state = BatchState::Paused;
+    books.set_batch(batch)?;
+    books.batch_event(EventKind::BatchPaused, no, &json!({}));
+    books.tell(&Control::Paused(id))?;
+    books.close(None)?;
+    Ok(())
+}
+
+fn resume(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result<()> {
+    if batch.state != BatchState::Paused {
+        return Ok(());
+    }
+    let (no, id, released) = (batch.no, batch.id, batch.released);
+    let mut books = Books::open(step, now);
+    let due = batch.release_at <= now;
+    batch.state = if released || due {
+        BatchState::InProgress
+    } else {
+        BatchState::Scheduled
+    };
+    books.batch_event(EventKind::BatchResumed, no, &json!({}));
+    books.tell(&Control::Resumed(id))?;
+    if due && !released {
+        start(&mut books, batch)?;
+    } else {
+        books.set_batch(batch)?;
+    }
+    books.close(None)?;
+    Ok(())
+}
+
+fn archive(
+    step: &mut Step<'_>,
+    mut batch: BatchRecord,
+    archived: bool,
+    now: Timestamp,
+) -> Result<()> {
+    if batch.archived == archived {
+        return Ok(());
+    }
+    let id = batch.id;
+    let mut books = Books::open(step, now);
+    batch.archived = archived;
+    books.set_batch(batch)?;
+    books.tell(&if archived {
+        Control::Archived(id)
+    } else {
+        Control::Unarchived(id)
+    })?;
+    books.close(None)?;
+    Ok(())
+}

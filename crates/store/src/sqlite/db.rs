@@ -1,0 +1,141 @@
+//! Opening the file: pragmas, the schema and its version, the lock, and what an error means.
+//!
+//! Must not know a table.
+
+use super::{Role, SqliteOptions};
+use crate::{Result, StoreError};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _};
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The version of the schema, in `user_version`.
+const SCHEMA: i64 = 1;
+/// How long a writer waits for the other process; its steps are short, a checkpoint is not.
+const BUSY: Duration = Duration::from_secs(15);
+/// Statements kept prepared per connection: more than there are.
+const STATEMENTS: usize = 128;
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        use ErrorCode::{
+            CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, FileLockingProtocolFailed,
+            OperationInterrupted, OutOfMemory, PermissionDenied, ReadOnly, SystemIoFailure,
+        };
+        match error.sqlite_error_code() {
+            Some(
+                DiskFull
+                | SystemIoFailure
+                | DatabaseBusy
+                | DatabaseLocked
+                | CannotOpen
+                | ReadOnly
+                | OutOfMemory
+                | OperationInterrupted
+                | FileLockingProtocolFailed
+                | PermissionDenied,
+            ) => Self::Unavailable(format!("sqlite: {error}")),
+            _ => Self::Damaged(format!("sqlite: {error}")),
+        }
+    }
+}
+
+/// A file beside the database, locked while an MTA has it open.
+pub(super) fn lock(options: &SqliteOptions) -> Result<Option<File>> {
+    if options.role != Role::Mta {
+        return Ok(None);
+    }
+    let path = lock_path(&options.path);
+    let refused =
+        |error: &dyn std::fmt::Display| StoreError::Refused(format!("{}: {error}", path.display()));
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| refused(&error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(refused(&"another MTA has this store open")),
+        Err(TryLockError::Error(error)) => Err(refused(&error)),
+    }
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".mta-lock");
+    name.into()
+}
+
+/// The connection that writes; makes the store when there is none.
+pub(super) fn open_writer(options: &SqliteOptions) -> Result<Connection> {
+    let mut connection = Connection::open_with_flags(
+        &options.path,
+        OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )
+    .map_err(|error| StoreError::Refused(format!("{}: {error}", options.path.display())))?;
+    connection.busy_timeout(BUSY)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    // Checkpoints come when the writer says so, after it has answered; the limit lets the log
+    // shrink again after a storm.
+    connection.execute_batch(
+        "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0;
+         PRAGMA journal_size_limit=67108864; PRAGMA cache_size=-16384; PRAGMA temp_store=MEMORY;",
+    )?;
+    make(&mut connection, options)?;
+    Ok(connection)
+}
+
+fn make(connection: &mut Connection, options: &SqliteOptions) -> Result<()> {
+    let step = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    let version: i64 = step.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    match version {
+        SCHEMA => {}
+        0 => {
+            step.execute_batch(include_str!("schema.sql"))?;
+            step.pragma_update(None, "user_version", SCHEMA)?;
+            let count = options.partitions;
+            step.execute(
+                "INSERT INTO meta VALUES ('partitions', ?1), ('token', 0)",
+                [count],
+            )?;
+        }
+        other => {
+            return Err(StoreError::Damaged(format!(
+                "schema version {other}, this program knows {SCHEMA}"
+            )));
+        }
+    }
+    step.commit()?;
+    Ok(())
+}
+
+/// How many partitions the store was made with.
+pub(super) fn partitions(connection: &Connection) -> Result<u16> {
+    let stored: Option<u16> = connection
+        .query_row("SELECT value FROM meta WHERE key='partitions'", [], |row| {
+            row.get(0)
+        })
+        .optional()?;
+    stored
+        .filter(|count| (1..=256).contains(count))
+        .ok_or_else(|| StoreError::Damaged("it does not know its partitions".into()))
+}
+
+/// A connection that only reads.
+pub(super) fn open_reader(path: &Path) -> Result<Connection> {
+    // Read-write as a file, so that it can attach to the shared memory of the log after a crash;
+    // `query_only` keeps it from writing.
+    let connection = Connection::open_with_flags(
+        path,
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )?;
+    connection.busy_timeout(BUSY)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    connection.execute_batch(
+        "PRAGMA query_only=ON; PRAGMA cache_size=-4096; PRAGMA wal_autocheckpoint=0;",
+    )?;
+    Ok(connection)
+}

@@ -1,0 +1,415 @@
+//! The embedded engine: one file, opened by an MTA and a tracker together.
+//!
+//! One thread per process writes, with group commit ([`writer`]); a few connections read. The
+//! file is in WAL mode with `synchronous=FULL`: what is answered is synced. A second MTA on the
+//! same file is refused. All partitions are in the one file, so a step over several is one step.
+
+mod books;
+mod cache;
+mod control;
+mod db;
+mod events;
+mod ids;
+mod lease;
+mod read;
+mod readers;
+mod ship;
+mod stage;
+mod story;
+mod suppress;
+mod writer;
+
+use crate::{
+    AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
+    ControlPage, EventPage, EventQuery, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewLot,
+    Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store,
+    StoreError, Suppression, SuppressionQuery, Totals,
+};
+use async_trait::async_trait;
+use books::Books;
+use cache::Cache;
+use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
+use readers::Readers;
+use rusqlite::OptionalExtension as _;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use writer::Writer;
+
+/// How often another process's changes are looked for.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Who opens the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Takes batches in and leases; one at a time.
+    Mta,
+    /// Ships hits.
+    Tracker,
+    /// Looks, exports.
+    Tool,
+}
+
+/// How to open the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SqliteOptions {
+    /// The file; made when it is not there. Its directory must be.
+    pub path: PathBuf,
+    /// In how many partitions recipients live (1 to 256), when the store is made. Later an MTA
+    /// that asks for another number is refused.
+    pub partitions: u16,
+    /// Who opens it.
+    pub role: Role,
+}
+
+/// The embedded engine. Dropping it waits for the step that is being written.
+pub struct SqliteStore {
+    partitions: u16,
+    /// Taken out by `drop` alone, so that the thread sees that nobody will ask again.
+    writer: Option<Writer>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+    readers: Readers,
+    changes: Arc<writer::Changes>,
+    /// Held as long as the store is open by an MTA.
+    _lock: Option<std::fs::File>,
+}
+
+impl std::fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SqliteStore")
+            .field("partitions", &self.partitions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        self.writer = None;
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the store's writer panicked");
+        }
+    }
+}
+
+impl SqliteStore {
+    /// Opens the store, and makes it when it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when another MTA has it open, the file cannot be made, or it has
+    /// another number of partitions; [`StoreError::Damaged`] when a newer version wrote it.
+    pub async fn open(options: SqliteOptions) -> Result<Self> {
+        let open = tokio::task::spawn_blocking(move || Self::open_blocking(&options));
+        open.await
+            .map_err(|error| StoreError::Refused(error.to_string()))?
+    }
+
+    fn open_blocking(options: &SqliteOptions) -> Result<Self> {
+        if !(1..=256).contains(&options.partitions) {
+            return Err(StoreError::Refused("partitions must be 1 to 256".into()));
+        }
+        let lock = db::lock(options)?;
+        let mut connection = db::open_writer(options)?;
+        let partitions = db::partitions(&connection)?;
+        if options.role == Role::Mta {
+            if partitions != options.partitions {
+                return Err(StoreError::Refused(format!(
+                    "it was made with {partitions} partitions, {} are configured",
+                    options.partitions
+                )));
+            }
+            stage::abandon_leftovers(&mut connection)?;
+        }
+        let cache = Arc::new(Cache::new());
+        let changes = Arc::new(watch::Sender::new(0));
+        let (writer, thread) = writer::start(connection, cache.clone(), changes.clone())?;
+        Ok(Self {
+            partitions,
+            writer: Some(writer),
+            thread: Mutex::new(Some(thread)),
+            readers: Readers::new(options.path.clone(), cache),
+            changes,
+            _lock: lock,
+        })
+    }
+
+    fn writer(&self) -> Result<&Writer> {
+        // Only `drop` takes it away.
+        self.writer
+            .as_ref()
+            .ok_or_else(|| StoreError::Unavailable("closed".into()))
+    }
+
+    /// What is newest in the feeds that [`Store::changed`] tells of.
+    async fn newest(&self) -> Result<(i64, i64)> {
+        self.readers
+            .read(|reading| {
+                let mut sql = reading.connection.prepare_cached(
+                    "SELECT COALESCE((SELECT MAX(id) FROM control), 0), COALESCE((SELECT MAX(id) FROM event), 0)",
+                )?;
+                Ok(sql.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?)
+            })
+            .await
+    }
+
+    /// Returns when another process changed something.
+    async fn changed_elsewhere(&self) {
+        let before = self.newest().await;
+        loop {
+            tokio::time::sleep(POLL).await;
+            let now = self.newest().await;
+            if now.is_err() || now != before {
+                return;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    fn partitions(&self) -> u16 {
+        self.partitions
+    }
+
+    async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
+        let pack = move || {
+            lots.into_iter()
+                .map(stage::pack)
+                .collect::<Result<Vec<_>>>()
+        };
+        let packed = tokio::task::spawn_blocking(pack);
+        let lots = packed
+            .await
+            .map_err(|error| StoreError::Unavailable(error.to_string()))??;
+        self.writer()?
+            .write_soft(move |step| stage::stage(step, batch, lots))
+            .await
+    }
+
+    async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()> {
+        stage::commit(self.writer()?, batch, now).await
+    }
+
+    async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
+        stage::abandon(self.writer()?, batch).await
+    }
+
+    async fn backlog(
+        &self,
+        now: Timestamp,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Backlog>> {
+        let after = after.map(str::to_owned);
+        let survey = |after: Option<String>| {
+            self.readers
+                .read(move |reading| read::survey(reading, now, after.as_deref(), limit))
+        };
+        let found = survey(after.clone()).await?;
+        if !found.release && found.sweep.is_empty() {
+            return Ok(found.backlog);
+        }
+        self.writer()?
+            .write(move |step| control::release_due(step, now))
+            .await?;
+        control::sweep(self.writer()?, found.sweep, now).await?;
+        Ok(survey(after).await?.backlog)
+    }
+
+    async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>> {
+        self.writer()?
+            .write(move |step| lease::lease(step, &request))
+            .await
+    }
+
+    async fn reclaim(
+        &self,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Vec<LeasedRange>> {
+        self.writer()?
+            .write(move |step| lease::reclaim(step, node, now, ttl))
+            .await
+    }
+
+    async fn renew(&self, node: JournalId, now: Timestamp, ttl: Duration) -> Result<Vec<RangeRef>> {
+        self.writer()?
+            .write(move |step| lease::renew(step, node, now, ttl))
+            .await
+    }
+
+    async fn release(&self, ranges: Vec<Release>, now: Timestamp) -> Result<()> {
+        self.writer()?
+            .write(move |step| lease::release(step, ranges, now))
+            .await
+    }
+
+    async fn ship(&self, shipment: Shipment) -> Result<Shipped> {
+        self.writer()?
+            .write(move |step| ship::ship(step, shipment))
+            .await
+    }
+
+    async fn high_water(&self, journal: JournalId) -> Result<Seq> {
+        self.readers
+            .read(move |reading| ship::high_water(reading.connection, journal))
+            .await
+    }
+
+    async fn change_batch(
+        &self,
+        batch: BatchId,
+        change: BatchChange,
+        now: Timestamp,
+    ) -> Result<ChangeOutcome> {
+        control::change(self.writer()?, batch, change, now).await
+    }
+
+    async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
+        self.readers
+            .read(move |reading| control::page(reading.connection, after))
+            .await
+    }
+
+    async fn changed(&self, at_most: Duration) {
+        let mut here = self.changes.subscribe();
+        tokio::select! {
+            () = tokio::time::sleep(at_most) => {}
+            // The sender lives as long as the store: an error cannot come.
+            _changed = here.changed() => {}
+            () = self.changed_elsewhere() => {}
+        }
+    }
+
+    async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()> {
+        self.writer()?
+            .write(move |step| {
+                let mut books = Books::open(step, now);
+                suppress::put(&mut books, entries)?;
+                books.close(None).map(drop)
+            })
+            .await
+    }
+
+    async fn unsuppress(
+        &self,
+        account: &str,
+        email: &str,
+        list: Option<&str>,
+        now: Timestamp,
+    ) -> Result<u32> {
+        let (account, email, list) = (
+            account.to_owned(),
+            email.to_owned(),
+            list.map(str::to_owned),
+        );
+        self.writer()?
+            .write(move |step| {
+                let mut books = Books::open(step, now);
+                let removed = suppress::remove(&mut books, &account, &email, list.as_deref())?;
+                books.close(None)?;
+                Ok(removed)
+            })
+            .await
+    }
+
+    async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
+        self.readers
+            .read(move |reading| read::batch(reading, batch))
+            .await
+    }
+
+    async fn batches(&self, query: BatchQuery) -> Result<Page<Batch>> {
+        self.readers
+            .read(move |reading| read::batches(reading, &query))
+            .await
+    }
+
+    async fn content(&self, batch: BatchId) -> Result<Option<Arc<[u8]>>> {
+        self.readers
+            .read(move |reading| read::content(reading, batch))
+            .await
+    }
+
+    async fn recipients(&self, query: RecipientQuery) -> Result<Page<RecipientRow>> {
+        self.readers
+            .read(move |reading| story::recipients(reading, &query))
+            .await
+    }
+
+    async fn message(&self, message: MessageId) -> Result<Option<MessageStory>> {
+        self.readers
+            .read(move |reading| story::message(reading, message))
+            .await
+    }
+
+    async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
+        let (account, email) = (account.to_owned(), email.to_owned());
+        self.readers
+            .read(move |reading| story::address(reading, &account, &email))
+            .await
+    }
+
+    async fn suppressions(&self, query: SuppressionQuery) -> Result<Page<Suppression>> {
+        self.readers
+            .read(move |reading| suppress::page(reading.connection, &query))
+            .await
+    }
+
+    async fn events(&self, query: EventQuery) -> Result<EventPage> {
+        self.readers
+            .read(move |reading| events::page(reading, &query))
+            .await
+    }
+
+    async fn totals(&self, now: Timestamp) -> Result<Totals> {
+        self.readers
+            .read(move |reading| read::totals(reading, now))
+            .await
+    }
+
+    async fn setting(&self, key: &str, default: &str) -> Result<String> {
+        let (key, default) = (key.to_owned(), default.to_owned());
+        let known = key.clone();
+        let found: Option<String> = self
+            .readers
+            .read(move |reading| {
+                let mut sql = reading
+                    .connection
+                    .prepare_cached("SELECT value FROM setting WHERE key=?1")?;
+                Ok(sql.query_row([known], |row| row.get(0)).optional()?)
+            })
+            .await?;
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        self.writer()?
+            .write(move |step| {
+                step.connection
+                    .prepare_cached("INSERT INTO setting VALUES (?1, ?2) ON CONFLICT DO NOTHING")?
+                    .execute([&key, &default])?;
+                let mut sql = step
+                    .connection
+                    .prepare_cached("SELECT value FROM setting WHERE key=?1")?;
+                Ok(sql.query_row([key], |row| row.get(0))?)
+            })
+            .await
+    }
+
+    async fn check(&self) -> Result<()> {
+        self.writer()?
+            .write(|step| {
+                step.connection
+                    .prepare_cached("INSERT INTO meta VALUES ('checks', 1) ON CONFLICT DO UPDATE SET value=value+1")?
+                    .execute([])?;
+                Ok(())
+            })
+            .await
+    }
+}

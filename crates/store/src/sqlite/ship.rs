@@ -1,0 +1,358 @@
+//! Facts on their way in: each is applied at most once, with its counters, events, retry lots and
+//! suppressions, in one step with the journal's high-water mark and the windows of leases.
+//!
+//! Rows of a lot are unpacked only where a fact needs the address; cells and a log entry are all
+//! that an ordinary outcome touches. Must not decide: `transition` does.
+
+use super::books::{BatchRecord, Books, By, RetryKey, record};
+use super::ids::{self, LotId, MAP_CHUNK, MAP_ENTRY};
+use super::lease;
+use super::stage::is_mixed;
+use super::suppress;
+use super::writer::Step;
+use crate::form::Ref;
+use crate::transition::{self, Applied};
+use crate::{Result, Shipment, Shipped};
+use model::{
+    Attempt, AttemptResult, BatchId, BatchState, Fact, Hit, HitKind, JournalId, LotNumber,
+    MessageId, Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode, Verdict,
+};
+use rusqlite::{Connection, OptionalExtension as _, params};
+use serde_json::json;
+use std::collections::HashMap;
+
+/// Retries sooner than this are filed by the second, all others by the minute.
+const SOON: i64 = 60_000;
+
+/// Through which sequence a journal was taken.
+pub(super) fn high_water(connection: &Connection, journal: JournalId) -> Result<Seq> {
+    let through: Option<i64> = connection
+        .prepare_cached("SELECT through FROM journal WHERE id=?1")?
+        .query_row([journal.to_bytes()], |row| row.get(0))
+        .optional()?;
+    Ok(through.map_or(0, ids::nat))
+}
+
+/// Applies a shipment.
+pub(super) fn ship(step: &mut Step<'_>, shipment: Shipment) -> Result<Shipped> {
+    let mark = high_water(step.connection, shipment.journal)?;
+    let journal = shipment.journal;
+    let mut shipped = Shipped::default();
+    let mut last = mark.max(shipment.through);
+    let mut books = Books::open(step, shipment.now);
+    let mut batches = HashMap::new();
+    for (seq, fact) in shipment.facts {
+        if seq <= mark {
+            shipped.repeated += 1;
+            continue;
+        }
+        last = last.max(seq);
+        if !apply(&mut books, &mut batches, seq, fact, &mut shipped)? {
+            shipped.unknown += 1;
+        }
+    }
+    for (range, window) in shipment.windows {
+        if !move_window(books.step, range, window, shipment.now)? {
+            shipped.lost.push(range);
+        }
+    }
+    for range in shipment.finished {
+        match lease::held(books.step, range)? {
+            None => shipped.lost.push(range),
+            Some(held) if held.unreported(&mut books)?.is_empty() => {
+                lease::delete(books.step, held.id)?
+            }
+            Some(_) => {}
+        }
+    }
+    if last > mark {
+        books
+            .step
+            .connection
+            .prepare_cached("INSERT INTO journal VALUES (?1, ?2) ON CONFLICT DO UPDATE SET through=excluded.through")?
+            .execute(params![journal.to_bytes(), ids::int(last)])?;
+    }
+    shipped.completed = books.close(Some(journal))?;
+    Ok(shipped)
+}
+
+fn move_window(
+    step: &Step<'_>,
+    range: crate::RangeRef,
+    window: u32,
+    now: Timestamp,
+) -> Result<bool> {
+    let moved = step
+        .connection
+        .prepare_cached(
+            "UPDATE work SET window=MAX(window, MIN(?3, count)) WHERE id=?1 AND token=?2 AND holder IS NOT NULL AND expires>?4",
+        )?
+        .execute(params![ids::int(range.id), ids::int(range.token), window, now.millis()])?;
+    Ok(moved == 1)
+}
+
+/// Applies a fact; false when it is about something that the store does not know.
+fn apply(
+    books: &mut Books<'_, '_>,
+    numbers: &mut HashMap<BatchId, Option<i64>>,
+    seq: Seq,
+    fact: Fact,
+    shipped: &mut Shipped,
+) -> Result<bool> {
+    let message = fact.message();
+    let no = match numbers.get(&message.batch) {
+        Some(known) => *known,
+        None => {
+            let found = record(books.step.connection, By::Id(message.batch.to_bytes()))?;
+            let no = found.map(|batch| batch.no);
+            numbers.insert(message.batch, no);
+            no
+        }
+    };
+    let batch = match no {
+        Some(no) => books.batch(no)?,
+        None => None,
+    };
+    let Some(batch) = batch else {
+        return Ok(false);
+    };
+    match fact {
+        Fact::Attempt(attempt) => apply_attempt(books, &batch, seq, *attempt, shipped),
+        Fact::Hit(hit) => apply_hit(books, &batch, seq, *hit),
+    }
+}
+
+fn apply_attempt(
+    books: &mut Books<'_, '_>,
+    batch: &BatchRecord,
+    seq: Seq,
+    attempt: Attempt,
+    shipped: &mut Shipped,
+) -> Result<bool> {
+    let Place {
+        lot: number,
+        position,
+    } = attempt.place;
+    let lot = ids::lot_id(batch.no, number);
+    let Some(mut cell) = books.cell(lot, position)? else {
+        return Ok(false);
+    };
+    let applied = books.count(lot, |counters| {
+        transition::attempt(
+            &mut cell,
+            counters,
+            batch.released,
+            attempt.number,
+            &attempt.result,
+        )
+    })?;
+    books.set_cell(lot, position, cell)?;
+    let (message, result, suppress, at) = (
+        attempt.message,
+        attempt.result,
+        attempt.suppress,
+        attempt.at,
+    );
+    let entry = books.log(lot, position, seq, Fact::Attempt(Box::new(attempt)))?;
+    match applied {
+        Applied::Moved(kind) => books.fact_event(kind, lot, entry),
+        Applied::Duplicate => shipped.duplicates.push(message),
+        Applied::Stale => {}
+    }
+    if let (AttemptResult::TemporaryError { retry_at, .. }, Applied::Moved(_)) = (result, applied) {
+        if batch.state == BatchState::Cancelled {
+            // Its holder had started it when the batch was cancelled: there is no next time.
+            books.end_unsent(lot, position, Status::Cancelled, json!({}))?;
+        } else {
+            let of = Ref {
+                lot: number,
+                position,
+                attempts: cell.attempts(),
+            };
+            file_retry(books, lot, of, retry_at)?;
+        }
+    }
+    if let Some(reason) = suppress {
+        let email = address_of(books, lot, position)?;
+        let account = books.head(batch.no)?.account.clone();
+        if let Some(email) = email {
+            let entry = suppress::entry(&account, email, None, reason, "bounce", at);
+            suppress::add(books, entry, true)?;
+        }
+    }
+    Ok(true)
+}
+
+/// Files a retry under its minute, or its second when that is soon; never early.
+fn file_retry(books: &mut Books<'_, '_>, lot: LotId, of: Ref, retry_at: Timestamp) -> Result<()> {
+    let step = if retry_at.millis() - books.now.millis() < SOON {
+        1_000
+    } else {
+        60_000
+    };
+    let due_at = retry_at.millis().div_euclid(step) * step;
+    let due_at = if due_at < retry_at.millis() {
+        due_at + step
+    } else {
+        due_at
+    };
+    let key = RetryKey {
+        batch: ids::split(lot).0,
+        partition: of.lot.partition(),
+        queue: queue_of(books, lot, of.position)?,
+        due_at,
+    };
+    books.retry(key, of);
+    Ok(())
+}
+
+/// The recipient's own queue: its domain.
+fn queue_of(books: &Books<'_, '_>, lot: LotId, position: u16) -> Result<Box<str>> {
+    let queue: String = books
+        .step
+        .connection
+        .prepare_cached("SELECT queue FROM lot WHERE id=?1")?
+        .query_row([lot], |row| row.get(0))?;
+    if !is_mixed(&queue) {
+        return Ok(queue.into());
+    }
+    let found = books.step.cache.lot(books.step.connection, lot)?;
+    let row = found
+        .as_ref()
+        .and_then(|lot| lot.rows.get(usize::from(position)));
+    Ok(row.map_or_else(|| queue.into(), |row| row.email.domain().into()))
+}
+
+fn address_of(books: &Books<'_, '_>, lot: LotId, position: u16) -> Result<Option<String>> {
+    let found = books.step.cache.lot(books.step.connection, lot)?;
+    let row = found
+        .as_ref()
+        .and_then(|lot| lot.rows.get(usize::from(position)));
+    Ok(row.map(|row| row.email.normalised()))
+}
+
+/// Where an index stands; `None` when it was rejected or never given.
+pub(super) fn place_of(connection: &Connection, batch: i64, index: u32) -> Result<Option<Place>> {
+    let at = usize::try_from(index % MAP_CHUNK).unwrap_or(0) * MAP_ENTRY;
+    let chunk: Option<Vec<u8>> = connection
+        .prepare_cached("SELECT data FROM index_map WHERE id=?1")?
+        .query_row([ids::map_id(batch, index)], |row| row.get(0))
+        .optional()?;
+    Ok(chunk.and_then(|chunk| read_place(chunk.get(at..at + MAP_ENTRY)?)))
+}
+
+/// Reads an entry of the index map.
+pub(super) fn read_place(entry: &[u8]) -> Option<Place> {
+    match *entry {
+        [0xff, 0xff, 0xff, 0xff, 0xff, 0xff] => None,
+        [a, b, c, d, e, f] => Some(Place {
+            lot: LotNumber(u32::from_le_bytes([a, b, c, d])),
+            position: u16::from_le_bytes([e, f]),
+        }),
+        _ => None,
+    }
+}
+
+fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit) -> Result<bool> {
+    let MessageId { index, .. } = hit.message;
+    let Some(place) = place_of(books.step.connection, batch.no, index)? else {
+        return Ok(false);
+    };
+    let lot = ids::lot_id(batch.no, place.lot);
+    let Some(mut cell) = books.cell(lot, place.position)? else {
+        return Ok(false);
+    };
+    // Leaving a list is a person's will, not a thing that is tracked: it always counts.
+    let unsubscribe = hit.kind == HitKind::Unsubscribe;
+    let mode = if unsubscribe {
+        TrackingMode::Individual
+    } else {
+        tracking_of(books, batch, lot, place.position)?
+    };
+    if mode == TrackingMode::Off {
+        return Ok(true);
+    }
+    let event = books.count(lot, |counters| transition::hit(&mut cell, counters, &hit))?;
+    books.set_cell(lot, place.position, cell)?;
+    let at = hit.at;
+    let source = hit
+        .method
+        .clone()
+        .unwrap_or_else(|| "unsubscribe_page".into());
+    match mode {
+        TrackingMode::Individual => {
+            let entry = books.log(lot, place.position, seq, Fact::Hit(Box::new(hit)))?;
+            if let Some(kind) = event {
+                books.fact_event(kind, lot, entry);
+            }
+        }
+        TrackingMode::LastDate => {
+            books.log(
+                lot,
+                place.position,
+                seq,
+                Fact::Hit(Box::new(only_the_date(hit))),
+            )?;
+        }
+        TrackingMode::Aggregate | TrackingMode::Off => {}
+    }
+    if unsubscribe {
+        let head = books.head(batch.no)?;
+        if let Some(email) = address_of(books, lot, place.position)? {
+            let list = Some(head.list.clone()).filter(|list| !list.is_empty());
+            let reason = SuppressionReason::Unsubscribed;
+            let entry = suppress::entry(&head.account, email, list, reason, &source, at);
+            suppress::add(books, entry, true)?;
+        }
+    }
+    Ok(true)
+}
+
+/// The most restrictive of the batch's and the recipient's mode; off when archived.
+fn tracking_of(
+    books: &Books<'_, '_>,
+    batch: &BatchRecord,
+    lot: LotId,
+    position: u16,
+) -> Result<TrackingMode> {
+    if batch.archived {
+        return Ok(TrackingMode::Off);
+    }
+    let overrides: bool = books
+        .step
+        .connection
+        .prepare_cached("SELECT overrides FROM lot WHERE id=?1")?
+        .query_row([lot], |row| row.get(0))?;
+    if !overrides {
+        return Ok(batch.tracking);
+    }
+    let found = books.step.cache.lot(books.step.connection, lot)?;
+    let row = found
+        .as_ref()
+        .and_then(|lot| lot.rows.get(usize::from(position)));
+    let own = row
+        .and_then(|row| row.tracking)
+        .unwrap_or(TrackingMode::Individual);
+    Ok(own.min(batch.tracking))
+}
+
+/// What the mode `last_date` leaves of a hit: that there was one, and the day.
+fn only_the_date(hit: Hit) -> Hit {
+    const DAY: i64 = 24 * 60 * 60 * 1000;
+    Hit {
+        kind: hit.kind,
+        message: hit.message,
+        at: Timestamp::from_millis(hit.at.millis().div_euclid(DAY) * DAY),
+        link: None,
+        target: None,
+        user_agent: "".into(),
+        network: "".into(),
+        visitor: None,
+        method: None,
+        verdict: Verdict {
+            actor: hit.verdict.actor,
+            machine_reasons: Vec::new(),
+            rules: hit.verdict.rules,
+        },
+    }
+}

@@ -1,0 +1,11 @@
+//! The sqlite engine against the conformance suite, with one partition and with four.
+
+mod fixture;
+
+mod one_partition {
+    store::conformance_tests!(crate::fixture::Sqlite::new(1));
+}
+
+mod four_partitions {
+    store::conformance_tests!(crate::fixture::Sqlite::new(4));
+}
