@@ -8,6 +8,7 @@
 //! `trusted_proxies` and sends `X-Forwarded-Host`, `-For` and `-Proto`.
 #![forbid(unsafe_code)]
 
+pub mod daemon;
 mod hits;
 mod http;
 mod keys;

@@ -18,8 +18,8 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Body;
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, LOCATION, REFERRER_POLICY, RETRY_AFTER,
-    SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, LOCATION, REFERRER_POLICY,
+    RETRY_AFTER, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode};
@@ -309,6 +309,8 @@ fn redirect(target: &str) -> Answer {
     *answer.status_mut() = StatusCode::FOUND;
     let headers = answer.headers_mut();
     headers.insert(LOCATION, location);
+    // For HEAD hyper leaves an empty body's length out; both methods answer with the same headers.
+    headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // The browsers' own default, said aloud: the site learns at most where the person came from.
     let referrer = HeaderValue::from_static("strict-origin-when-cross-origin");

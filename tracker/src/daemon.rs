@@ -1,0 +1,93 @@
+//! The daemon: a process that is a tracker and nothing else.
+
+use crate::{Deps, StartError, start};
+use service::clock::SystemClock;
+use service::config::{self, Config, Environment, StoreUrl};
+use service::logging::{self, LoggingError};
+use service::metrics::Metrics;
+use service::tasks::{EndedBadly, Shutdown, Signals, Tasks, supervise};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use store::sqlite::{Role, SqliteOptions, SqliteStore};
+use store::{Store, StoreError};
+
+/// How long each step of ending may take: a request that was begun, the last shipment.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why the daemon did not run, or ended badly. Exit code 1.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The environment asks for impossible log lines.
+    #[error(transparent)]
+    Logging(#[from] LoggingError),
+    /// No threads, no signals, no directory.
+    #[error("the system refuses")]
+    System(#[from] io::Error),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The tracker did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A task was lost, or the end took too long.
+    #[error(transparent)]
+    Ended(#[from] EndedBadly),
+}
+
+/// Runs the tracker until SIGTERM or SIGINT, then drains. SIGHUP reads the key file again.
+///
+/// # Errors
+/// See [`DaemonError`].
+pub fn run(config: &Config, environment: &Environment) -> Result<(), DaemonError> {
+    let _lines = logging::init(environment)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: &Config) -> Result<(), DaemonError> {
+    let mut signals = Signals::install()?;
+    std::fs::create_dir_all(&config.data_dir)?;
+    let tasks = Tasks::new();
+    let shutdown = Shutdown::new();
+    let deps = Deps {
+        store: open_store(&config.store).await?,
+        metrics: Arc::new(Metrics::new()),
+        clock: SystemClock::shared(),
+        tasks: tasks.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let tracker = Arc::new(start(config, deps).await?);
+    let reload = || {
+        let tracker = tracker.clone();
+        let read = tokio::task::spawn_blocking(move || tracker.reload_keys());
+        drop(tasks.spawn("reload", async move {
+            match read.await {
+                Ok(Ok(())) => tracing::info!("tracking keys were read again"),
+                Ok(Err(error)) => tracing::error!(%error, "tracking keys stay as they were"),
+                Err(error) => tracing::error!(%error, "reading the tracking keys failed"),
+            }
+        }));
+    };
+    supervise(&tasks, &shutdown, &mut signals, PATIENCE, reload).await?;
+    tracing::info!("tracker has ended");
+    Ok(())
+}
+
+async fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError> {
+    match &config.url {
+        StoreUrl::Sqlite(path) => {
+            let options = SqliteOptions {
+                path: path.clone(),
+                partitions: config.partitions,
+                role: Role::Tracker,
+            };
+            Ok(Arc::new(SqliteStore::open(options).await?))
+        }
+        StoreUrl::Redis(_) => Err(StoreError::Refused(
+            "this version has the sqlite engine only".to_owned(),
+        )),
+    }
+}
