@@ -9,6 +9,7 @@ use crate::sink::Sink;
 use crate::spec::{ContentError, RecipientError, Tracker};
 use crate::url::{Rules, decode_attribute, escape_html};
 use links::{Flags, Kind, Token};
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Object;
 use minijinja::{
     AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value,
@@ -299,6 +300,9 @@ fn environment(undefined: UndefinedBehavior) -> Environment<'static> {
     env.set_undefined_behavior(undefined);
     env.set_fuel(Some(FUEL));
     env.set_recursion_limit(DEPTH);
+    // What is written stays as written, to its last line break. The default delimiters are sound.
+    let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build();
+    env.set_syntax(syntax.unwrap_or_default());
     env.set_auto_escape_callback(|name| {
         if name == "html" {
             AutoEscape::Html

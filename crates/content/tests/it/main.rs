@@ -2,4 +2,5 @@
 
 mod common;
 mod compile;
+mod dkim;
 mod render;
