@@ -171,6 +171,53 @@ fn cut(text: &str, bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use journal::{JournalConfig, RealDisk};
+    use links::{Flags, Kind};
+    use model::{BatchId, JournalId, Timestamp};
+    use service::clock::Manual;
+
+    #[tokio::test]
+    async fn a_click_is_written_and_an_unsubscribe_on_disk_when_the_answer_goes_out() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = JournalConfig {
+            // Nothing is synced unless somebody asks.
+            sync_interval: None,
+            ..JournalConfig::new(dir.path(), "tracker", JournalId::from_bytes([1; 16]))
+        };
+        let journal = Journal::open(&config, Arc::new(RealDisk)).expect("opens");
+        let recorder = Recorder {
+            journal: journal.clone(),
+            clock: Arc::new(Manual::at(Timestamp::from_millis(1))),
+            metrics: Arc::new(Metrics::new()),
+            trusted_proxies: Vec::new(),
+        };
+        let headers = HeaderMap::new();
+        let seen = Seen {
+            peer: IpAddr::from([192, 0, 2, 7]),
+            headers: &headers,
+        };
+        let mut token = Token {
+            kind: Kind::Click,
+            flags: Flags {
+                mode: TrackingMode::Individual,
+                proof: false,
+            },
+            batch: BatchId::from_bytes([2; 16]),
+            index: 5,
+            link: 1,
+            target: "https://x.example/",
+        };
+        let clicked = recorder.hit(HitKind::Click, &token, seen, None).await;
+        clicked.expect("recorded");
+        assert_eq!(
+            (journal.written_through(), journal.synced_through()),
+            (1, 0)
+        );
+        (token.kind, token.target) = (Kind::Unsubscribe, "");
+        let unsubscribed = recorder.unsubscribe(&token, seen, Method::OneClick).await;
+        unsubscribed.expect("recorded");
+        assert_eq!(journal.synced_through(), 2);
+    }
 
     #[test]
     fn a_text_is_cut_between_characters() {
