@@ -7,6 +7,8 @@ use model::{BatchId, Row, Timestamp, TrackingMode};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+type Done = Result<(), Box<dyn std::error::Error>>;
+
 /// CPU seconds of this process so far, from the kernel, so that a busy machine does not count.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
@@ -53,7 +55,7 @@ fn spec(html: String) -> Result<ContentSpec, model::AddressError> {
     clippy::print_stdout,
     reason = "the figures are what this program is for"
 )]
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Done {
     let ring = KeyRing::parse(&KeyRing::file_text(&[7; 32]))?;
     let base = "https://t.brand.example";
     let signer = ring.signer(Tracker::host(base), None).ok_or("no key")?;
@@ -85,19 +87,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let content = Content::compile(&spec(newsletter(japanese))?)
             .map_err(|errors| format!("{errors:?}"))?;
         let size = content.render(&row, &context)?.size();
-        let mut measure =
-            |what: &str,
-             times: u32,
-             work: &mut dyn FnMut(&Row) -> Result<(), Box<dyn std::error::Error>>| {
-                let before = cpu_seconds();
-                for index in 0..times {
-                    row.index = index;
-                    work(&row)?;
-                }
-                let micros = (cpu_seconds() - before) * 1e6 / f64::from(times);
-                println!("{what:<24} {micros:>8.1} us of CPU ({size} bytes, japanese: {japanese})");
-                Ok::<(), Box<dyn std::error::Error>>(())
-            };
+        let mut measure = |what: &str, times: u32, work: &mut dyn FnMut(&Row) -> Done| {
+            let before = cpu_seconds();
+            for index in 0..times {
+                row.index = index;
+                work(&row)?;
+            }
+            let micros = (cpu_seconds() - before) * 1e6 / f64::from(times);
+            println!("{what:<24} {micros:>8.1} us of CPU ({size} bytes, japanese: {japanese})");
+            Done::Ok(())
+        };
         measure("check", 100_000, &mut |row| Ok(content.check(row)?))?;
         measure("render", 20_000, &mut |row| {
             std::hint::black_box(content.render(row, &context)?.into_bytes());

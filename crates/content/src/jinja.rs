@@ -67,6 +67,42 @@ impl Tags {
         })
     }
 
+    /// Whether output is kept in memory before it is put out: macros and the block forms of `set`,
+    /// `filter` and `call`.
+    pub(crate) fn captures(&self, source: &str) -> bool {
+        let tags = self
+            .tags
+            .iter()
+            .filter_map(|(range, _)| source.get(range.clone())?.strip_prefix("{%"));
+        tags.map(|tag| {
+            tag.trim_start_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+'))
+        })
+        .any(
+            |tag| match tag.split(|c: char| !c.is_ascii_alphanumeric()).next() {
+                Some("macro" | "filter" | "call") => true,
+                Some("set") => !tag.contains('='),
+                _ => false,
+            },
+        )
+    }
+
+    /// The longest stretch without a tag, in bytes.
+    pub(crate) fn longest_literal(&self, source: &str) -> usize {
+        let starts = self
+            .tags
+            .iter()
+            .map(|(range, _)| range.start)
+            .chain([source.len()]);
+        let ends = [0]
+            .into_iter()
+            .chain(self.tags.iter().map(|(range, _)| range.end));
+        starts
+            .zip(ends)
+            .map(|(start, end)| start.saturating_sub(end))
+            .max()
+            .unwrap_or(0)
+    }
+
     /// The inside of each `{{ … }}`, without white space control.
     pub(crate) fn expressions<'a>(&self, source: &'a str) -> impl Iterator<Item = &'a str> {
         self.tags
@@ -229,6 +265,24 @@ mod tests {
             tags.has_statements(source)
                 && !Tags::scan("{{ x }}{# y #}").has_statements("{{ x }}{# y #}")
         );
+    }
+
+    #[test]
+    fn captures_are_seen() {
+        for (source, captures) in [
+            ("{% set a = 1 %}{% if x %}{% endif %}", false),
+            ("{%- set a -%}x{% endset %}", true),
+            ("{% filter upper %}x{% endfilter %}", true),
+            ("{%macro m()%}x{%endmacro%}", true),
+            ("{% raw %}{% macro m() %}{% endraw %}", false),
+        ] {
+            assert_eq!(Tags::scan(source).captures(source), captures, "{source}");
+        }
+        assert_eq!(
+            Tags::scan("ab{{ x }}abc{# #}").longest_literal("ab{{ x }}abc{# #}"),
+            3
+        );
+        assert_eq!(Tags::scan("abcd").longest_literal("abcd"), 4);
     }
 
     proptest! {

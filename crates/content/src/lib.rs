@@ -3,8 +3,8 @@
 //! Owns the way from a batch's content and one recipient to the bytes of a message. Content is
 //! compiled once per batch ([`Content::compile`]) and rendered per recipient
 //! ([`Content::render`]); the same arguments give the same bytes, always. Pure: must not do I/O or
-//! read a clock or a random source. Nothing that a caller or a recipient supplies may panic, grow
-//! without bound, or bring a line break into a header.
+//! read a clock or a random source. Nothing that a caller or a recipient supplies may panic or
+//! bring a line break into a header, and templates are bounded in steps and output.
 #![forbid(unsafe_code)]
 
 mod content;

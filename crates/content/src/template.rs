@@ -1,7 +1,11 @@
 //! Templates: one environment per content, and what a template can reach.
 //!
-//! Owns the bounds (steps, output, depth), what counts as missing, and escaping. HTML escapes
-//! values, text and headers do not; `null` prints as nothing.
+//! Owns the bounds (source, steps, output, depth), what counts as missing, and escaping. HTML
+//! escapes values, text and headers do not; `null` prints as nothing.
+//!
+//! The bounds hold for what is put out, also where it is kept in memory first. One thing MiniJinja
+//! gives no hold on: strings that an expression joins (`a ~ a`, again and again) before any of it
+//! is put out.
 
 use crate::jinja::Tags;
 use crate::rewrite::{HTML_LINK, Link, PIXEL, PRIVATE, TEXT_LINK};
@@ -15,16 +19,28 @@ use minijinja::{
     AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value,
 };
 use model::{MessageId, TrackingMode};
+use std::borrow::Cow;
+use std::cell::Cell;
 use std::sync::Arc;
 
 /// Steps that one template may take: some milliseconds.
 const FUEL: u64 = 250_000;
 /// How deep macros and includes may nest.
 const DEPTH: usize = 40;
+/// Mailbox providers cut messages at a tenth of this.
+const LONGEST_SOURCE: usize = 1 << 20;
+/// The most literal text that a template may keep in memory in all its steps.
+const CAPTURED: usize = 256 << 20;
+const LEAST_FUEL: u64 = 256;
 /// The most that one part may become, before it is encoded.
 const LONGEST_PART: usize = 4 << 20;
 /// The most that one header field may become.
 const LONGEST_HEADER: usize = 8 << 10;
+
+thread_local! {
+    /// What the values of the template being rendered on this thread came to, in bytes.
+    static EMITTED: Cell<usize> = const { Cell::new(0) };
+}
 
 /// One template, by the name of its field.
 pub(crate) struct Field {
@@ -46,6 +62,7 @@ pub(crate) struct Templates {
     env: Environment<'static>,
     fields: Vec<Field>,
     needs: Needs,
+    fuel: u64,
 }
 
 /// What a recipient must bring, as far as it can be told without rendering.
@@ -69,6 +86,7 @@ impl Templates {
             env: environment(UndefinedBehavior::Strict),
             fields: Vec::new(),
             needs: Needs::default(),
+            fuel: FUEL,
         }
     }
 
@@ -79,8 +97,23 @@ impl Templates {
         source: &str,
         rewrite: impl FnOnce(&str) -> String,
     ) -> Result<FieldIndex, ContentError> {
+        let longest = if is_part(name) {
+            LONGEST_SOURCE
+        } else {
+            LONGEST_HEADER
+        };
+        if source.len() > longest {
+            let detail = format!("longer than {longest} bytes");
+            return Err(ContentError {
+                field: name.to_owned(),
+                line: None,
+                template: false,
+                detail,
+            });
+        }
         // Errors speak of the source that the author knows.
         self.compile(name, source)?;
+        self.bound_captures(source);
         self.needs.learn(source);
         let rewritten = rewrite(source);
         let kind = if Tags::scan(&rewritten).is_empty() {
@@ -96,6 +129,17 @@ impl Templates {
             hint: rewritten.len() + rewritten.len() / 4,
         });
         Ok(FieldIndex(self.fields.len() - 1))
+    }
+
+    /// Fuel counts steps, and a step may keep a whole stretch of literal text.
+    fn bound_captures(&mut self, source: &str) {
+        let tags = Tags::scan(source);
+        if tags.captures(source) {
+            let steps = CAPTURED / tags.longest_literal(source).max(1);
+            let steps = u64::try_from(steps).unwrap_or(FUEL);
+            self.fuel = self.fuel.min(steps.max(LEAST_FUEL));
+            self.env.set_fuel(Some(self.fuel));
+        }
     }
 
     fn compile(&mut self, name: &str, source: &str) -> Result<(), ContentError> {
@@ -268,12 +312,17 @@ impl Failure {
 
 impl Field {
     fn limit(&self) -> usize {
-        if matches!(self.name.as_str(), "html" | "text") {
+        if is_part(&self.name) {
             LONGEST_PART
         } else {
             LONGEST_HEADER
         }
     }
+}
+
+/// Whether a field is a part of the body; the others are header fields.
+fn is_part(name: &str) -> bool {
+    matches!(name, "html" | "text")
 }
 
 fn run(env: &Environment<'_>, field: &Field, scope: &Value) -> Result<Vec<u8>, Failure> {
@@ -282,13 +331,16 @@ fn run(env: &Environment<'_>, field: &Field, scope: &Value) -> Result<Vec<u8>, F
         FieldKind::Constant(text) => Ok(text.clone()),
         FieldKind::Template => {
             let mut sink = Sink::new(field.hint, field.limit());
+            EMITTED.set(0);
             let template = env.get_template(&field.name).map_err(Failure::Template)?;
             match template
                 .render_captured_to(scope.clone(), &mut sink)
                 .map(drop)
             {
                 Ok(()) => Ok(sink.into_text()),
-                Err(_) if sink.overflowed() => Err(Failure::TooLarge),
+                Err(_) if sink.overflowed() || EMITTED.get() > LONGEST_PART => {
+                    Err(Failure::TooLarge)
+                }
                 Err(error) => Err(Failure::Template(error)),
             }
         }
@@ -316,18 +368,31 @@ fn environment(undefined: UndefinedBehavior) -> Environment<'static> {
     env
 }
 
-/// As MiniJinja's own, but `null` is nothing and `/` stays (it would make every URL unreadable).
+/// As MiniJinja's own, but `null` is nothing, `/` stays (escaped, every URL would be unreadable),
+/// and what all values come to is bounded, also in a `set` block or a macro.
 fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
-    match value.as_str() {
-        _ if value.is_none() => Ok(()),
-        Some(text) if value.is_safe() || matches!(state.auto_escape(), AutoEscape::None) => {
-            out.write_str(text).map_err(Error::from)
-        }
-        Some(text) if matches!(state.auto_escape(), AutoEscape::Html) => {
-            escape_html(out, text).map_err(Error::from)
-        }
-        _ => minijinja::escape_formatter(out, state, value),
+    if value.is_none() {
+        return Ok(());
     }
+    if value.is_undefined() {
+        return minijinja::escape_formatter(out, state, value);
+    }
+    let shown: Cow<'_, str> = value
+        .as_str()
+        .map_or_else(|| value.to_string().into(), Into::into);
+    EMITTED.set(EMITTED.get().saturating_add(shown.len()));
+    if EMITTED.get() > LONGEST_PART {
+        return Err(Error::new(
+            ErrorKind::WriteFailure,
+            "values come to too much",
+        ));
+    }
+    if value.is_safe() || matches!(state.auto_escape(), AutoEscape::None) {
+        out.write_str(&shown)
+    } else {
+        escape_html(out, &shown)
+    }
+    .map_err(Error::from)
 }
 
 fn template_error(field: &str, error: &Error) -> ContentError {

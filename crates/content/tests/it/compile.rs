@@ -64,6 +64,21 @@ fn every_mistake_is_named_with_its_field_and_line() {
 }
 
 #[test]
+fn a_source_has_a_longest_length() {
+    let mut spec = html(&"a".repeat((1 << 20) + 1));
+    spec.subject = "a".repeat(9000);
+    let fields: Vec<_> = errors(&spec)
+        .into_iter()
+        .map(|e| (e.field, e.template))
+        .collect();
+    assert_eq!(
+        fields,
+        [("subject".to_owned(), false), ("html".to_owned(), false)]
+    );
+    assert_eq!(errors(&html(&"a".repeat(1 << 20))), []);
+}
+
+#[test]
 fn a_header_may_stand_once() {
     let mut spec = html("x");
     spec.headers.insert("X-A".into(), "1".into());
@@ -78,6 +93,7 @@ fn a_header_may_stand_once() {
 
 #[test]
 fn what_fails_for_everybody_is_an_error_of_the_template() {
+    let literal = "a".repeat(900_000);
     for template in [
         "{{ name|nofilter }}",
         "{{ nofunction() }}",
@@ -85,6 +101,9 @@ fn what_fails_for_everybody_is_an_error_of_the_template() {
         "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
         "{{ 'a' * 9000000 }}",
         "{% for i in range(9000) %}{{ 'a' * 1000 }}{% endfor %}",
+        "{% set a = 'a' * 90000 %}{% set b %}{% for i in range(9000) %}{{ a }}{% endfor %}{% endset %}",
+        "{% macro m() %}{% for i in range(9000) %}{{ [1, 'a' * 90000] }}{% endfor %}{% endmacro %}{{ m()|length }}",
+        &format!("{{% set b %}}{{% for i in range(9000) %}}{literal}{{% endfor %}}{{% endset %}}"),
     ] {
         let found = errors(&html(template));
         assert!(
