@@ -1,8 +1,9 @@
 //! Compiled content: what is done once per batch, and what is left to do per recipient.
 
 use crate::rewrite::{LinkReport, Rewriter};
+use crate::scope::{LinkTable, Scope, Tracked};
 use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext};
-use crate::template::{FieldIndex, LinkTable, Scope, Templates, Tracked};
+use crate::template::{FieldIndex, Templates};
 use crate::url::Rules;
 use crate::{dkim, header, mime};
 use links::{Flags, Kind};

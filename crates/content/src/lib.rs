@@ -13,6 +13,7 @@ mod header;
 mod jinja;
 mod mime;
 mod rewrite;
+mod scope;
 mod sink;
 mod spec;
 mod template;
