@@ -336,7 +336,8 @@ impl Journal {
 
     /// Takes the store's high-water mark for this journal after a start. Unlike [`Self::shipped`]
     /// it may lie beyond the newest record, when the directory is an old copy: the next record
-    /// gets a number that the store has not seen.
+    /// gets a number that the store has not seen. To be called before the first append where the
+    /// store can be asked; without it, what an old copy appends may pass for known.
     pub fn resume(&self, mark: Seq, now: Instant) {
         {
             let files = lock(&self.shared.files);
