@@ -33,6 +33,8 @@ const OURS: [&str; 16] = [
 const OUR_PREFIXES: [&str; 3] = ["content-", "resent-", "arc-"];
 const UNSUBSCRIBE_FIELDS: [&str; 2] = ["list-unsubscribe", "list-unsubscribe-post"];
 const LONGEST_FIELD_NAME: usize = 60;
+/// In bytes: far beyond any name, and still a header that every server takes.
+const LONGEST_NAME: usize = 1000;
 
 /// The content of a batch, ready to be rendered for each recipient. Cheap to share in an `Arc`.
 pub struct Content {
@@ -311,6 +313,17 @@ impl Compiler {
     fn compile(&mut self, spec: &ContentSpec) -> Option<Content> {
         if spec.html.is_none() && spec.text.is_none() {
             self.invalid("html", "html or text is needed");
+        }
+        for (field, value) in [
+            ("from.name", &spec.from.name),
+            ("feedback_id", &spec.feedback_id),
+        ] {
+            if value
+                .as_ref()
+                .is_some_and(|value| value.len() > LONGEST_NAME)
+            {
+                self.invalid(field, &format!("longer than {LONGEST_NAME} bytes"));
+            }
         }
         let mut templates = Templates::new();
         let mut rewriter = rewriter(spec);

@@ -79,6 +79,25 @@ fn a_source_has_a_longest_length() {
 }
 
 #[test]
+fn names_have_a_longest_length() {
+    let mut spec = html("x");
+    let content = compile(&spec);
+    let mut row = row("{}");
+    row.name = Some("é".repeat(500).into());
+    assert_eq!(content.check(&row), Ok(()));
+    row.name = Some("é".repeat(501).into());
+    assert!(matches!(
+        content.check(&row),
+        Err(RecipientError::InvalidVars { .. })
+    ));
+    spec.from.name = Some("x".repeat(1001));
+    assert_eq!(
+        errors(&spec).first().map(|e| e.field.clone()).as_deref(),
+        Some("from.name")
+    );
+}
+
+#[test]
 fn a_header_may_stand_once() {
     let mut spec = html("x");
     spec.headers.insert("X-A".into(), "1".into());
