@@ -217,6 +217,14 @@ impl Content {
     }
 
     fn scope(&self, row: &Row, tracked: Option<Tracked>) -> Result<Scope, RecipientError> {
+        if row
+            .name
+            .as_ref()
+            .is_some_and(|name| name.len() > LONGEST_NAME)
+        {
+            let detail = format!("name: longer than {LONGEST_NAME} bytes");
+            return Err(RecipientError::InvalidVars { detail });
+        }
         let optional =
             |text: &Option<Box<str>>| text.as_deref().map_or(Value::UNDEFINED, Value::from);
         Ok(Scope {
