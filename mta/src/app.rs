@@ -1,11 +1,13 @@
 //! Wires the rooms of the daemon into one running service.
 //!
-//! Owns the order in which they start. Must not contain what they do.
+//! Owns the order in which they start, and what a reload reaches. Must not contain what they do.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use links::KeyRing;
 use service::clock::SharedClock;
 use service::config::Config;
 use service::metrics::Metrics;
@@ -13,10 +15,9 @@ use service::tasks::{Shutdown, Tasks};
 use store::Store;
 use tokio::net::TcpListener;
 
-pub use crate::admin::Probe;
-pub use crate::admin::auth::KEY_FILE;
 use crate::admin::auth::Keys;
-use crate::admin::{Api, router, server};
+use crate::admin::{Api, Probe, router, server};
+use crate::classify::Rules;
 use crate::intake::receive::Limits;
 use crate::intake::submit::Intake;
 
@@ -35,27 +36,129 @@ pub struct Deps {
     pub shutdown: Shutdown,
 }
 
-/// A running daemon. It ends when the `shutdown` it was given drains.
-#[derive(Debug)]
-pub struct Mta {
-    /// Where the API listens; with port 0 in the configuration, the port that it got.
-    pub addr: SocketAddr,
+impl std::fmt::Debug for Deps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Deps").finish_non_exhaustive()
+    }
 }
 
-/// Starts the API. `probes` are asked by `/readyz`, besides the store.
+/// A running daemon. It ends when the `shutdown` it was given drains.
+pub struct Mta {
+    addr: SocketAddr,
+    config: Config,
+    shared: Shared,
+}
+
+/// What a reload replaces.
+#[derive(Clone)]
+struct Shared {
+    rules: Arc<ArcSwap<Rules>>,
+    tracking: Arc<ArcSwap<KeyRing>>,
+}
+
+impl std::fmt::Debug for Mta {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mta")
+            .field("addr", &self.addr)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mta {
+    /// Where the API listens; with port 0 in the configuration, the port that it got.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Reads the rules for replies and the tracking keys again. What has mistakes stays as it was,
+    /// and the log says why. Blocks on the disk for a moment.
+    pub fn reload(&self) {
+        match read_rules(&self.config) {
+            Ok(rules) => {
+                tracing::info!(rules = rules.len(), "the rules for replies were read again");
+                self.shared.rules.store(Arc::new(rules));
+            }
+            Err(error) => tracing::error!(%error, "the rules for replies stay as they were"),
+        }
+        match tracking_keys(&self.config) {
+            Ok(ring) => self.shared.tracking.store(Arc::new(ring)),
+            Err(error) => tracing::error!(
+                error = format!("{error:#}"),
+                "the tracking keys stay as they were"
+            ),
+        }
+    }
+}
+
+/// Starts the daemon: rules, keys, API. It takes batches when this returns.
 ///
 /// # Errors
-/// When the keys cannot be read or made, or the address is taken.
-pub async fn start_api(config: &Config, deps: &Deps, probes: Vec<Probe>) -> anyhow::Result<Mta> {
-    let data_dir = config.data_dir.clone();
-    let (api, accounts) = (config.api.clone(), config.accounts.clone());
-    let keys = tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&data_dir)
+/// When a file has mistakes, a key can be neither read nor made, or the address is taken; nothing
+/// is left running.
+pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
+    let asked = config.api.listen;
+    let listener = TcpListener::bind(asked)
+        .await
+        .with_context(|| format!("api.listen {asked}"))?;
+    let addr = server::address(&listener, asked);
+    let read = config.clone();
+    let files = tokio::task::spawn_blocking(move || Files::read(&read));
+    let files = files.await.context("reading the files")??;
+    let shared = Shared {
+        rules: Arc::new(ArcSwap::from_pointee(files.rules)),
+        tracking: Arc::new(ArcSwap::from_pointee(files.tracking)),
+    };
+    let api = api(config, &deps, files.keys, &shared, Vec::new());
+    server::serve(listener, router(Arc::new(api)), &deps.tasks, &deps.shutdown);
+    tracing::info!(%addr, "the API is open");
+    Ok(Mta {
+        addr,
+        config: config.clone(),
+        shared,
+    })
+}
+
+/// What is read, or made, at the start.
+struct Files {
+    keys: Keys,
+    rules: Rules,
+    tracking: KeyRing,
+}
+
+impl Files {
+    fn read(config: &Config) -> anyhow::Result<Self> {
+        let data_dir = &config.data_dir;
+        std::fs::create_dir_all(data_dir)
             .with_context(|| format!("data_dir {}", data_dir.display()))?;
-        Keys::load(&api.keys, &accounts, &data_dir)
-    });
-    let keys = keys.await.context("reading the keys")??;
-    let intake = Arc::new(Intake {
+        Ok(Self {
+            keys: Keys::load(&config.api.keys, &config.accounts, data_dir)?,
+            rules: read_rules(config)?,
+            tracking: tracking_keys(config)?,
+        })
+    }
+}
+
+fn read_rules(config: &Config) -> anyhow::Result<Rules> {
+    let file = &config.bounces.rules_file;
+    Rules::load(file).map_err(|mistakes| {
+        let lines: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!("{}: {}", file.path.display(), lines.join("; "))
+    })
+}
+
+/// The tracker may be started first or second: whoever comes first makes the key.
+fn tracking_keys(config: &Config) -> anyhow::Result<KeyRing> {
+    let path = &config.tracker.key_file;
+    let text = service::secrets::load_or_create(path, || {
+        let mut secret = [0; 32];
+        aws_lc_rs::rand::fill(&mut secret).map_err(std::io::Error::other)?;
+        Ok(KeyRing::file_text(&secret))
+    })?;
+    KeyRing::parse(&text).with_context(|| path.display().to_string())
+}
+
+fn api(config: &Config, deps: &Deps, keys: Keys, shared: &Shared, probes: Vec<Probe>) -> Api {
+    let intake = Intake {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
         tasks: deps.tasks.clone(),
@@ -63,25 +166,19 @@ pub async fn start_api(config: &Config, deps: &Deps, probes: Vec<Probe>) -> anyh
         metrics: Arc::clone(&deps.metrics),
         accounts: config.accounts.clone(),
         dkim_dir: config.dkim.dir.clone(),
+        tracking: Arc::clone(&shared.tracking),
         data_dir: config.data_dir.clone(),
         max_body: config.api.max_body,
         limits: Limits::default(),
-    });
-    let api = Api {
+    };
+    Api {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
         metrics: Arc::clone(&deps.metrics),
         shutdown: deps.shutdown.clone(),
         keys,
-        intake,
+        intake: Arc::new(intake),
+        rules: Arc::clone(&shared.rules),
         probes,
-    };
-    let asked = config.api.listen;
-    let listener = TcpListener::bind(asked)
-        .await
-        .with_context(|| format!("api.listen {asked}"))?;
-    let addr = server::address(&listener, asked);
-    server::serve(listener, router(Arc::new(api)), &deps.tasks, &deps.shutdown);
-    tracing::info!(%addr, "the API is open");
-    Ok(Mta { addr })
+    }
 }

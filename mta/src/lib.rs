@@ -4,10 +4,13 @@
 //! not depend on the tracker: the two share nothing but the store and, in one
 //! process, the handle to it.
 
-pub mod admin;
+mod admin;
 pub mod app;
 pub mod classify;
-pub mod intake;
+pub mod daemon;
+mod intake;
 pub mod queue;
 pub mod released;
 pub mod shaping;
+
+pub use app::{Deps, Mta, start};

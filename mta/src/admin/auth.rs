@@ -18,7 +18,7 @@ use super::Api;
 use super::problem::{Answer, Code, Refusal};
 
 /// The file in the data directory with the key that was made at first start.
-pub const KEY_FILE: &str = "api-key";
+const KEY_FILE: &str = "api-key";
 
 /// The keys of the service.
 pub(crate) struct Keys(Vec<Key>);

@@ -8,12 +8,12 @@ use axum::extract::State;
 use model::units::parse_duration;
 use model::{Event, EventKind};
 use serde::Serialize;
-use store::{EventPage, EventQuery};
+use store::{EventPage, EventQuery, StoreError};
 
 use super::Api;
 use super::auth::CanRead;
 use super::params::Params;
-use super::problem::Answer;
+use super::problem::{Answer, Code, Refusal};
 
 /// The longest poll.
 const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -65,7 +65,10 @@ fn kinds(text: &str) -> Result<Vec<EventKind>, String> {
 async fn poll(api: &Api, mut query: EventQuery, wait: Duration) -> Answer<EventPage> {
     let began = api.clock.instant();
     loop {
-        let page = api.store.events(query.clone()).await?;
+        let timer = api.metrics.store_seconds("events").start_timer();
+        let page = api.store.events(query.clone()).await;
+        timer.observe_duration();
+        let page = page.map_err(cursor_or_store)?;
         let left = wait.saturating_sub(api.clock.instant().saturating_duration_since(began));
         if !page.events.is_empty() || left.is_zero() || api.shutdown.has_begun() {
             return Ok(page);
@@ -76,6 +79,14 @@ async fn poll(api: &Api, mut query: EventQuery, wait: Duration) -> Answer<EventP
             () = api.store.changed(left) => {}
             () = api.shutdown.begun() => {}
         }
+    }
+}
+
+/// The one thing of a query that only the store can judge is its cursor.
+fn cursor_or_store(error: StoreError) -> Refusal {
+    match error {
+        StoreError::Refused(detail) => Refusal::at(Code::InvalidField, "after", detail),
+        StoreError::Unavailable(_) | StoreError::Damaged(_) => error.into(),
     }
 }
 

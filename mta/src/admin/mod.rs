@@ -3,8 +3,10 @@
 //! Owns every route of the daemon and how a call becomes a question to the store. Must not hold
 //! state of its own, and must not know how mail is sent.
 
-pub mod auth;
+pub(crate) mod auth;
 mod batches;
+mod body;
+mod classify;
 mod events;
 mod health;
 mod messages;
@@ -17,6 +19,7 @@ mod suppressions;
 
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::extract::State;
 use axum::handler::Handler;
@@ -28,17 +31,18 @@ use service::metrics::Metrics;
 use service::tasks::Shutdown;
 use store::{BatchChange, Store};
 
+use crate::classify::Rules;
 use crate::intake::submit::Intake;
 use auth::{CanSubmit, Keys};
 use params::Segment;
 use problem::{Code, Refusal};
 
 /// What readiness asks besides the store.
-pub struct Probe {
+pub(crate) struct Probe {
     /// Its name in `/readyz`.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// What is wrong, if anything.
-    pub trouble: Box<dyn Fn() -> Option<String> + Send + Sync>,
+    pub(crate) trouble: Box<dyn Fn() -> Option<String> + Send + Sync>,
 }
 
 /// What every call may use.
@@ -49,6 +53,7 @@ pub(crate) struct Api {
     pub(crate) shutdown: Shutdown,
     pub(crate) keys: Keys,
     pub(crate) intake: Arc<Intake>,
+    pub(crate) rules: Arc<ArcSwap<Rules>>,
     pub(crate) probes: Vec<Probe>,
 }
 
@@ -112,6 +117,7 @@ fn routes() -> Routes {
             "/v1/suppressions/{email}",
             suppressions::delete,
         )
+        .at(Method::POST, "/v1/classify", classify::classify)
         .at(Method::GET, "/healthz", health::live)
         .at(Method::GET, "/readyz", health::ready)
         .at(Method::GET, "/metrics", health::metrics)

@@ -14,7 +14,7 @@ use super::auth::{CanRead, CanSubmit};
 use super::params::{PAGE_MAX, Params, Segment};
 use super::problem::{Answer, Code, Refusal};
 use super::{Api, List};
-use crate::intake::fields::{Fields, Mistakes, Strict};
+use crate::intake::fields::Mistakes;
 
 /// Addresses are compared without case.
 fn address(text: &str) -> Answer<String> {
@@ -76,16 +76,9 @@ pub(super) async fn put(
     Segment(email): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Answer<Json<Suppression>> {
-    let body = body.map_err(|error| Refusal::new(Code::BodyTooLarge, error.body_text()))?;
     let email = address(&email)?;
     let mut mistakes = Mistakes::default();
-    let Strict(document) = if body.is_empty() {
-        Strict(serde_json::json!({}))
-    } else {
-        serde_json::from_slice(&body)
-            .map_err(|error| Refusal::new(Code::MalformedBody, error.to_string()))?
-    };
-    let mut fields = Fields::of(String::new(), document, &mut mistakes);
+    let mut fields = super::body::object(body, &mut mistakes)?;
     let reason = fields.parsed("reason").unwrap_or(SuppressionReason::Manual);
     if reason == SuppressionReason::Erased {
         fields.mistake("reason", "comes from erasing the person alone");

@@ -16,12 +16,16 @@ use super::head::{self, BatchRequest};
 use super::recipients::{malformed, reason};
 use super::splitter::Head;
 use crate::admin::problem::{Answer, Code, Refusal, mistake};
+use crate::released::Released;
+
+/// Keys of one domain that sign; more would only make the header longer.
+const SELECTORS_MAX: usize = 8;
 
 /// A batch that may be sent, as far as its head goes.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) head: BatchHead,
-    pub(crate) spec: ContentSpec,
+    pub(crate) released: Released,
     pub(crate) content: Content,
     pub(crate) allow_duplicates: bool,
     pub(crate) warnings: Vec<String>,
@@ -34,6 +38,8 @@ pub(crate) struct Against<'a> {
     pub(crate) any_account: bool,
     pub(crate) accounts: &'a [Account],
     pub(crate) dkim_dir: &'a Path,
+    /// The id of the key that signs links now.
+    pub(crate) tracking_key: u16,
 }
 
 /// Reads and judges the head. Blocks.
@@ -62,11 +68,18 @@ pub(crate) fn prepare(
     let (true, Ok(content)) = (mistakes.is_empty(), compiled) else {
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
     };
-    let warnings = dkim_warnings(&request, account, against.dkim_dir)?;
+    let (dkim_selectors, warnings) = signing(&request, account, against.dkim_dir)?;
     let batch = batch_head(&request, id, now, account);
     Ok(Prepared {
         head: batch,
-        spec,
+        released: Released {
+            form: Released::FORM,
+            spec,
+            dkim_selectors,
+            tracker_base_url: account.tracking.base_url.clone(),
+            tracking_key: against.tracking_key,
+            pool: "default".to_owned(),
+        },
         content,
         allow_duplicates: request.allow_duplicates,
         warnings,
@@ -169,40 +182,51 @@ fn content_mistake(error: ContentError) -> service::http::ProblemError {
     mistake
 }
 
-/// Whether the From domain has a key that can sign.
-fn dkim_warnings(request: &BatchRequest, account: &Account, dir: &Path) -> Answer<Vec<String>> {
+/// The keys that sign, and what to warn of.
+fn signing(
+    request: &BatchRequest,
+    account: &Account,
+    dir: &Path,
+) -> Answer<(Vec<String>, Vec<String>)> {
     let domain = request.from.email.domain();
-    if has_key(&dir.join(domain)) {
-        return Ok(Vec::new());
-    }
-    match account.dkim {
-        DkimPolicy::Optional => Ok(vec![format!(
-            "{domain} has no DKIM key: the mail leaves unsigned"
-        )]),
-        DkimPolicy::Required => Err(Refusal::at(
-            Code::NoDkimKey,
-            "/from/email",
-            format!("{domain} has no DKIM key; hikyaku dkim generate {domain} makes one"),
-        )),
-    }
+    let selectors = selectors(&dir.join(domain));
+    let warnings = match account.dkim {
+        _ if !selectors.is_empty() => Vec::new(),
+        DkimPolicy::Optional => {
+            vec![format!(
+                "{domain} has no DKIM key: the mail leaves unsigned"
+            )]
+        }
+        DkimPolicy::Required => {
+            let detail =
+                format!("{domain} has no DKIM key; hikyaku dkim generate {domain} makes one");
+            return Err(Refusal::at(Code::NoDkimKey, "/from/email", detail));
+        }
+    };
+    Ok((selectors, warnings))
 }
 
-fn has_key(dir: &Path) -> bool {
-    let Ok(files) = std::fs::read_dir(dir) else {
-        return false;
-    };
-    files.filter_map(Result::ok).any(|file| {
-        let path = file.path();
-        let selector = path.file_stem().and_then(|stem| stem.to_str());
-        match (
-            selector,
-            path.extension().and_then(|extension| extension.to_str()),
-        ) {
-            (Some(selector), Some("pem")) => std::fs::read_to_string(&path)
-                .is_ok_and(|pem| content::dkim::Key::from_pem(selector, &pem).is_ok()),
-            _ => false,
+/// The selectors of the keys in a directory that can be used, sorted.
+fn selectors(dir: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok);
+    let usable = files.filter_map(|file| {
+        let name = file.file_name().into_string().ok()?;
+        let selector = name.strip_suffix(".pem")?;
+        let pem = std::fs::read_to_string(file.path()).ok()?;
+        match content::dkim::Key::from_pem(selector, &pem) {
+            Ok(key) => Some(key.selector().to_owned()),
+            Err(error) => {
+                tracing::error!(file = %file.path().display(), %error, "a DKIM key cannot be used");
+                None
+            }
         }
-    })
+    });
+    let mut selectors: Vec<String> = usable.take(SELECTORS_MAX).collect();
+    selectors.sort_unstable();
+    selectors
 }
 
 fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Account) -> BatchHead {

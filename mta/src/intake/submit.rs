@@ -7,9 +7,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use aws_lc_rs::rand;
 use axum::body::Body;
 use content::{LinkReport, RenderContext, Tracker};
+use links::KeyRing;
 use model::{BatchId, BatchState, Row, Timestamp};
 use serde::Serialize;
 use service::clock::SharedClock;
@@ -35,6 +37,7 @@ pub(crate) struct Intake {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) accounts: Vec<Account>,
     pub(crate) dkim_dir: PathBuf,
+    pub(crate) tracking: Arc<ArcSwap<KeyRing>>,
     /// Where spools lie while a body arrives.
     pub(crate) data_dir: PathBuf,
     /// Bytes of a JSON document.
@@ -87,8 +90,7 @@ fn render(prepared: &Prepared, row: &Row, account: &Account) -> Answer<Rendered>
     let failed = |error: &dyn std::fmt::Display| Refusal::internal("dry run", error);
     let mut secret = [0_u8; 32];
     rand::fill(&mut secret).map_err(|error| failed(&error))?;
-    let ring = links::KeyRing::parse(&links::KeyRing::file_text(&secret))
-        .map_err(|error| failed(&error))?;
+    let ring = KeyRing::parse(&KeyRing::file_text(&secret)).map_err(|error| failed(&error))?;
     let base_url = account.tracking.base_url.as_str();
     let signer = ring
         .signer(Tracker::host(base_url), None)
@@ -181,6 +183,8 @@ impl Intake {
             any_account: by.any_account,
             accounts: &self.accounts,
             dkim_dir: &self.dkim_dir,
+            // A ring has at least one key.
+            tracking_key: self.tracking.load().ids().next().unwrap_or_default(),
         }
     }
 
@@ -265,7 +269,9 @@ impl Intake {
     }
 
     async fn commit(&self, prepared: &Prepared, sorted: &Sorted, now: Timestamp) -> Answer<()> {
-        let content = serde_json::to_vec(&prepared.spec)
+        let content = prepared
+            .released
+            .to_bytes()
             .map_err(|error| Refusal::internal("content", &error))?;
         let batch = NewBatch {
             head: prepared.head.clone(),

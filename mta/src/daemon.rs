@@ -1,0 +1,70 @@
+//! The daemon: a process that is an MTA and nothing else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use service::clock::SystemClock;
+use service::config::{self, Config, Environment, StoreUrl};
+use service::metrics::Metrics;
+use service::tasks::{Shutdown, Signals, Tasks, supervise};
+use store::Store;
+use store::sqlite::{Role, SqliteOptions, SqliteStore};
+
+use crate::{Deps, start};
+
+/// How long each step of ending may take. The reply to a final dot may come late, and its outcome
+/// is worth more than a quick end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs the MTA until SIGTERM or SIGINT, then drains. SIGHUP reads shaping, rules and keys again.
+///
+/// # Errors
+/// When it does not start, a task is lost, or the end takes too long: exit code 1.
+pub fn run(config: &Config, environment: &Environment) -> anyhow::Result<()> {
+    let _lines = service::logging::init(environment)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("no threads")?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: &Config) -> anyhow::Result<()> {
+    let mut signals = Signals::install()?;
+    std::fs::create_dir_all(&config.data_dir)
+        .with_context(|| format!("data_dir {}", config.data_dir.display()))?;
+    let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
+    let deps = Deps {
+        store: open_store(&config.store).await?,
+        metrics: Arc::new(Metrics::new()),
+        clock: SystemClock::shared(),
+        tasks: tasks.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let mta = start(config, deps).await?;
+    supervise(&tasks, &shutdown, &mut signals, PATIENCE, || mta.reload()).await?;
+    tracing::info!("the MTA has ended");
+    Ok(())
+}
+
+/// Opens the store that the configuration names.
+///
+/// # Errors
+/// When it cannot be opened, or its engine comes with a later release.
+pub async fn open_store(config: &config::Store) -> anyhow::Result<Arc<dyn Store>> {
+    let StoreUrl::Sqlite(path) = &config.url else {
+        anyhow::bail!(
+            "store.url: the redis engine comes with a later release; this one has sqlite:FILE"
+        );
+    };
+    let options = SqliteOptions {
+        path: path.clone(),
+        partitions: config.partitions,
+        role: Role::Mta,
+    };
+    let store = SqliteStore::open(options)
+        .await
+        .with_context(|| format!("store {}", path.display()))?;
+    Ok(Arc::new(store))
+}

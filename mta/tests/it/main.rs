@@ -1,0 +1,7 @@
+//! The daemon from outside: real sockets, the real store.
+
+mod disk;
+mod harness;
+mod intake;
+mod reading;
+mod serving;

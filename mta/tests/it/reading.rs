@@ -1,0 +1,441 @@
+//! Read-outs and steering.
+
+use bytes::Bytes;
+use hyper::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::harness::{Service, batch, recipients};
+
+async fn submitted(service: &Service, count: usize) -> String {
+    let accepted = service
+        .api
+        .submit(&batch(&recipients(count, 2)))
+        .await
+        .json();
+    accepted["id"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{accepted}"))
+        .to_owned()
+}
+
+fn items(page: &Value) -> &Vec<Value> {
+    page["items"].as_array().unwrap_or_else(|| panic!("{page}"))
+}
+
+#[tokio::test]
+async fn batches_are_listed_newest_first_in_pages() {
+    let service = Service::start().await;
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.insert(0, submitted(&service, 1).await);
+    }
+    let mut found = Vec::new();
+    let mut path = "/v1/batches?limit=2&state=in_progress&campaign=spring".to_owned();
+    loop {
+        let page = service.api.get(&path).await.json();
+        found.extend(
+            items(&page)
+                .iter()
+                .map(|batch| batch["id"].as_str().expect("id").to_owned()),
+        );
+        let Some(cursor) = page["next_cursor"].as_str() else {
+            break;
+        };
+        path = format!("/v1/batches?limit=2&cursor={cursor}");
+    }
+    // Ids of one millisecond are in no order of their own.
+    found.sort_unstable();
+    ids.sort_unstable();
+    assert_eq!(found, ids);
+    assert!(items(&service.api.get("/v1/batches?campaign=autumn").await.json()).is_empty());
+}
+
+#[tokio::test]
+async fn recipients_come_in_pages_or_whole() {
+    let service = Service::start().await;
+    let id = submitted(&service, 2_500).await;
+    let path = format!("/v1/batches/{id}/recipients");
+    let page = service.api.get(&path).await.json();
+    assert_eq!(items(&page).len(), 100);
+    let row = &items(&page)[0];
+    let mut names: Vec<_> = row
+        .as_object()
+        .expect("a row")
+        .keys()
+        .map(String::as_str)
+        .collect();
+    names.sort_unstable();
+    let mut contract = [
+        "index",
+        "message_id",
+        "email",
+        "prospect_id",
+        "variant",
+        "status",
+        "attempts",
+        "next_attempt_at",
+        "smtp_code",
+        "enhanced_code",
+        "class",
+        "blame",
+        "reply",
+        "host",
+        "accepted_at",
+        "delivered_at",
+        "opened_at",
+        "clicked_at",
+        "complained_at",
+        "unsubscribed_at",
+        "replied_at",
+    ];
+    contract.sort_unstable();
+    assert_eq!(names, contract);
+    assert_eq!(row["message_id"], format!("{id}.0"));
+    let mut seen = 0;
+    let mut next = Some(String::new());
+    while let Some(cursor) = next {
+        let page = service
+            .api
+            .get(&format!("{path}?limit=1000{cursor}"))
+            .await
+            .json();
+        for row in items(&page) {
+            assert_eq!(row["index"], seen);
+            seen += 1;
+        }
+        next = page["next_cursor"]
+            .as_str()
+            .map(|cursor| format!("&cursor={cursor}"));
+    }
+    assert_eq!(seen, 2_500);
+    let csv = service
+        .api
+        .call(Method::GET, &path, &[("accept", "text/csv")], Bytes::new())
+        .await
+        .bytes;
+    let text = String::from_utf8(csv.to_vec()).expect("text");
+    assert!(
+        text.starts_with("index,message_id,email,prospect_id,variant,status,"),
+        "{:.200}",
+        text
+    );
+    assert_eq!(text.lines().count(), 2_501);
+    let only = service
+        .api
+        .get(&format!("{path}?domain=d1.example&limit=1000"))
+        .await
+        .json();
+    assert!(items(&only).iter().all(|row| {
+        row["email"]
+            .as_str()
+            .expect("email")
+            .ends_with("@d1.example")
+    }));
+    assert!(!items(&only).is_empty());
+}
+
+#[tokio::test]
+async fn a_batch_is_steered() {
+    let service = Service::start().await;
+    let id = submitted(&service, 3).await;
+    let change = |what: &'static str| {
+        let (api, path) = (service.api.clone(), format!("/v1/batches/{id}/{what}"));
+        async move { api.post(&path).await }
+    };
+    for (what, state) in [
+        ("pause", "paused"),
+        ("pause", "paused"),
+        ("resume", "in_progress"),
+        ("resume", "in_progress"),
+        ("pause", "paused"),
+    ] {
+        let reply = change(what).await;
+        assert_eq!(
+            (reply.status, &reply.json()["state"]),
+            (StatusCode::OK, &json!(state)),
+            "{what}"
+        );
+    }
+    let archived = change("archive").await.json();
+    assert_eq!(archived["archived"], true);
+    assert_eq!(change("unarchive").await.json()["archived"], false);
+    let cancelled = change("cancel").await.json();
+    assert_eq!(
+        (
+            &cancelled["state"],
+            &cancelled["cancelled"],
+            &cancelled["in_flight"]
+        ),
+        (&json!("cancelled"), &json!(3), &json!(0))
+    );
+    assert_eq!(cancelled["counters"]["cancelled"], 3);
+    assert_eq!(
+        change("cancel").await.status,
+        StatusCode::OK,
+        "repeating is no error"
+    );
+    assert_eq!(change("pause").await.problem().1, "invalid_state");
+    assert_eq!(
+        service
+            .api
+            .post("/v1/batches/01KA0000000000000000000000/pause")
+            .await
+            .problem()
+            .1,
+        "not_found"
+    );
+}
+
+#[tokio::test]
+async fn a_message_and_a_person_have_a_story() {
+    let service = Service::start().await;
+    let id = submitted(&service, 2).await;
+    let story = service
+        .api
+        .get(&format!("/v1/messages/{id}.1"))
+        .await
+        .json();
+    assert_eq!(
+        (&story["email"], &story["campaign"], &story["message_id"]),
+        (
+            &json!("a1@d1.example"),
+            &json!("spring"),
+            &json!(format!("{id}.1"))
+        )
+    );
+    assert_eq!(story["engagement"], json!([]));
+    for unknown in [format!("{id}.7"), format!("{id}.01"), "x".to_owned()] {
+        assert_eq!(
+            service
+                .api
+                .get(&format!("/v1/messages/{unknown}"))
+                .await
+                .problem()
+                .0,
+            404
+        );
+    }
+    let person = service.api.get("/v1/recipients/A1@D1.EXAMPLE").await.json();
+    assert_eq!(
+        (&person["email"], &person["delivery_status"]),
+        (&json!("a1@d1.example"), &json!("unconfirmed"))
+    );
+    assert_eq!(
+        (
+            person["messages"].as_array().map(Vec::len),
+            &person["suppressions"]
+        ),
+        (Some(1), &json!([]))
+    );
+}
+
+#[tokio::test]
+async fn suppressions_are_kept_without_case_and_by_list() {
+    let service = Service::start().await;
+    let put = |body: &'static str| {
+        let api = service.api.clone();
+        async move {
+            api.call(
+                Method::PUT,
+                "/v1/suppressions/A@X.example",
+                &[],
+                Bytes::from_static(body.as_bytes()),
+            )
+            .await
+        }
+    };
+    let first = put("{\"reason\": \"unsubscribed\", \"list\": \"news\"}").await;
+    assert_eq!(first.status, StatusCode::OK);
+    let entry = first.json();
+    assert_eq!(
+        (
+            &entry["email"],
+            &entry["list"],
+            &entry["reason"],
+            &entry["source"]
+        ),
+        (
+            &json!("a@x.example"),
+            &json!("news"),
+            &json!("unsubscribed"),
+            &json!("api")
+        )
+    );
+    assert_eq!(put("").await.json()["reason"], "manual");
+    assert_eq!(
+        put("{\"reason\": \"erased\"}").await.problem().2,
+        ["/reason invalid_field"]
+    );
+    assert_eq!(
+        put("{\"reson\": \"manual\"}").await.problem().2,
+        ["/reson unknown_field"]
+    );
+    let path = "/v1/suppressions/a@x.EXAMPLE";
+    assert_eq!(items(&service.api.get(path).await.json()).len(), 2);
+    assert_eq!(
+        items(&service.api.get("/v1/suppressions").await.json()).len(),
+        2
+    );
+    let delete = |path: String| {
+        let api = service.api.clone();
+        async move {
+            api.call(Method::DELETE, &path, &[], Bytes::new())
+                .await
+                .status
+        }
+    };
+    assert_eq!(
+        delete(format!("{path}?list=news")).await,
+        StatusCode::NO_CONTENT
+    );
+    assert_eq!(items(&service.api.get(path).await.json()).len(), 1);
+    assert_eq!(delete(path.to_owned()).await, StatusCode::NO_CONTENT);
+    assert_eq!(service.api.get(path).await.problem().1, "not_found");
+    let kinds = service
+        .api
+        .get("/v1/events?types=suppression.added,suppression.removed")
+        .await
+        .json();
+    assert_eq!(kinds["events"].as_array().map(Vec::len), Some(4));
+}
+
+#[tokio::test]
+async fn events_are_followed_by_cursor_and_waited_for() {
+    let service = Service::start().await;
+    let start = service.api.get("/v1/events").await.json();
+    assert_eq!(start["events"], json!([]));
+    let cursor = start["next"].as_str().expect("a cursor").to_owned();
+    let api = service.api.clone();
+    let path = format!("/v1/events?after={cursor}&types=batch.accepted&wait=30s");
+    let waiting = async move { api.get(&path).await.json() };
+    let (told, id) = tokio::join!(waiting, submitted(&service, 1));
+    assert_eq!(told["events"][0]["batch_id"], id);
+    let rest = format!("/v1/events?after={cursor}&batch={id}&types=batch.started",);
+    let rest = service.api.get(&rest).await.json();
+    assert_eq!(rest["events"][0]["type"], "batch.started");
+    assert_eq!(
+        service
+            .api
+            .get("/v1/events?after=nonsense")
+            .await
+            .problem()
+            .2,
+        ["after invalid_field"]
+    );
+    assert_eq!(
+        service
+            .api
+            .get("/v1/events?types=email.lost")
+            .await
+            .problem()
+            .2,
+        ["types invalid_field"]
+    );
+}
+
+#[tokio::test]
+async fn what_is_asked_for_wrongly_is_said() {
+    let service = Service::start().await;
+    let id = submitted(&service, 1).await;
+    for (path, error) in [
+        (
+            format!("/v1/batches/{id}/recipients?limit=0"),
+            "limit invalid_field",
+        ),
+        (
+            format!("/v1/batches/{id}/recipients?limit=1001"),
+            "limit invalid_field",
+        ),
+        (
+            format!("/v1/batches/{id}/recipients?status=lost"),
+            "status invalid_field",
+        ),
+        ("/v1/batches?page=2".to_owned(), "page unknown_field"),
+        ("/v1/batches?cursor=x".to_owned(), "cursor invalid_field"),
+        ("/v1/suppressions/nobody".to_owned(), "email invalid_field"),
+    ] {
+        let (status, _, errors) = service.api.get(&path).await.problem();
+        assert_eq!((status, errors), (422, vec![error.to_owned()]), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn one_account_does_not_see_the_other() {
+    let service = Service::start().await;
+    let id = submitted(&service, 1).await;
+    let other = service.api.with_key("hk_other");
+    for path in ["", "/recipients", "/report"] {
+        assert_eq!(
+            other
+                .get(&format!("/v1/batches/{id}{path}"))
+                .await
+                .problem()
+                .0,
+            404,
+            "{path}"
+        );
+    }
+    assert_eq!(
+        other
+            .post(&format!("/v1/batches/{id}/cancel"))
+            .await
+            .problem()
+            .0,
+        404
+    );
+    assert_eq!(
+        other.get(&format!("/v1/messages/{id}.0")).await.problem().0,
+        404
+    );
+    assert!(items(&other.get("/v1/batches").await.json()).is_empty());
+    assert_eq!(other.get("/v1/events").await.json()["events"], json!([]));
+    assert_eq!(
+        other.get("/v1/recipients/a0@d0.example").await.json()["messages"],
+        json!([])
+    );
+}
+
+#[tokio::test]
+async fn a_reply_is_classified_and_a_report_has_rates() {
+    let service = Service::start().await;
+    let post = |body: &'static str| {
+        let api = service.api.clone();
+        async move {
+            api.call(
+                Method::POST,
+                "/v1/classify",
+                &[],
+                Bytes::from_static(body.as_bytes()),
+            )
+            .await
+        }
+    };
+    let read = post("{\"reply\": \"550 5.1.1 No such user\"}").await.json();
+    assert_eq!(
+        (&read["class"], &read["blame"], &read["action"]),
+        (
+            &json!("invalid_mailbox"),
+            &json!("recipient"),
+            &json!("bounce")
+        )
+    );
+    assert!(read.get("rule").is_some());
+    assert_eq!(
+        post("{\"reply\": \"hello\"}").await.problem().2,
+        ["/reply invalid_field"]
+    );
+    assert_eq!(post("{\"reply\": ").await.problem().1, "malformed_body");
+    let id = submitted(&service, 1).await;
+    let report = service
+        .api
+        .get(&format!("/v1/batches/{id}/report"))
+        .await
+        .json();
+    assert_eq!(
+        (
+            &report["counters"]["accepted"],
+            &report["rates"]["delivered"]
+        ),
+        (&json!(1), &json!(0.0))
+    );
+}
