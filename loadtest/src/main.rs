@@ -1,2 +1,7 @@
 //! The `loadtest` executable.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    loadtest::main()
+}

@@ -1,0 +1,233 @@
+//! The batch that is submitted: made while it is sent, so that memory does not grow with it.
+
+use anyhow::{Result, ensure};
+use bytes::Bytes;
+use hyper::body::{Body, Frame};
+use serde_json::json;
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+/// Bytes handed over at a time.
+const CHUNK: usize = 64 * 1024;
+
+const FILLER: &str = "The courier runs by day and by night, over the pass and along the shore, \
+    and every letter that was given into his hand comes to the door that is written on it.\n";
+
+/// What a batch is made of.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Shape {
+    /// Recipients in all
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    pub recipients: u64,
+    /// Domains that they are at, in turn
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub domains: u64,
+    /// Variables of each recipient, all used in the content
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub vars: u64,
+    /// Tracked links in the HTML
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=500))]
+    pub links: u64,
+    /// Size of HTML and text as submitted, as "10KiB"
+    #[arg(long, default_value = "10KiB", value_parser = parse_size)]
+    pub size: usize,
+    /// Address in From
+    #[arg(long, default_value = "news@brand.example")]
+    pub from: String,
+}
+
+/// For clap: a size as in the configuration, of at most 16 MiB.
+fn parse_size(text: &str) -> Result<usize> {
+    let size = model::units::parse_size(text)?;
+    ensure!(size <= 16 << 20, "more than 16MiB");
+    Ok(usize::try_from(size)?)
+}
+
+impl Shape {
+    /// The body of one call with the recipients `first..end`; numbers go on from call to call.
+    ///
+    /// # Errors
+    /// When the size has no room for variables and links.
+    pub fn body(&self, first: u64, end: u64) -> Result<Generated> {
+        let mut head = json!({
+            "campaign": "loadtest",
+            "from": {"email": self.from, "name": "Load Test"},
+            "subject": "Hello {{ name }}, news of today",
+            "html": self.html()?,
+            "text": self.text(),
+        })
+        .to_string();
+        // The recipients come last, as the one key that is not held in memory.
+        head.truncate(head.len().saturating_sub(1));
+        head.push_str(",\"recipients\":[");
+        Ok(Generated {
+            first,
+            next: first,
+            end,
+            domains: self.domains,
+            vars: self.vars,
+            pending: head,
+            closed: false,
+        })
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::from("Dear {{ name }},\n\n");
+        self.uses(&mut text, "", "\n");
+        text
+    }
+
+    fn html(&self) -> Result<String> {
+        let mut html = String::from("<html><body>\n<h1>Dear {{ name }}</h1>\n");
+        self.uses(&mut html, "<p>", "</p>\n");
+        for link in 0..self.links {
+            // Writing to a string cannot fail.
+            writeln!(
+                html,
+                "<p><a href=\"https://shop.example/offer/{link}?from=mail\">Offer {link}</a></p>"
+            )
+            .ok();
+        }
+        let tail = "</body></html>\n";
+        let bare = html.len() + tail.len() + self.text().len();
+        ensure!(
+            bare <= self.size,
+            "{} variables and {} links do not fit into {} bytes: it takes {bare} at least",
+            self.vars,
+            self.links,
+            self.size
+        );
+        html.extend(FILLER.chars().cycle().take(self.size - bare));
+        html.push_str(tail);
+        Ok(html)
+    }
+
+    fn uses(&self, out: &mut String, before: &str, after: &str) {
+        for var in 0..self.vars {
+            write!(out, "{before}Your number {var} is {{{{ v{var} }}}}.{after}").ok();
+        }
+    }
+}
+
+/// A JSON document that is written as it is read.
+#[derive(Debug)]
+pub struct Generated {
+    first: u64,
+    next: u64,
+    end: u64,
+    domains: u64,
+    vars: u64,
+    pending: String,
+    closed: bool,
+}
+
+impl Generated {
+    /// The next piece, until there is none.
+    pub fn piece(&mut self) -> Option<Bytes> {
+        while self.pending.len() < CHUNK && self.next < self.end {
+            self.recipient();
+        }
+        if self.next >= self.end && !self.closed {
+            self.pending.push_str("]}");
+            self.closed = true;
+        }
+        let piece = std::mem::take(&mut self.pending);
+        (!piece.is_empty()).then(|| piece.into())
+    }
+
+    fn recipient(&mut self) {
+        let n = self.next;
+        let comma = if n == self.first { "" } else { "," };
+        let domain = n % self.domains;
+        // Writing to a string cannot fail.
+        write!(
+            self.pending,
+            "{comma}{{\"email\":\"person{n}@d{domain}.example\",\"name\":\"Person {n}\",\"prospect_id\":\"p-{n}\",\"vars\":{{"
+        )
+        .ok();
+        for var in 0..self.vars {
+            let comma = if var == 0 { "" } else { "," };
+            write!(self.pending, "{comma}\"v{var}\":\"{n} of {var}\"").ok();
+        }
+        self.pending.push_str("}}\n");
+        self.next += 1;
+    }
+}
+
+impl Body for Generated {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.piece().map(|piece| Ok(Frame::data(piece))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn shape() -> Shape {
+        Shape {
+            recipients: 3_000,
+            domains: 7,
+            vars: 5,
+            links: 10,
+            size: 10 * 1024,
+            from: "a\"b@brand.example".to_owned(),
+        }
+    }
+
+    fn whole(mut body: Generated) -> Value {
+        let mut text = Vec::new();
+        while let Some(piece) = body.piece() {
+            assert!(piece.len() < 2 * CHUNK, "pieces are bounded");
+            text.extend_from_slice(&piece);
+        }
+        serde_json::from_slice(&text).expect("JSON")
+    }
+
+    #[test]
+    fn a_batch_has_the_shape_that_was_asked_for() {
+        let batch = whole(shape().body(0, 3_000).expect("a body"));
+        let recipients = batch["recipients"].as_array().expect("recipients");
+        assert_eq!(recipients.len(), 3_000);
+        assert_eq!(recipients[8]["email"], "person8@d1.example");
+        assert_eq!(recipients[8]["vars"].as_object().expect("vars").len(), 5);
+        assert_eq!(batch["from"]["email"], "a\"b@brand.example");
+        let html = batch["html"].as_str().expect("HTML");
+        let text = batch["text"].as_str().expect("text");
+        assert_eq!(html.len() + text.len(), 10 * 1024);
+        assert_eq!(html.matches("<a href=").count(), 10);
+        for var in 0..5 {
+            let used = format!("{{{{ v{var} }}}}");
+            assert!(html.contains(&used) && text.contains(&used), "{used}");
+        }
+    }
+
+    #[test]
+    fn parts_go_on_where_the_one_before_ended() {
+        let batch = whole(shape().body(10, 12).expect("a body"));
+        let recipients = batch["recipients"].as_array().expect("recipients");
+        let emails: Vec<&Value> = recipients.iter().map(|one| &one["email"]).collect();
+        assert_eq!(emails, ["person10@d3.example", "person11@d4.example"]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let small = Shape {
+            size: 500,
+            ..shape()
+        };
+        let error = small.body(0, 1).expect_err("too small").to_string();
+        assert!(error.contains("do not fit into 500 bytes"), "{error}");
+        assert!(parse_size("17MiB").is_err());
+        assert_eq!(parse_size("10KiB").expect("a size"), 10 * 1024);
+    }
+}

@@ -1,0 +1,310 @@
+//! The whole measurement of the MTA in one command.
+//!
+//! For each way of signing: a sink in a process of its own, `hikyaku up` in a fresh folder, one
+//! batch over HTTP, and readings of `/proc` between the phases. System calls are counted in runs of
+//! their own, since `strace` changes what it looks at.
+
+mod report;
+
+use crate::batch::Shape;
+use crate::counterpart::Counterpart;
+use crate::format::count;
+use crate::process::{self, Guarded, Usage};
+use crate::signatures;
+use crate::sink::Total;
+use crate::site::{self, Dkim, Setup, Site};
+use crate::source::{self, Report};
+use crate::strace::{self, Calls};
+use anyhow::{Context as _, Result, ensure};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Bare signatures timed before a run, and again after it.
+const SIGNATURES: u32 = 500;
+/// Of the two runs under `strace`, the first has this share of the recipients.
+const FEW: u64 = 10;
+
+/// Measure intake and delivery: starts a sink and `hikyaku up`, submits, waits, reports
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    /// What is submitted
+    pub shape: Shape,
+    /// Of the domains, how many are destinations of their own [default: all]
+    #[arg(long)]
+    pub destinations: Option<u64>,
+    /// How mail is signed: a run for each
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["none", "rsa2048"])]
+    pub dkim: Vec<Dkim>,
+    /// Connections per destination
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub connections: u32,
+    /// Messages on each connection
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub messages_per_connection: u32,
+    /// Count system calls in runs of their own, unsigned
+    #[arg(long)]
+    pub strace: bool,
+    /// Recipients of the larger of these runs
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(100..=1_000_000))]
+    pub strace_recipients: u64,
+    /// Profile each delivery with `perf record` into this folder, and keep the logs there
+    #[arg(long)]
+    pub profile_dir: Option<PathBuf>,
+    /// Make the service's folder in here: on a real disk, or syncs cost nothing [default: the
+    /// system's place for temporary files]
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// The executable [default: hikyaku, beside this one]
+    #[arg(long)]
+    pub program: Option<PathBuf>,
+    /// Give up a run after so long, as "30m"
+    #[arg(long, default_value = "30m", value_parser = model::units::parse_duration)]
+    pub timeout: Duration,
+    /// Print the tables as Markdown
+    #[arg(long)]
+    pub markdown: bool,
+}
+
+/// What one run showed.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// How mail was signed.
+    pub dkim: Dkim,
+    /// What was submitted and what became of it.
+    pub report: Report,
+    /// Of the service, from the first byte of the batch to its 202.
+    pub intake: Usage,
+    /// Of the service, from the 202 to the batch's completion.
+    pub delivery: Usage,
+    /// Of the sink, in the run.
+    pub sink: Usage,
+    /// What the sink counted.
+    pub total: Total,
+    /// Resident memory of the service at most: at intake, and afterwards where the kernel lets us
+    /// start anew.
+    pub peak: (u64, Option<u64>),
+    /// CPU time of one bare RSA-2048 signature, before and after.
+    pub signature: Option<(Duration, Duration)>,
+}
+
+impl Args {
+    fn setup(&self, dkim: Dkim, sink: &Counterpart) -> Result<Setup> {
+        let from = self.shape.from.rsplit_once('@');
+        Ok(Setup {
+            sink: sink.address(),
+            from_domain: from.context("--from is no address")?.1.to_owned(),
+            dkim,
+            destinations: self.destinations.unwrap_or(self.shape.domains),
+            connections: self.connections,
+            messages_per_connection: self.messages_per_connection,
+            dir: self.dir(),
+            program: match &self.program {
+                Some(program) => program.clone(),
+                None => site::beside_us("hikyaku")?,
+            },
+        })
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(std::env::temp_dir)
+    }
+}
+
+/// Measures and prints the report.
+///
+/// # Errors
+/// When anything is not delivered, or does not start or end well.
+pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
+    writeln!(out, "{}", process::machine())?;
+    let filesystem = site::filesystem(&args.dir());
+    writeln!(
+        out,
+        "store and journal in {} ({filesystem})",
+        args.dir().display()
+    )?;
+    if let Some(dir) = &args.profile_dir {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let mut runs = Vec::new();
+    for dkim in &args.dkim {
+        writeln!(
+            out,
+            "\n{}: {} recipients",
+            dkim.name(),
+            count(args.shape.recipients)
+        )?;
+        let run = tokio::time::timeout(args.timeout, measure(args, *dkim, out));
+        let run = run
+            .await
+            .with_context(|| format!("not done within {:?}", args.timeout))?;
+        runs.push(run.with_context(|| format!("the run with {}", dkim.name()))?);
+    }
+    if !runs.is_empty() {
+        writeln!(out, "\n{}", report::summary(&runs).render(args.markdown))?;
+    }
+    for run in &runs {
+        writeln!(out, "CPU by thread during delivery, {}\n", run.dkim.name())?;
+        writeln!(out, "{}", report::threads(run).render(args.markdown))?;
+    }
+    if args.strace {
+        let calls = tokio::time::timeout(args.timeout, system_calls(args, out));
+        let calls = calls
+            .await
+            .with_context(|| format!("not done within {:?}", args.timeout))??;
+        writeln!(
+            out,
+            "\nsystem calls per message, intake included, {}\n",
+            Dkim::None.name()
+        )?;
+        writeln!(out, "{}", strace::table(&calls, 15).render(args.markdown))?;
+    }
+    Ok(())
+}
+
+async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Result<Run> {
+    let before = bare_signature(dkim).await?;
+    let sink = Counterpart::start("sink").await?;
+    let site = Site::start(&args.setup(dkim, &sink)?, None).await?;
+    let measured = phases(args, dkim, &site, &sink, out).await;
+    let mut run = measured.with_context(|| site.log_end())?;
+    run.sink = process::usage(sink.pid())?;
+    if let Some(dir) = &args.profile_dir {
+        site.keep_log(dir, &format!("{}.log", file_name(dkim)))?;
+    }
+    site.stop().await?;
+    run.total = sink.stop().await?;
+    let after = bare_signature(dkim).await?;
+    run.signature = before.zip(after);
+    ensure!(
+        run.total.messages == run.report.accepted,
+        "{} messages were accepted and {} came to the sink",
+        run.report.accepted,
+        run.total.messages
+    );
+    Ok(run)
+}
+
+async fn phases(
+    args: &Args,
+    dkim: Dkim,
+    site: &Site,
+    sink: &Counterpart,
+    out: &mut (dyn Write + Send),
+) -> Result<Run> {
+    let idle = process::usage(site.pid())?;
+    let mut report = source::submit(site.client(), &args.shape, None).await?;
+    let accepted = process::usage(site.pid())?;
+    let peak = process::peak_memory(site.pid())?;
+    let anew = process::reset_peak_memory(site.pid());
+    let profile = match &args.profile_dir {
+        Some(dir) => Some(Profile::start(site.pid(), dir, dkim)?),
+        None => None,
+    };
+    source::watch(site.client(), &mut report, out).await?;
+    let done = process::usage(site.pid())?;
+    if let Some(profile) = profile {
+        profile.stop().await?;
+    }
+    report.check()?;
+    let later = anew.then(|| process::peak_memory(site.pid())).transpose()?;
+    Ok(Run {
+        dkim,
+        report,
+        intake: accepted.since(&idle),
+        delivery: done.since(&accepted),
+        sink: process::usage(sink.pid())?,
+        total: Total::default(),
+        peak: (peak, later),
+        signature: None,
+    })
+}
+
+/// CPU time of a bare signature, where any are made. On a thread of its own.
+async fn bare_signature(dkim: Dkim) -> Result<Option<Duration>> {
+    if dkim == Dkim::None {
+        return Ok(None);
+    }
+    let timed = tokio::task::spawn_blocking(|| signatures::rsa2048(SIGNATURES)).await;
+    timed.context("the signing thread died")?.map(Some)
+}
+
+fn file_name(dkim: Dkim) -> &'static str {
+    match dkim {
+        Dkim::None => "unsigned",
+        Dkim::Rsa2048 => "rsa2048",
+        Dkim::Both => "rsa2048-ed25519",
+    }
+}
+
+/// `perf record` beside a delivery.
+struct Profile(Guarded);
+
+impl Profile {
+    fn start(pid: u32, dir: &Path, dkim: Dkim) -> Result<Self> {
+        let file = dir.join(format!("{}.perf", file_name(dkim)));
+        let perf = Command::new("perf")
+            .args(["record", "-q", "-F", "499", "-g", "-o"])
+            .arg(file)
+            .args(["-p", &pid.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot run perf record")?;
+        Ok(Self(Guarded::new("perf record", perf)))
+    }
+
+    async fn stop(mut self) -> Result<()> {
+        site::signal(self.0.pid(), "INT")?;
+        // It ends with the signal's status, which says nothing about the profile.
+        drop(self.0.ended(Duration::from_secs(60)).await);
+        Ok(())
+    }
+}
+
+async fn system_calls(args: &Args, out: &mut (dyn Write + Send)) -> Result<Vec<(String, f64)>> {
+    let many = args.strace_recipients;
+    let few = many / FEW;
+    writeln!(
+        out,
+        "\nunder strace: {} and {} recipients",
+        count(few),
+        count(many)
+    )?;
+    let calls_few = traced(args, few).await?;
+    let calls_many = traced(args, many).await?;
+    Ok(strace::per_message((&calls_few, few), (&calls_many, many)))
+}
+
+async fn traced(args: &Args, recipients: u64) -> Result<Calls> {
+    let shape = Shape {
+        recipients,
+        ..args.shape.clone()
+    };
+    let folder = tempfile::tempdir()?;
+    let table = folder.path().join("calls");
+    let sink = Counterpart::start("sink").await?;
+    let site = Site::start(&args.setup(Dkim::None, &sink)?, Some(&table)).await?;
+    let mut report = source::submit(site.client(), &shape, None).await?;
+    let watched = source::watch(site.client(), &mut report, &mut std::io::sink()).await;
+    watched.with_context(|| site.log_end())?;
+    report.check()?;
+    site.stop().await?;
+    sink.stop().await?;
+    // strace writes its table after the process has ended.
+    let written = async {
+        loop {
+            let text = fs::read_to_string(&table).unwrap_or_default();
+            if let Some(calls) = strace::parse(&text) {
+                return calls;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let patience = Duration::from_secs(20);
+    let calls = tokio::time::timeout(patience, written).await;
+    calls.context("strace wrote no table")
+}

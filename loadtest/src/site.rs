@@ -1,0 +1,362 @@
+//! A service of its own for one measurement: folder, configuration, keys, process.
+//!
+//! What is written here is what an operator would write; nothing is tuned that the report does not
+//! say.
+
+use crate::client::Client;
+use crate::process::Guarded;
+use anyhow::{Context as _, Result, bail, ensure};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// For the service to get ready, and to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How mail is signed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dkim {
+    /// Not at all
+    None,
+    /// With an RSA key of 2,048 bits
+    Rsa2048,
+    /// With RSA-2048 and Ed25519
+    Both,
+}
+
+impl Dkim {
+    /// As in a heading.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "no DKIM",
+            Self::Rsa2048 => "RSA-2048",
+            Self::Both => "RSA-2048 + Ed25519",
+        }
+    }
+
+    fn algorithms(self) -> &'static [&'static str] {
+        match self {
+            Self::None => &[],
+            Self::Rsa2048 => &["rsa2048"],
+            Self::Both => &["rsa2048", "ed25519"],
+        }
+    }
+}
+
+/// What a service is configured for.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Where all mail goes.
+    pub sink: SocketAddr,
+    /// The domain of From.
+    pub from_domain: String,
+    /// How it signs.
+    pub dkim: Dkim,
+    /// `dN.example` is a destination of its own for N below this; the others are one.
+    pub destinations: u64,
+    /// Per destination.
+    pub connections: u32,
+    /// On each connection.
+    pub messages_per_connection: u32,
+    /// Where to make the folder.
+    pub dir: PathBuf,
+    /// The executable.
+    pub program: PathBuf,
+}
+
+/// The executable of this name beside ours.
+///
+/// # Errors
+/// When there is none.
+pub fn beside_us(name: &str) -> Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name(name);
+    ensure!(
+        path.is_file(),
+        "{} is missing: build it first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// A service that runs; killed when this is dropped, and its folder removed.
+#[derive(Debug)]
+pub struct Site {
+    // Before the folder, so that it is dead before that goes.
+    process: Guarded,
+    dir: TempDir,
+    tracker: SocketAddr,
+    client: Client,
+}
+
+impl Site {
+    /// Makes the folder, starts `hikyaku up` in it and waits until it is ready. Under
+    /// `strace -c` if a file for its table is given.
+    ///
+    /// # Errors
+    /// When it does not start; the message has the end of its log.
+    pub async fn start(setup: &Setup, strace: Option<&Path>) -> Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("hikyaku-loadtest-")
+            .tempdir_in(&setup.dir)
+            .with_context(|| format!("cannot make a folder in {}", setup.dir.display()))?;
+        let ports = [free_port()?, free_port()?, free_port()?];
+        let config = dir.path().join("hikyaku.toml");
+        fs::write(&config, setup.config(dir.path(), ports))?;
+        fs::write(dir.path().join("shaping.toml"), setup.shaping())?;
+        let rules = include_str!("../../config/bounce-rules.toml");
+        fs::write(dir.path().join("bounce-rules.toml"), rules)?;
+        for algorithm in setup.dkim.algorithms() {
+            setup.make_key(&config, algorithm)?;
+        }
+        let log = File::create(dir.path().join("log"))?;
+        let mut command = match strace {
+            None => Command::new(&setup.program),
+            Some(table) => {
+                let mut strace = Command::new("strace");
+                // -D: the child is the service itself, and takes our signals.
+                strace.args(["-D", "-f", "-c", "-o"]).arg(table);
+                strace.arg(&setup.program);
+                strace
+            }
+        };
+        command.arg("up").arg("--config").arg(&config);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let child = command.spawn().context("cannot start the service")?;
+        let mut process = Guarded::new("the service", child);
+        let api = format!("http://127.0.0.1:{}", ports[0]);
+        let ready = ready(&mut process, &Client::new(&api, "")).await;
+        ready.with_context(|| log_end(dir.path()))?;
+        let key = fs::read_to_string(dir.path().join("data/api-key")).context("no API key")?;
+        Ok(Self {
+            process,
+            tracker: SocketAddr::from(([127, 0, 0, 1], ports[1])),
+            client: Client::new(&api, key.trim()),
+            dir,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// A client with its key.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Where its tracker listens.
+    pub fn tracker(&self) -> SocketAddr {
+        self.tracker
+    }
+
+    /// The text of its tracking key file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn tracking_keys(&self) -> Result<String> {
+        let path = self.dir.path().join("data/tracking.key");
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    /// The last lines of its log.
+    pub fn log_end(&self) -> String {
+        log_end(self.dir.path())
+    }
+
+    /// Keeps its log in `dir` under this name.
+    ///
+    /// # Errors
+    /// When it cannot be copied.
+    pub fn keep_log(&self, dir: &Path, name: &str) -> Result<()> {
+        fs::copy(self.dir.path().join("log"), dir.join(name)).context("cannot keep the log")?;
+        Ok(())
+    }
+
+    /// Ends it in order (SIGTERM), and waits.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub async fn stop(mut self) -> Result<()> {
+        signal(self.pid(), "TERM")?;
+        let ended = self.process.ended(PATIENCE).await;
+        ended.with_context(|| self.log_end())
+    }
+}
+
+impl Setup {
+    fn config(&self, dir: &Path, [api, tracker, admin]: [u16; 3]) -> String {
+        let dkim = if self.dkim == Dkim::None {
+            "optional"
+        } else {
+            "required"
+        };
+        format!(
+            "data_dir = {data:?}\n\
+             [api]\nlisten = \"127.0.0.1:{api}\"\nmax_body = \"4GiB\"\n\
+             [[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]\ndkim = \"{dkim}\"\n\
+             [accounts.tracking]\nbase_url = \"http://127.0.0.1:{tracker}\"\n\
+             [tracker]\nlisten = \"127.0.0.1:{tracker}\"\nadmin_listen = \"127.0.0.1:{admin}\"\n\
+             [smtp]\nehlo = \"mta.{from}\"\n\
+             [dkim]\ndir = \"dkim-keys\"\n\
+             [shaping]\nfile = \"shaping.toml\"\n",
+            data = dir.join("data"),
+            from = self.from_domain,
+        )
+    }
+
+    fn shaping(&self) -> String {
+        let mut text = format!(
+            "[default]\nconnections = {}\nmessages_per_connection = {}\nrate = \"unlimited\"\n\
+             tls = \"none\"\nretry = [\"1s\"]\n\
+             [mx]\n\"*\" = \"{}\"\n",
+            self.connections, self.messages_per_connection, self.sink
+        );
+        for domain in 0..self.destinations {
+            // Writing to a string cannot fail.
+            writeln!(text, "[domain.\"d{domain}.example\"]").ok();
+        }
+        text
+    }
+
+    fn make_key(&self, config: &Path, algorithm: &str) -> Result<()> {
+        let made = Command::new(&self.program)
+            .args(["dkim", "generate", &self.from_domain])
+            .args([
+                "--selector",
+                algorithm,
+                "--algorithm",
+                algorithm,
+                "--config",
+            ])
+            .arg(config)
+            .output()
+            .context("cannot run hikyaku dkim generate")?;
+        if made.status.success() {
+            return Ok(());
+        }
+        bail!(
+            "hikyaku dkim generate: {}",
+            String::from_utf8_lossy(&made.stderr).trim()
+        )
+    }
+}
+
+async fn ready(process: &mut Guarded, client: &Client) -> Result<()> {
+    let ready = async {
+        loop {
+            process.check()?;
+            if client.is_ready().await {
+                return anyhow::Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, ready)
+        .await
+        .with_context(|| format!("the service was not ready within {PATIENCE:?}"))?
+}
+
+fn log_end(dir: &Path) -> String {
+    let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+    let lines: Vec<&str> = log.lines().collect();
+    let last = lines.len().saturating_sub(5);
+    let end = lines.get(last..).unwrap_or_default().join("\n");
+    format!("the end of its log:\n{end}")
+}
+
+/// A port of 127.0.0.1 that was free a moment ago.
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Sends a signal by name to a process that we started. The shell's `kill` is there wherever a
+/// shell is.
+///
+/// # Errors
+/// When the process is gone.
+pub fn signal(pid: u32, name: &str) -> Result<()> {
+    let mut kill = Command::new("sh");
+    kill.arg("-c").arg(format!("kill -{name} {pid}"));
+    ensure!(kill.status()?.success(), "cannot signal process {pid}");
+    Ok(())
+}
+
+/// The type of the filesystem that `dir` is on, as far as the kernel tells.
+pub fn filesystem(dir: &Path) -> String {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    filesystem_of(&mounts, &dir).unwrap_or("unknown").to_owned()
+}
+
+/// Of the mounts whose place `dir` is in, the deepest, and of those the last.
+fn filesystem_of<'a>(mounts: &'a str, dir: &Path) -> Option<&'a str> {
+    let mount = |line: &'a str| {
+        let mut fields = line.split(' ').skip(1);
+        let place = Path::new(fields.next()?);
+        let depth = place.components().count();
+        dir.starts_with(place).then_some((depth, fields.next()?))
+    };
+    let deepest = mounts
+        .lines()
+        .filter_map(mount)
+        .max_by_key(|(depth, _)| *depth);
+    deepest.map(|(_, kind)| kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup(dkim: Dkim) -> Setup {
+        Setup {
+            sink: SocketAddr::from(([127, 0, 0, 1], 2525)),
+            from_domain: "brand.example".to_owned(),
+            dkim,
+            destinations: 2,
+            connections: 8,
+            messages_per_connection: 50,
+            dir: PathBuf::from("/tmp"),
+            program: PathBuf::from("hikyaku"),
+        }
+    }
+
+    /// The service itself reads what is written: the format has one owner.
+    #[test]
+    fn the_configuration_is_one_that_the_service_takes() {
+        let dir = tempfile::tempdir().expect("a folder");
+        for dkim in [Dkim::None, Dkim::Rsa2048] {
+            let setup = setup(dkim);
+            let config = dir.path().join("hikyaku.toml");
+            fs::write(&config, setup.config(dir.path(), [1025, 1026, 1027])).expect("written");
+            fs::write(dir.path().join("shaping.toml"), setup.shaping()).expect("written");
+            fs::write(dir.path().join("bounce-rules.toml"), "").expect("written");
+            let environment = service::config::Environment::default();
+            let read = service::config::Config::check(Some(&config), &environment, &[]);
+            read.map_err(|mistakes| mistakes.to_string())
+                .expect("no mistakes");
+        }
+    }
+
+    #[test]
+    fn the_deepest_mount_counts() {
+        let mounts =
+            "/dev/vda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/x /tmp/disk xfs rw 0 0\n";
+        for (dir, expected) in [
+            ("/home/a", Some("ext4")),
+            ("/tmp/b", Some("tmpfs")),
+            ("/tmp/disk/c", Some("xfs")),
+            ("/tmpfoo", Some("ext4")),
+        ] {
+            assert_eq!(filesystem_of(mounts, Path::new(dir)), expected, "{dir}");
+        }
+        assert_eq!(filesystem_of("nonsense", Path::new("/")), None);
+    }
+}

@@ -1,0 +1,31 @@
+use anyhow::Result;
+use bytes::Bytes;
+use loadtest::counterpart::Counterpart;
+use loadtest::load::{self, Plan};
+use std::path::Path;
+use std::time::Duration;
+
+#[tokio::test]
+async fn a_load_is_bounded_in_number_and_every_answer_is_looked_at() -> Result<()> {
+    let program = Path::new(env!("CARGO_BIN_EXE_loadtest"));
+    let bare = Counterpart::start_of(program, "bare").await?;
+    let request = Bytes::from_static(b"GET /c/x HTTP/1.1\r\nHost: t.example\r\n\r\n");
+    let plan = Plan {
+        address: bare.address(),
+        requests: vec![request.clone(), request].into(),
+        connections: 4,
+        time: Duration::from_secs(120),
+        most: 100,
+        status: 302,
+    };
+    let answered = load::run(&plan).await?;
+    assert_eq!(answered.latency.count(), 100);
+    let other = Plan {
+        status: 200,
+        ..plan
+    };
+    let error = load::run(&other).await.expect_err("302 is not 200");
+    assert!(error.to_string().contains("answered 302"), "{error}");
+    bare.stop().await?;
+    Ok(())
+}
