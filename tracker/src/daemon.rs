@@ -59,18 +59,8 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
         tasks: tasks.clone(),
         shutdown: shutdown.clone(),
     };
-    let tracker = Arc::new(start(config, deps).await?);
-    let reload = || {
-        let tracker = tracker.clone();
-        let read = tokio::task::spawn_blocking(move || tracker.reload_keys());
-        drop(tasks.spawn("reload", async move {
-            match read.await {
-                Ok(Ok(())) => tracing::info!("tracking keys were read again"),
-                Ok(Err(error)) => tracing::error!(%error, "tracking keys stay as they were"),
-                Err(error) => tracing::error!(%error, "reading the tracking keys failed"),
-            }
-        }));
-    };
+    let tracker = start(config, deps).await?;
+    let reload = || tracker.reload();
     supervise(&tasks, &shutdown, &mut signals, PATIENCE, reload).await?;
     tracing::info!("tracker has ended");
     Ok(())

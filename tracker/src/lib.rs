@@ -118,7 +118,16 @@ impl Tracker {
         self.journal
     }
 
-    /// Reads the key file again (SIGHUP). Blocks.
+    /// Reads the key file again (SIGHUP). One that cannot be used changes nothing, and the log says
+    /// why. Blocks on the disk for a moment.
+    pub fn reload(&self) {
+        match self.reload_keys() {
+            Ok(()) => tracing::info!("tracking keys were read again"),
+            Err(error) => tracing::error!(%error, "tracking keys stay as they were"),
+        }
+    }
+
+    /// Reads the key file again. Blocks on the disk for a moment.
     ///
     /// # Errors
     /// When it cannot be used; the keys stay as they were.

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
-use crate::{check_config, dkim};
+use crate::{check_config, demo, dkim, up};
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
 #[derive(Debug, Parser)]
@@ -21,6 +21,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The whole system on this machine, with a sandbox to send to and a report at the end
+    Demo(demo::Args),
+    /// Run MTA and tracker in one process
+    Up(up::Args),
+    /// Run the sending daemon alone
+    Mta(up::Args),
+    /// Run the tracker alone
+    Tracker(up::Args),
     /// Report every mistake in a configuration and the files it names; needs no network
     CheckConfig(check_config::Args),
     /// Make DKIM keys, and compare DNS with them
@@ -98,6 +106,10 @@ pub fn run_arguments<A: Into<OsString> + Clone>(
 
 fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
     match cli.command {
+        Command::Demo(arguments) => demo::run(&arguments, terminal),
+        Command::Up(arguments) => up::run(&arguments, terminal),
+        Command::Mta(arguments) => up::mta(&arguments, terminal),
+        Command::Tracker(arguments) => up::tracker(&arguments, terminal),
         Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
         Command::Dkim(command) => dkim::run(command, terminal),
     }

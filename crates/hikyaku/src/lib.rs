@@ -5,4 +5,7 @@
 
 mod check_config;
 pub mod cli;
+pub mod client;
+mod demo;
 mod dkim;
+mod up;

@@ -1,0 +1,185 @@
+//! A real Postfix receives our mail; two independent verifiers accept both signatures.
+
+use crate::harness::{FROM_DOMAIN, Site, free_port, until};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// A Postfix of our own: its queue, configuration and mailbox in one folder, no system service.
+struct Postfix {
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl Postfix {
+    async fn start() -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("hikyaku-postfix-").tempdir()?;
+        let port = free_port();
+        let root = dir.path();
+        for folder in ["etc", "queue", "data", "mail"] {
+            std::fs::create_dir(root.join(folder))?;
+        }
+        // Postfix drops its rights: its users must reach the folder.
+        run(Command::new("chmod").arg("755").arg(root))?;
+        run(Command::new("chown").args(["postfix:postfix"]).arg(root.join("data")))?;
+        run(Command::new("chown").args(["nobody:nogroup"]).arg(root.join("mail")))?;
+        std::fs::write(root.join("etc/main.cf"), main_cf(root))?;
+        std::fs::write(root.join("etc/master.cf"), master_cf(port))?;
+        run(Command::new("/usr/sbin/postfix").arg("-c").arg(root.join("etc")).arg("start"))?;
+        let postfix = Self { dir, port };
+        until("Postfix listening", async || {
+            Ok(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(()))
+        })
+        .await?;
+        Ok(postfix)
+    }
+
+    /// The messages of the one mailbox, each with the envelope fields that Postfix put before it.
+    fn messages(&self) -> Result<Vec<PathBuf>> {
+        let new = self.dir.path().join("mail/new");
+        if !new.exists() {
+            return Ok(Vec::new());
+        }
+        Ok(std::fs::read_dir(new)?.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<_>>()?)
+    }
+}
+
+impl Drop for Postfix {
+    fn drop(&mut self) {
+        run(Command::new("/usr/sbin/postfix").arg("-c").arg(self.dir.path().join("etc")).arg("stop")).ok();
+    }
+}
+
+fn main_cf(root: &Path) -> String {
+    let root = root.display();
+    format!(
+        "compatibility_level = 3.6\nqueue_directory = {root}/queue\ndata_directory = {root}/data\n\
+         mail_owner = postfix\nsetgid_group = postdrop\ncommand_directory = /usr/sbin\ndaemon_directory = /usr/lib/postfix/sbin\n\
+         inet_interfaces = 127.0.0.1\ninet_protocols = ipv4\nmyhostname = mx.test.example\nmydestination =\n\
+         virtual_mailbox_domains = static:all\nvirtual_mailbox_maps = static:all\nvirtual_mailbox_base = /\n\
+         virtual_transport = virtual\nvirtual_uid_maps = static:65534\nvirtual_gid_maps = static:65534\nvirtual_minimum_uid = 100\n\
+         virtual_mailbox_maps = static:{mail}/\nsmtpd_recipient_restrictions = permit\nsmtpd_relay_restrictions = permit\n\
+         smtputf8_enable = yes\nmaillog_file = {root}/queue/maillog\nmaillog_file_prefixes = {root}\nmessage_size_limit = 0\nmailbox_size_limit = 0\nvirtual_mailbox_limit = 0\n",
+        mail = Path::new(&root.to_string()).join("mail").display(),
+    )
+}
+
+fn master_cf(port: u16) -> String {
+    format!(
+        "127.0.0.1:{port} inet n - n - - smtpd\npickup unix n - n 60 1 pickup\ncleanup unix n - n - 0 cleanup\n\
+         qmgr unix n - n 300 1 qmgr\nrewrite unix - - n - - trivial-rewrite\nbounce unix - - n - 0 bounce\n\
+         defer unix - - n - 0 bounce\ntrace unix - - n - 0 bounce\nverify unix - - n - 1 verify\nflush unix n - n 1000? 0 flush\n\
+         proxymap unix - - n - - proxymap\nproxywrite unix - - n - 1 proxymap\nsmtp unix - - n - - smtp\nerror unix - - n - - error\n\
+         retry unix - - n - - error\nvirtual unix - n n - - virtual\nanvil unix - - n - 1 anvil\nscache unix - - n - 1 scache\npostlog unix-dgram n - n - 1 postlogd\n"
+    )
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output()?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(output.status.success(), "{command:?}: {}: {text}", output.status);
+    Ok(())
+}
+
+/// The DNS records of the site's keys, as `dkim generate` names them: (name, value).
+pub(crate) fn dkim_records(site: &Site) -> Result<Vec<(String, String)>> {
+    let dir = site.dir.path().join("dkim-keys").join(FROM_DOMAIN);
+    let mut records = Vec::new();
+    for selector in ["rsa2048", "ed25519"] {
+        let pem = std::fs::read_to_string(dir.join(format!("{selector}.pem")))?;
+        let key = content::dkim::Key::from_pem(selector, &pem)?;
+        records.push((format!("{selector}._domainkey.{FROM_DOMAIN}"), key.public_record()?));
+    }
+    Ok(records)
+}
+
+#[tokio::test]
+async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()> {
+    let postfix = Postfix::start().await?;
+    let site = Site::new(&format!("127.0.0.1:{}", postfix.port))?;
+    let service = site.up().await?;
+    let names = ["山田 太郎", "Zoë Müller", "Plain Name", "Ελένη", "a,\"b\" (c)"];
+    let recipients: Vec<_> = (0..25)
+        .map(|i| json!({"email": format!("user{i}@d{}.example", i % 3), "name": names[i % names.len()], "vars": {"n": i}}))
+        .collect();
+    let id = service
+        .submit(&json!({
+            "from": {"email": format!("news@{FROM_DOMAIN}"), "name": "飛脚ニュース"}, "reply_to": format!("help@{FROM_DOMAIN}"),
+            "subject": "{{ name }}さん、春のお知らせ — no. {{ n }}",
+            "html": "<html><body><p>こんにちは {{ name }} &amp; friends</p>\n.\n<a href='https://shop.example/?q=1&amp;r={{ n }}'>お店</a></body></html>",
+            "text": "こんにちは {{ name }}\n.\n..two dots\nFrom here on\n \n\n",
+            "recipients": recipients,
+        }))
+        .await?;
+    let batch = service.completed(&id).await?;
+    assert_eq!(batch["counters"]["delivered"], 25, "{batch}");
+
+    let messages = until("25 messages in the mailbox", async || Ok(Some(postfix.messages()?).filter(|m| m.len() == 25))).await?;
+    let records = dkim_records(&site)?;
+    for path in &messages {
+        let message = std::fs::read(path)?;
+        let (envelope, message) = split_delivery_headers(&message)?;
+        assert!(envelope.contains("Delivered-To: user"), "{envelope}");
+        verify_with_dkimpy(&message, &records).with_context(|| path.display().to_string())?;
+    }
+    verify_with_opendkim(&messages, &records)?;
+    let status = service.terminate().await?;
+    assert!(status.success(), "{status}");
+    Ok(())
+}
+
+/// Postfix prepends `Return-Path`, `X-Original-To`, `Delivered-To` and `Received`; DKIM does not
+/// mind, but the message has LF line ends in a maildir: back to CRLF.
+fn split_delivery_headers(file: &[u8]) -> Result<(String, Vec<u8>)> {
+    let text = String::from_utf8(file.to_vec())?.replace('\n', "\r\n");
+    let start = text.find("DKIM-Signature:").context("no DKIM-Signature")?;
+    let (envelope, message) = text.split_at(start);
+    Ok((envelope.to_owned(), message.as_bytes().to_vec()))
+}
+
+const DKIMPY: &str = r#"
+import json, sys, dkim
+records, message = json.loads(sys.argv[1]), sys.stdin.buffer.read()
+lookup = lambda name, timeout=5: records[name.decode().rstrip('.')].encode()
+verifier = dkim.DKIM(message)
+count = sum(1 for name, _ in verifier.headers if name.lower() == b'dkim-signature')
+assert count == len(records), f'{count} signatures'
+for index in range(count):
+    assert verifier.verify(idx=index, dnsfunc=lookup), f'signature {index}'
+"#;
+
+fn verify_with_dkimpy(message: &[u8], records: &[(String, String)]) -> Result<()> {
+    let records: serde_json::Map<_, _> = records.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("message");
+    std::fs::write(&path, message)?;
+    run_with_input(Command::new("/usr/bin/python3").arg("-c").arg(DKIMPY).arg(serde_json::Value::Object(records).to_string()), &path)
+}
+
+fn run_with_input(command: &mut Command, input: &Path) -> Result<()> {
+    let output = command.stdin(std::fs::File::open(input)?).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&[output.stdout, output.stderr].concat()));
+    Ok(())
+}
+
+/// opendkim in its test mode, with the keys from a file in place of DNS. It says what it found in
+/// an Authentication-Results field, one result per signature.
+fn verify_with_opendkim(messages: &[PathBuf], records: &[(String, String)]) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let keys = dir.path().join("keys");
+    let lines: String = records.iter().map(|(name, value)| format!("{name} {value}\n")).collect();
+    std::fs::write(&keys, lines)?;
+    let config = dir.path().join("opendkim.conf");
+    std::fs::write(&config, format!("Mode v\nTestPublicKeys {}\nAuthservID test\nAlwaysAddARHeader yes\nSyslog no\n", keys.display()))?;
+    for (at, path) in messages.iter().enumerate() {
+        let (_, message) = split_delivery_headers(&std::fs::read(path)?)?;
+        let file = dir.path().join(format!("message-{at}"));
+        std::fs::write(&file, message)?;
+        let output = Command::new("/usr/sbin/opendkim").arg("-x").arg(&config).arg("-vvv").arg("-t").arg(&file).output()?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(output.status.success(), "{}: {text}", output.status);
+        ensure!(text.matches("dkim=pass").count() == records.len(), "{text}");
+    }
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! A receiving server that remembers who got how many copies, and whether they were the same.
+
+use anyhow::Result;
+use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
+
+pub(crate) struct Sink(SmtpPeer);
+
+impl Sink {
+    pub(crate) async fn start() -> Result<Self> {
+        let temper = Temper::accepting().keeping(Keep::PerRecipient(1_000_000));
+        Ok(Self(SmtpPeer::start(temper).await?))
+    }
+
+    /// Keeps the messages themselves.
+    pub(crate) async fn keeping_messages() -> Result<Self> {
+        Ok(Self(SmtpPeer::start(Temper::accepting()).await?))
+    }
+
+    /// The tracked links in the messages kept, in order.
+    pub(crate) fn links(&self, tracker: &str) -> Vec<String> {
+        let start = format!("href=\"{tracker}/c/");
+        let texts = self.0.messages().into_iter().map(|message| {
+            let parsed = mail_parser::MessageParser::default().parse(&message.content).expect("a message");
+            parsed.body_html(0).expect("an HTML part").into_owned()
+        });
+        texts
+            .flat_map(|html| {
+                let links = html.split(&start).skip(1).filter_map(|rest| rest.split_once('"'));
+                links.map(|(token, _)| format!("{tracker}/c/{token}")).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    pub(crate) fn address(&self) -> String {
+        self.0.address().to_string()
+    }
+
+    /// Messages taken, second copies included.
+    pub(crate) fn copies(&self) -> u64 {
+        self.0.counts().messages
+    }
+
+    pub(crate) fn open_connections(&self) -> u64 {
+        self.0.counts().open
+    }
+
+    /// Recipients that got at least one copy.
+    pub(crate) fn distinct(&self) -> usize {
+        self.0.copies().len()
+    }
+
+    /// Every copy that a recipient got has the same bytes, and so the same Message-ID.
+    pub(crate) fn assert_copies_are_the_same(&self) {
+        let changed: Vec<_> = self.0.copies().into_iter().filter(|(_, copies)| !copies.same).collect();
+        assert!(changed.is_empty(), "copies that differ: {changed:?}");
+    }
+}
