@@ -1,6 +1,6 @@
 //! A daemon of one's own, and calls to it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,6 @@ use service::clock::SystemClock;
 use service::config::{Config, Environment};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Tasks};
-use store::Store;
 
 /// The key that the configuration names.
 pub(crate) const KEY: &str = "hk_test_key";
@@ -85,10 +84,6 @@ impl Home {
         self.dir.path().join("hikyaku.db")
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
     pub(crate) fn environment() -> [(&'static str, &'static str); 3] {
         [
             ("TEST_KEY", KEY),
@@ -106,7 +101,6 @@ impl Home {
 /// A running daemon.
 pub(crate) struct Service {
     pub(crate) home: Home,
-    pub(crate) store: Arc<dyn Store>,
     pub(crate) api: Caller,
     tasks: Tasks,
     shutdown: Shutdown,
@@ -130,7 +124,7 @@ impl Service {
             .expect("a store");
         let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
         let deps = Deps {
-            store: Arc::clone(&store),
+            store,
             metrics: Arc::new(Metrics::new()),
             clock: SystemClock::shared(),
             tasks: tasks.clone(),
@@ -140,7 +134,6 @@ impl Service {
         let api = Caller::new(format!("http://{}", mta.addr()), KEY);
         Self {
             home,
-            store,
             api,
             tasks,
             shutdown,

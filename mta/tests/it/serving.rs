@@ -47,15 +47,9 @@ async fn a_key_opens_what_its_scopes_say() {
 async fn the_first_start_makes_a_key() {
     let home = Home::new("");
     let text = std::fs::read_to_string(home.config_file()).expect("read");
-    let (before, after) = (
-        text.find("[[api.keys]]").expect("keys"),
-        text.find("[[accounts]]").expect("accounts"),
-    );
-    std::fs::write(
-        home.config_file(),
-        format!("{}{}", &text[..before], &text[after..]),
-    )
-    .expect("written");
+    let (before, rest) = text.split_once("[[api.keys]]").expect("keys");
+    let (_, after) = rest.split_once("[[accounts]]").expect("accounts");
+    std::fs::write(home.config_file(), format!("{before}[[accounts]]{after}")).expect("written");
     let service = Service::at(home).await;
     let path = service.home.data_dir().join("api-key");
     let key = std::fs::read_to_string(&path).expect("a key");
