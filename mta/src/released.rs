@@ -94,10 +94,21 @@ mod tests {
     #[test]
     fn reads_back_and_refuses_what_is_newer() {
         let bytes = released().to_bytes().expect("bytes");
-        assert_eq!(Released::from_bytes(&bytes).expect("reads back"), released());
-        let newer = String::from_utf8(bytes).expect("JSON").replace("\"form\":1", "\"form\":2,\"more\":0");
-        assert!(matches!(Released::from_bytes(newer.as_bytes()), Err(ReleasedError::Form(2))));
-        assert!(matches!(Released::from_bytes(b"{}"), Err(ReleasedError::Damaged(_))));
+        assert_eq!(
+            Released::from_bytes(&bytes).expect("reads back"),
+            released()
+        );
+        let newer = String::from_utf8(bytes)
+            .expect("JSON")
+            .replace("\"form\":1", "\"form\":2,\"more\":0");
+        assert!(matches!(
+            Released::from_bytes(newer.as_bytes()),
+            Err(ReleasedError::Form(2))
+        ));
+        assert!(matches!(
+            Released::from_bytes(b"{}"),
+            Err(ReleasedError::Damaged(_))
+        ));
     }
 
     proptest! {

@@ -76,7 +76,11 @@ mod tests {
             (599, "x", Class::Other, Blame::Destination),
         ];
         for (code, text, class, blame) in table {
-            assert_eq!(by_codes(&Reply::new(code, text)), (class, blame), "{code} {text}");
+            assert_eq!(
+                by_codes(&Reply::new(code, text)),
+                (class, blame),
+                "{code} {text}"
+            );
         }
     }
 }

@@ -3,10 +3,18 @@
 use std::time::Duration;
 
 /// Shorter waits are noise, longer ones a mistake: the schedule decides then.
-const HINTS: std::ops::RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(24 * 3_600);
+const HINTS: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(10)..=Duration::from_secs(24 * 3_600);
 
 /// Words that announce a wait; what follows within a few words is a number and a unit.
-const LEADS: [&str; 6] = ["try again in", "try again after", "retry in", "retry after", "come back in", "again later in"];
+const LEADS: [&str; 6] = [
+    "try again in",
+    "try again after",
+    "retry in",
+    "retry after",
+    "come back in",
+    "again later in",
+];
 
 /// The wait named in `text` (lower case).
 pub(super) fn retry_after(text: &str) -> Option<Duration> {
@@ -17,10 +25,16 @@ pub(super) fn retry_after(text: &str) -> Option<Duration> {
 }
 
 fn wait(text: &str) -> Option<Duration> {
-    let mut words = text.split(|c: char| c.is_whitespace() || matches!(c, ',' | '(' | ')' | ';')).filter(|word| !word.is_empty()).take(5);
+    let mut words = text
+        .split(|c: char| c.is_whitespace() || matches!(c, ',' | '(' | ')' | ';'))
+        .filter(|word| !word.is_empty())
+        .take(5);
     while let Some(word) = words.next() {
         let digits = word.bytes().take_while(u8::is_ascii_digit).count();
-        let Some((number, unit)) = word.split_at_checked(digits).filter(|(number, _)| !number.is_empty()) else {
+        let Some((number, unit)) = word
+            .split_at_checked(digits)
+            .filter(|(number, _)| !number.is_empty())
+        else {
             continue;
         };
         let number: u64 = number.parse().ok()?;
@@ -31,7 +45,10 @@ fn wait(text: &str) -> Option<Duration> {
             "h" | "hour" | "hours" => 3_600,
             _ => return None,
         };
-        return number.checked_mul(seconds).map(Duration::from_secs).filter(|wait| HINTS.contains(wait));
+        return number
+            .checked_mul(seconds)
+            .map(Duration::from_secs)
+            .filter(|wait| HINTS.contains(wait));
     }
     None
 }
@@ -56,7 +73,11 @@ mod tests {
             ("try again in 5 parsecs", None),
         ];
         for (text, seconds) in table {
-            assert_eq!(retry_after(text), seconds.map(Duration::from_secs), "{text}");
+            assert_eq!(
+                retry_after(text),
+                seconds.map(Duration::from_secs),
+                "{text}"
+            );
         }
     }
 

@@ -61,7 +61,9 @@ pub struct Classification {
 /// the store's to see.
 pub fn suppression_for(class: Class) -> Option<SuppressionReason> {
     match class {
-        Class::InvalidMailbox | Class::BadDomain | Class::NoMx => Some(SuppressionReason::InvalidAddress),
+        Class::InvalidMailbox | Class::BadDomain | Class::NoMx => {
+            Some(SuppressionReason::InvalidAddress)
+        }
         Class::InactiveMailbox => Some(SuppressionReason::Inactive),
         Class::MailboxFull
         | Class::DnsFailure
@@ -87,11 +89,18 @@ impl Rules {
     /// Reads a refusal. A positive reply has no class of its own and reads as [`Class::Other`].
     pub fn classify(&self, reply: &Reply) -> Classification {
         let text = reply.text().to_lowercase();
-        let retry_after = reply.is_transient().then(|| hint::retry_after(&text)).flatten();
+        let retry_after = reply
+            .is_transient()
+            .then(|| hint::retry_after(&text))
+            .flatten();
         let (class, blame, action, suppresses, rule) = match self.matching(reply, &text) {
-            Some(rule) => {
-                (rule.class, rule.blame, rule.action.unwrap_or_else(|| by_code(reply)), rule.suppress, Some(rule.name.clone()))
-            }
+            Some(rule) => (
+                rule.class,
+                rule.blame,
+                rule.action.unwrap_or_else(|| by_code(reply)),
+                rule.suppress,
+                Some(rule.name.clone()),
+            ),
             None => {
                 let (class, blame) = fallback::by_codes(reply);
                 (class, blame, by_code(reply), true, None)
@@ -99,20 +108,35 @@ impl Rules {
         };
         let is_final = action == Action::Bounce && suppresses && blame == Blame::Recipient;
         let suppress = suppression_for(class).filter(|_| is_final);
-        Classification { class, blame, action, suppress, rule, retry_after }
+        Classification {
+            class,
+            blame,
+            action,
+            suppress,
+            rule,
+            retry_after,
+        }
     }
 }
 
 /// 5yz is final, 4yz is not (RFC 5321 §4.2.1) - save that 552 says nothing but "too much for now"
 /// when it is about storage (§4.5.3.1.10).
 fn by_code(reply: &Reply) -> Action {
-    if reply.is_permanent() { Action::Bounce } else { Action::Retry }
+    if reply.is_permanent() {
+        Action::Bounce
+    } else {
+        Action::Retry
+    }
 }
 
 /// Reads a reply as a person types it: `550 5.1.1 No such user`, with or without line breaks
 /// (`550-…`). `None` when it does not begin with a reply code.
 pub fn parse_reply(text: &str) -> Option<Reply> {
-    let mut lines = text.trim().lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut lines = text
+        .trim()
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty());
     let split = |line: &str| -> Option<(u16, String)> {
         let (code, rest) = line.split_at_checked(3)?;
         let code: u16 = code.parse().ok().filter(|code| (200..600).contains(code))?;
@@ -138,7 +162,8 @@ mod tests {
 
     #[test]
     fn replies_as_people_type_them() {
-        let reply = parse_reply("550-5.1.1 The account\r\n550 5.1.1 does not exist").expect("a reply");
+        let reply =
+            parse_reply("550-5.1.1 The account\r\n550 5.1.1 does not exist").expect("a reply");
         assert_eq!(reply.to_string(), "550 5.1.1 The account does not exist");
         for bad in ["", "55", "abc", "650 x", "5500 x", "199 x", "ü550"] {
             assert_eq!(parse_reply(bad), None, "{bad}");
@@ -149,7 +174,10 @@ mod tests {
     #[test]
     fn only_a_recipients_own_fault_suppresses() {
         for &class in Class::ALL {
-            let expected = matches!(class, Class::InvalidMailbox | Class::BadDomain | Class::NoMx | Class::InactiveMailbox);
+            let expected = matches!(
+                class,
+                Class::InvalidMailbox | Class::BadDomain | Class::NoMx | Class::InactiveMailbox
+            );
             assert_eq!(suppression_for(class).is_some(), expected, "{class}");
         }
     }

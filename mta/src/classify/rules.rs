@@ -5,7 +5,6 @@
 //! without case. The first rule that matches decides. Every rule carries real replies as samples,
 //! and reading the file fails when a sample is taken by another rule or by none.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use model::{Blame, Class, EnhancedCode};
@@ -129,15 +128,26 @@ impl Rules {
         for form in &file.rule {
             match rule(form) {
                 Ok(rule) => rules.push(rule),
-                Err(detail) => errors.push(RuleError::Rule { rule: form.name.clone(), detail }),
+                Err(detail) => errors.push(RuleError::Rule {
+                    rule: form.name.clone(),
+                    detail,
+                }),
             }
         }
         if !errors.is_empty() {
             return Err(errors);
         }
         let rules = Self(rules.into());
-        let wrong = file.rule.iter().flat_map(|form| rules.check_samples(form)).collect::<Vec<_>>();
-        if wrong.is_empty() { Ok(rules) } else { Err(wrong) }
+        let wrong = file
+            .rule
+            .iter()
+            .flat_map(|form| rules.check_samples(form))
+            .collect::<Vec<_>>();
+        if wrong.is_empty() {
+            Ok(rules)
+        } else {
+            Err(wrong)
+        }
     }
 
     /// Reads the file at `path`; the shipped rules when it is a default that does not exist.
@@ -148,7 +158,10 @@ impl Rules {
         match file.read() {
             Ok(Some(text)) => Self::parse(&text),
             Ok(None) => Ok(Self::shipped()),
-            Err(mistake) => Err(vec![RuleError::Syntax { line: 0, detail: mistake.to_string() }]),
+            Err(mistake) => Err(vec![RuleError::Syntax {
+                line: 0,
+                detail: mistake.to_string(),
+            }]),
         }
     }
 
@@ -168,7 +181,10 @@ impl Rules {
     }
 
     fn check_samples(&self, form: &RuleForm) -> Vec<RuleError> {
-        let error = |detail: String| RuleError::Rule { rule: form.name.clone(), detail };
+        let error = |detail: String| RuleError::Rule {
+            rule: form.name.clone(),
+            detail,
+        };
         if form.samples.is_empty() {
             return vec![error("has no sample reply".to_owned())];
         }
@@ -181,8 +197,14 @@ impl Rules {
             };
             match self.matching(&reply, &reply.text().to_lowercase()) {
                 Some(rule) if *rule.name == *form.name => None,
-                Some(rule) => Some(error(format!("sample {:?} is taken by rule {:?}", sample.reply, rule.name))),
-                None => Some(error(format!("sample {:?} is taken by no rule", sample.reply))),
+                Some(rule) => Some(error(format!(
+                    "sample {:?} is taken by rule {:?}",
+                    sample.reply, rule.name
+                ))),
+                None => Some(error(format!(
+                    "sample {:?} is taken by no rule",
+                    sample.reply
+                ))),
             }
         });
         wrong.collect()
@@ -195,7 +217,10 @@ impl Rule {
             Codes::Exactly(code) => reply.code == code,
             Codes::Hundred(hundred) => reply.code / 100 == hundred,
         });
-        let enhanced = reply.enhanced.is_some_and(|code| self.enhanced.contains(&EnhancedCode(code.class, code.subject, code.detail)));
+        let enhanced = reply.enhanced.is_some_and(|code| {
+            self.enhanced
+                .contains(&EnhancedCode(code.class, code.subject, code.detail))
+        });
         (self.codes.is_empty() || code)
             && (self.enhanced.is_empty() || enhanced)
             && (self.any.is_empty() || self.any.iter().any(|part| text.contains(part.as_str())))
@@ -205,7 +230,9 @@ impl Rule {
 
 fn rule(form: &RuleForm) -> Result<Rule, String> {
     if form.enhanced.is_empty() && form.any.is_empty() && form.all.is_empty() {
-        return Err("matches by code alone, which the fallback does: name enhanced, any or all".to_owned());
+        return Err(
+            "matches by code alone, which the fallback does: name enhanced, any or all".to_owned(),
+        );
     }
     if form.any.len() + form.all.len() > TEXTS_MAX {
         return Err(format!("has more than {TEXTS_MAX} texts"));
@@ -219,8 +246,16 @@ fn rule(form: &RuleForm) -> Result<Rule, String> {
     };
     Ok(Rule {
         name: form.name.as_str().into(),
-        codes: form.code.iter().map(|code| codes(code)).collect::<Result<_, _>>()?,
-        enhanced: form.enhanced.iter().map(|code| enhanced(code)).collect::<Result<_, _>>()?,
+        codes: form
+            .code
+            .iter()
+            .map(|code| codes(code))
+            .collect::<Result<_, _>>()?,
+        enhanced: form
+            .enhanced
+            .iter()
+            .map(|code| enhanced(code))
+            .collect::<Result<_, _>>()?,
         any: texts(&form.any)?,
         all: texts(&form.all)?,
         class: form.class,
@@ -235,21 +270,38 @@ fn codes(text: &str) -> Result<Codes, String> {
     match text {
         "4xx" => Ok(Codes::Hundred(4)),
         "5xx" => Ok(Codes::Hundred(5)),
-        _ => text.parse().ok().filter(|code| (400..600).contains(code)).map(Codes::Exactly).ok_or_else(error),
+        _ => text
+            .parse()
+            .ok()
+            .filter(|code| (400..600).contains(code))
+            .map(Codes::Exactly)
+            .ok_or_else(error),
     }
 }
 
 fn enhanced(text: &str) -> Result<EnhancedCode, String> {
     match smtp::EnhancedCode::parse_prefix(text) {
-        Some((code, "")) if code.class != 2 => Ok(EnhancedCode(code.class, code.subject, code.detail)),
-        Some(_) | None => Err(format!("{text:?} is not an enhanced status code of a refusal such as \"5.1.1\"")),
+        Some((code, "")) if code.class != 2 => {
+            Ok(EnhancedCode(code.class, code.subject, code.detail))
+        }
+        Some(_) | None => Err(format!(
+            "{text:?} is not an enhanced status code of a refusal such as \"5.1.1\""
+        )),
     }
 }
 
 fn syntax(text: &str, error: &toml::de::Error) -> RuleError {
-    let before = error.span().and_then(|span| text.get(..span.start)).map(|before| before.matches('\n').count() + 1);
-    let line = before.and_then(|line| u32::try_from(line).ok()).unwrap_or(0);
-    RuleError::Syntax { line, detail: error.message().replace('\n', ", ") }
+    let before = error
+        .span()
+        .and_then(|span| text.get(..span.start))
+        .map(|before| before.matches('\n').count() + 1);
+    let line = before
+        .and_then(|line| u32::try_from(line).ok())
+        .unwrap_or(0);
+    RuleError::Syntax {
+        line,
+        detail: error.message().replace('\n', ", "),
+    }
 }
 
 #[cfg(test)]
@@ -278,13 +330,21 @@ mod tests {
         assert_eq!(names.len(), rules.len());
         for rule in rules.0.iter() {
             let suppresses = rule.suppress && suppression_for(rule.class).is_some();
-            assert!(!suppresses || rule.blame == Blame::Recipient, "{}", rule.name);
+            assert!(
+                !suppresses || rule.blame == Blame::Recipient,
+                "{}",
+                rule.name
+            );
         }
     }
 
     fn errors(text: &str) -> String {
         let errors = Rules::parse(text).expect_err("wrong rules");
-        errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+        errors
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 
     fn file(name: &str, conditions: &str, sample: &str) -> String {
@@ -306,12 +366,22 @@ mod tests {
         let table = [
             (file("a", "", "550 x"), "by code alone"),
             (file("a", "any = [\"\"]", "550 x"), "too short"),
-            (file("a", "any = [\"xyz\"]\ncode = [\"250\"]", "550 xyz"), "not a reply code"),
-            (file("a", "enhanced = [\"5.1\"]", "550 xyz"), "not an enhanced status code"),
+            (
+                file("a", "any = [\"xyz\"]\ncode = [\"250\"]", "550 xyz"),
+                "not a reply code",
+            ),
+            (
+                file("a", "enhanced = [\"5.1\"]", "550 xyz"),
+                "not an enhanced status code",
+            ),
             (file("a", "any = [\"xyz\"]", "550 abc"), "taken by no rule"),
             (file("a", "any = [\"xyz\"]", "xyz"), "not a reply"),
             ("[[rule]]\nname = \"a\"\nnope = 1".to_owned(), "line 3"),
-            (file("a", "any = [\"xyz\"]", "550 xyz").replace("[{ reply = \"550 xyz\", source = \"test\" }]", "[]"), "no sample"),
+            (
+                file("a", "any = [\"xyz\"]", "550 xyz")
+                    .replace("[{ reply = \"550 xyz\", source = \"test\" }]", "[]"),
+                "no sample",
+            ),
         ];
         for (text, part) in table {
             assert!(errors(&text).contains(part), "{text}\n{}", errors(&text));

@@ -49,7 +49,11 @@ struct Generation {
 
 impl Generation {
     fn new(since: Instant) -> Self {
-        Self { since, batches: HashMap::new(), people: HashMap::new() }
+        Self {
+            since,
+            batches: HashMap::new(),
+            people: HashMap::new(),
+        }
     }
 
     fn entries(&self) -> usize {
@@ -70,13 +74,18 @@ struct Generations {
 impl ControlView {
     /// An empty view: nothing is known of the time before `now`.
     pub fn new(now: Instant) -> Self {
-        Self(RwLock::new(Generations { old: Generation::new(now), new: Generation::new(now) }))
+        Self(RwLock::new(Generations {
+            old: Generation::new(now),
+            new: Generation::new(now),
+        }))
     }
 
     /// Takes an entry of the feed.
     pub fn learn(&self, control: &Control, now: Instant) {
         let mut both = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if both.new.entries() >= GENERATION_ENTRIES || now.saturating_duration_since(both.new.since) >= GENERATION_AGE {
+        if both.new.entries() >= GENERATION_ENTRIES
+            || now.saturating_duration_since(both.new.since) >= GENERATION_AGE
+        {
             let new = std::mem::replace(&mut both.new, Generation::new(now));
             both.old = new;
         }
@@ -99,7 +108,11 @@ impl ControlView {
                 let key = (entry.account.clone(), entry.email.clone());
                 new.people.entry(key).or_default().push(entry.clone());
             }
-            Control::Unsuppressed { account, email, list } => {
+            Control::Unsuppressed {
+                account,
+                email,
+                list,
+            } => {
                 let key = (account.clone(), email.clone());
                 for generation in [old, new] {
                     if let Some(entries) = generation.people.get_mut(&key) {
@@ -128,7 +141,10 @@ impl ControlView {
             return Permission::Go;
         }
         let key = (item.batch.account.clone(), item.row.email.normalised());
-        let entries = [&both.new, &both.old].into_iter().filter_map(|generation| generation.people.get(&key)).flatten();
+        let entries = [&both.new, &both.old]
+            .into_iter()
+            .filter_map(|generation| generation.people.get(&key))
+            .flatten();
         entries
             .filter(|entry| entry.stops(&item.batch.list, item.batch.priority))
             .map(|entry| Permission::Suppressed(entry.reason))
@@ -167,9 +183,19 @@ mod tests {
         assert_eq!(view.permission(&item, start), Permission::Paused);
         learn(Control::Resumed(batch));
         assert_eq!(view.permission(&item, start), Permission::Go);
-        learn(Control::Suppressed(suppression("a@x.example", SuppressionReason::Manual)));
-        assert_eq!(view.permission(&item, start), Permission::Suppressed(SuppressionReason::Manual));
-        learn(Control::Unsuppressed { account: "default".into(), email: "a@x.example".into(), list: None });
+        learn(Control::Suppressed(suppression(
+            "a@x.example",
+            SuppressionReason::Manual,
+        )));
+        assert_eq!(
+            view.permission(&item, start),
+            Permission::Suppressed(SuppressionReason::Manual)
+        );
+        learn(Control::Unsuppressed {
+            account: "default".into(),
+            email: "a@x.example".into(),
+            list: None,
+        });
         assert_eq!(view.permission(&item, start), Permission::Go);
         learn(Control::Cancelled(batch));
         learn(Control::Resumed(batch));
@@ -181,11 +207,20 @@ mod tests {
         let start = SystemClock.instant();
         let view = ControlView::new(start);
         let item = item(1);
-        view.learn(&Control::Suppressed(suppression("a@x.example", SuppressionReason::Complaint)), start);
+        view.learn(
+            &Control::Suppressed(suppression("a@x.example", SuppressionReason::Complaint)),
+            start,
+        );
         let mut now = start;
         for n in 0..2 * GENERATION_ENTRIES + 2 {
             now += Duration::from_millis(1);
-            view.learn(&Control::Suppressed(suppression(&format!("{n}@y.example"), SuppressionReason::Manual)), now);
+            view.learn(
+                &Control::Suppressed(suppression(
+                    &format!("{n}@y.example"),
+                    SuppressionReason::Manual,
+                )),
+                now,
+            );
         }
         let both = view.0.read().expect("unpoisoned");
         assert!(both.new.entries() + both.old.entries() <= 2 * GENERATION_ENTRIES);

@@ -38,14 +38,25 @@ pub enum Finding {
 
 /// When attempts for `item` end.
 pub fn expires_at(item: &Item, policy: &Policy) -> Timestamp {
-    item.batch.expires_at.unwrap_or(item.batch.release_at + policy.limits.expire)
+    item.batch
+        .expires_at
+        .unwrap_or(item.batch.release_at + policy.limits.expire)
 }
 
 /// The attempt as a fact. `chance` is from 0 to 1 and becomes the jitter of the retry time.
 ///
 /// The caller adds the circumstances (host, TLS, timings) to `detail`.
-pub fn decide(finding: Finding, item: &Item, policy: &Policy, now: Timestamp, chance: f64) -> Attempt {
-    let mut detail = AttemptDetail { destination: policy.destination.as_str().into(), ..AttemptDetail::default() };
+pub fn decide(
+    finding: Finding,
+    item: &Item,
+    policy: &Policy,
+    now: Timestamp,
+    chance: f64,
+) -> Attempt {
+    let mut detail = AttemptDetail {
+        destination: policy.destination.as_str().into(),
+        ..AttemptDetail::default()
+    };
     let mut suppress = None;
     let result = match finding {
         Finding::Delivered(reply) => {
@@ -61,7 +72,13 @@ pub fn decide(finding: Finding, item: &Item, policy: &Policy, now: Timestamp, ch
                     suppress = reading.suppress;
                     AttemptResult::Bounce
                 }
-                Action::Retry => retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance).max(reading.retry_after.unwrap_or_default())),
+                Action::Retry => retry_or_expire(
+                    &mut detail,
+                    item,
+                    policy,
+                    now,
+                    wait(item, policy, chance).max(reading.retry_after.unwrap_or_default()),
+                ),
             }
         }
         Finding::Ambiguous(text) => ambiguous(&mut detail, text, item, policy, now),
@@ -73,7 +90,8 @@ pub fn decide(finding: Finding, item: &Item, policy: &Policy, now: Timestamp, ch
             detail.host = trouble.host;
             (detail.class, detail.blame) = (Some(trouble.class), Some(trouble.blame));
             if trouble.is_final {
-                suppress = suppression_for(trouble.class).filter(|_| trouble.blame == Blame::Recipient);
+                suppress =
+                    suppression_for(trouble.class).filter(|_| trouble.blame == Blame::Recipient);
                 AttemptResult::Failed
             } else {
                 retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance))
@@ -108,11 +126,21 @@ pub fn decide(finding: Finding, item: &Item, policy: &Policy, now: Timestamp, ch
 fn wait(item: &Item, policy: &Policy, chance: f64) -> Duration {
     let step = usize::from(item.attempt.saturating_sub(1));
     let retry = &policy.limits.retry;
-    let base = retry.get(step).or(retry.last()).copied().unwrap_or(Duration::from_secs(300));
+    let base = retry
+        .get(step)
+        .or(retry.last())
+        .copied()
+        .unwrap_or(Duration::from_secs(300));
     base.mul_f64(0.8 + 0.4 * chance.clamp(0.0, 1.0))
 }
 
-fn retry_or_expire(detail: &mut AttemptDetail, item: &Item, policy: &Policy, now: Timestamp, wait: Duration) -> AttemptResult {
+fn retry_or_expire(
+    detail: &mut AttemptDetail,
+    item: &Item,
+    policy: &Policy,
+    now: Timestamp,
+    wait: Duration,
+) -> AttemptResult {
     let retry_at = now + wait;
     // A wait that outlasts the message is no wait. The last number stands for "and so on".
     if retry_at >= expires_at(item, policy) || item.attempt == u8::MAX {
@@ -120,10 +148,19 @@ fn retry_or_expire(detail: &mut AttemptDetail, item: &Item, policy: &Policy, now
         detail.blame.get_or_insert(Blame::Destination);
         return AttemptResult::Failed;
     }
-    AttemptResult::TemporaryError { retry_at, ambiguous: false }
+    AttemptResult::TemporaryError {
+        retry_at,
+        ambiguous: false,
+    }
 }
 
-fn ambiguous(detail: &mut AttemptDetail, text: String, item: &Item, policy: &Policy, now: Timestamp) -> AttemptResult {
+fn ambiguous(
+    detail: &mut AttemptDetail,
+    text: String,
+    item: &Item,
+    policy: &Policy,
+    now: Timestamp,
+) -> AttemptResult {
     detail.reply = bounded(&text);
     (detail.class, detail.blame) = (Some(Class::ConnectFailure), Some(Blame::Destination));
     if policy.ambiguous == AmbiguousPolicy::AssumeDelivered {
@@ -135,12 +172,17 @@ fn ambiguous(detail: &mut AttemptDetail, text: String, item: &Item, policy: &Pol
     if item.ambiguous_before || retry_at >= expires_at(item, policy) {
         return AttemptResult::Failed;
     }
-    AttemptResult::TemporaryError { retry_at, ambiguous: true }
+    AttemptResult::TemporaryError {
+        retry_at,
+        ambiguous: true,
+    }
 }
 
 fn describe(detail: &mut AttemptDetail, reply: &Reply) {
     detail.smtp_code = Some(reply.code);
-    detail.enhanced_code = reply.enhanced.map(|code| model::EnhancedCode(code.class, code.subject, code.detail));
+    detail.enhanced_code = reply
+        .enhanced
+        .map(|code| model::EnhancedCode(code.class, code.subject, code.detail));
     detail.reply = bounded(&reply.to_string());
 }
 
@@ -174,25 +216,63 @@ mod tests {
 
     #[test]
     fn findings_and_results() {
-        let at = |millis| AttemptResult::TemporaryError { retry_at: Timestamp::from_millis(millis), ambiguous: false };
+        let at = |millis| AttemptResult::TemporaryError {
+            retry_at: Timestamp::from_millis(millis),
+            ambiguous: false,
+        };
         let unreachable = |class, blame, is_final| {
-            Finding::Unreachable(Trouble { class, blame, text: "x".into(), reply: None, host: "".into(), is_final })
+            Finding::Unreachable(Trouble {
+                class,
+                blame,
+                text: "x".into(),
+                reply: None,
+                host: "".into(),
+                is_final,
+            })
         };
         let table = [
-            (Finding::Delivered(Reply::new(250, "2.0.0 ok")), AttemptResult::Delivered, None),
-            (refused(550, "5.1.1 No such user"), AttemptResult::Bounce, Some(SuppressionReason::InvalidAddress)),
-            (refused(550, "5.7.1 blocked using zen.spamhaus.org"), AttemptResult::Bounce, None),
+            (
+                Finding::Delivered(Reply::new(250, "2.0.0 ok")),
+                AttemptResult::Delivered,
+                None,
+            ),
+            (
+                refused(550, "5.1.1 No such user"),
+                AttemptResult::Bounce,
+                Some(SuppressionReason::InvalidAddress),
+            ),
+            (
+                refused(550, "5.7.1 blocked using zen.spamhaus.org"),
+                AttemptResult::Bounce,
+                None,
+            ),
             (refused(451, "4.3.0 x"), at(1_300_000), None),
-            (refused(451, "4.7.1 greylisted, try again in 600 seconds"), at(1_600_000), None),
-            (unreachable(Class::BadDomain, Blame::Recipient, true), AttemptResult::Failed, Some(SuppressionReason::InvalidAddress)),
-            (unreachable(Class::DnsFailure, Blame::Destination, false), at(1_300_000), None),
+            (
+                refused(451, "4.7.1 greylisted, try again in 600 seconds"),
+                at(1_600_000),
+                None,
+            ),
+            (
+                unreachable(Class::BadDomain, Blame::Recipient, true),
+                AttemptResult::Failed,
+                Some(SuppressionReason::InvalidAddress),
+            ),
+            (
+                unreachable(Class::DnsFailure, Blame::Destination, false),
+                at(1_300_000),
+                None,
+            ),
             (Finding::TooLate, AttemptResult::Failed, None),
             (Finding::Unmade("x".into()), AttemptResult::Failed, None),
             (Finding::Cancelled, AttemptResult::Cancelled, None),
         ];
         for (finding, result, suppress) in table {
             let attempt = decide(finding.clone(), &item(1), &policy(), NOW, 0.5);
-            assert_eq!((attempt.result, attempt.suppress), (result, suppress), "{finding:?}");
+            assert_eq!(
+                (attempt.result, attempt.suppress),
+                (result, suppress),
+                "{finding:?}"
+            );
         }
     }
 
@@ -209,13 +289,37 @@ mod tests {
 
     #[test]
     fn an_ambiguous_attempt_is_repeated_once_and_not_soon() {
-        let once = decide(Finding::Ambiguous("x".into()), &item(1), &policy(), NOW, 0.0);
+        let once = decide(
+            Finding::Ambiguous("x".into()),
+            &item(1),
+            &policy(),
+            NOW,
+            0.0,
+        );
         let retry_at = NOW + Duration::from_secs(1_800);
-        assert_eq!(once.result, AttemptResult::TemporaryError { retry_at, ambiguous: true });
-        let again = Item { ambiguous_before: true, ..item(2) };
-        assert_eq!(decide(Finding::Ambiguous("x".into()), &again, &policy(), NOW, 0.0).result, AttemptResult::Failed);
-        let assume = Policy { ambiguous: AmbiguousPolicy::AssumeDelivered, ..policy() };
-        assert_eq!(decide(Finding::Ambiguous("x".into()), &item(1), &assume, NOW, 0.0).result, AttemptResult::Delivered);
+        assert_eq!(
+            once.result,
+            AttemptResult::TemporaryError {
+                retry_at,
+                ambiguous: true
+            }
+        );
+        let again = Item {
+            ambiguous_before: true,
+            ..item(2)
+        };
+        assert_eq!(
+            decide(Finding::Ambiguous("x".into()), &again, &policy(), NOW, 0.0).result,
+            AttemptResult::Failed
+        );
+        let assume = Policy {
+            ambiguous: AmbiguousPolicy::AssumeDelivered,
+            ..policy()
+        };
+        assert_eq!(
+            decide(Finding::Ambiguous("x".into()), &item(1), &assume, NOW, 0.0).result,
+            AttemptResult::Delivered
+        );
     }
 
     proptest! {

@@ -39,14 +39,21 @@ pub(crate) fn row(index: u32, email: &str) -> Row {
 }
 
 pub(crate) fn range_ref(id: u64) -> RangeRef {
-    RangeRef { id, partition: Partition(0), token: 1 }
+    RangeRef {
+        id,
+        partition: Partition(0),
+        token: 1,
+    }
 }
 
 pub(crate) fn item(attempt: u8) -> Item {
     Item {
         range: range_ref(1),
         batch: Arc::new(head(1)),
-        place: Place { lot: LotNumber(0), position: 0 },
+        place: Place {
+            lot: LotNumber(0),
+            position: 0,
+        },
         offset: 0,
         row: row(0, "a@x.example"),
         attempt,
@@ -68,7 +75,10 @@ pub(crate) fn range(id: u64, queue: &str, emails: &[&str]) -> LeasedRange {
     let items = emails.iter().enumerate().map(|(at, email)| {
         let offset = u32::try_from(at).expect("few");
         LeasedRecipient {
-            place: Place { lot: LotNumber(u32::try_from(id).expect("few")), position: u16::try_from(at).expect("few") },
+            place: Place {
+                lot: LotNumber(u32::try_from(id).expect("few")),
+                position: u16::try_from(at).expect("few"),
+            },
             offset,
             row: row(offset, email),
             attempts: 0,

@@ -38,7 +38,10 @@ pub struct Item {
 impl Item {
     /// The message's id.
     pub fn message(&self) -> MessageId {
-        MessageId { batch: self.batch.id, index: self.row.index }
+        MessageId {
+            batch: self.batch.id,
+            index: self.row.index,
+        }
     }
 }
 
@@ -66,14 +69,18 @@ pub struct Lease {
 impl Lease {
     /// A lease of `ttl` counted from `asked_at`, the moment before the store was asked.
     pub fn new(asked_at: Instant, ttl: Duration) -> Self {
-        let lease = Self { epoch: asked_at, until: Arc::new(AtomicU64::new(0)) };
+        let lease = Self {
+            epoch: asked_at,
+            until: Arc::new(AtomicU64::new(0)),
+        };
         lease.extend(asked_at + ttl);
         lease
     }
 
     /// Moves the end; never back.
     pub fn extend(&self, until: Instant) {
-        let millis = u64::try_from(until.saturating_duration_since(self.epoch).as_millis()).unwrap_or(u64::MAX);
+        let millis = u64::try_from(until.saturating_duration_since(self.epoch).as_millis())
+            .unwrap_or(u64::MAX);
         self.until.fetch_max(millis, Ordering::AcqRel);
     }
 
@@ -109,6 +116,8 @@ pub struct Job {
     pub policy: Arc<Policy>,
     /// The lease on it.
     pub lease: Lease,
+    /// Since when it is leased: what is newer in the control feed may stop it.
+    pub leased_at: Instant,
 }
 
 /// What became of a job.
@@ -136,6 +145,8 @@ pub enum Returned {
     Broken(String),
     /// The journal took no start record.
     JournalFull,
+    /// The compiled content of its batch made room for others.
+    ContentGone,
 }
 
 /// Why nothing can be sent to a domain or destination at all.

@@ -10,3 +10,8 @@ pub mod decide;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod job;
+mod lane;
+mod state;
+mod target;
+
+pub use state::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};

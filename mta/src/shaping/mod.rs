@@ -47,12 +47,22 @@ impl fmt::Debug for Destination {
 /// The destination of `domain`, whose mail goes to `hosts` (lower case, without final dot, in any
 /// order), and the limits that it starts with: its own section, else the first provider to which
 /// *all* hosts belong, else the set of hosts.
-pub fn destination_of(domain: &Domain, hosts: &[&str], shaping: &ShapingFile) -> (Destination, Limits) {
+pub fn destination_of(
+    domain: &Domain,
+    hosts: &[&str],
+    shaping: &ShapingFile,
+) -> (Destination, Limits) {
     if let Some(limits) = shaping.domains.get(domain) {
         return (Destination::named(domain.as_str()), limits.clone());
     }
-    let of_all_hosts = |provider: &&service::config::shaping::Provider| hosts.iter().all(|host| provider.has_host(host));
-    if let Some(provider) = shaping.providers.iter().find(|p| !hosts.is_empty() && of_all_hosts(p)) {
+    let of_all_hosts = |provider: &&service::config::shaping::Provider| {
+        hosts.iter().all(|host| provider.has_host(host))
+    };
+    if let Some(provider) = shaping
+        .providers
+        .iter()
+        .find(|p| !hosts.is_empty() && of_all_hosts(p))
+    {
         return (Destination::named(&provider.name), provider.limits.clone());
     }
     if hosts.is_empty() {
@@ -71,7 +81,11 @@ fn set_name(hosts: &[&str]) -> String {
         return whole;
     }
     let first = sorted.first().copied().unwrap_or_default();
-    format!("{first}+{}:{:016x}", sorted.len() - 1, model::partition_hash("", &whole))
+    format!(
+        "{first}+{}:{:016x}",
+        sorted.len() - 1,
+        model::partition_hash("", &whole)
+    )
 }
 
 #[cfg(test)]
@@ -96,23 +110,53 @@ mod tests {
     #[test]
     fn own_section_beats_provider_beats_hosts() {
         let table = [
-            ("slow.example", vec!["aspmx.l.google.com"], "slow.example", "10/s"),
-            ("a.example", vec!["aspmx.l.google.com", "alt1.googlemail.com"], "gmail", "20/s"),
-            ("a.example", vec!["aspmx.l.google.com", "mx.a.example"], "aspmx.l.google.com,mx.a.example", "5/s"),
-            ("a.example", vec!["mx2.x", "mx1.x", "mx2.x"], "mx1.x,mx2.x", "5/s"),
+            (
+                "slow.example",
+                vec!["aspmx.l.google.com"],
+                "slow.example",
+                "10/s",
+            ),
+            (
+                "a.example",
+                vec!["aspmx.l.google.com", "alt1.googlemail.com"],
+                "gmail",
+                "20/s",
+            ),
+            (
+                "a.example",
+                vec!["aspmx.l.google.com", "mx.a.example"],
+                "aspmx.l.google.com,mx.a.example",
+                "5/s",
+            ),
+            (
+                "a.example",
+                vec!["mx2.x", "mx1.x", "mx2.x"],
+                "mx1.x,mx2.x",
+                "5/s",
+            ),
             ("b.example", vec!["mx1.x", "mx2.x"], "mx1.x,mx2.x", "5/s"),
             ("b.example", vec![], "b.example", "5/s"),
         ];
         for (domain, hosts, name, rate) in table {
-            let (destination, limits) = destination_of(&domain.parse().expect("a domain"), &hosts, &shaping());
-            assert_eq!((destination.as_str(), limits.rate.to_string().as_str()), (name, rate), "{domain} {hosts:?}");
+            let (destination, limits) =
+                destination_of(&domain.parse().expect("a domain"), &hosts, &shaping());
+            assert_eq!(
+                (destination.as_str(), limits.rate.to_string().as_str()),
+                (name, rate),
+                "{domain} {hosts:?}"
+            );
         }
     }
 
     #[test]
     fn a_long_set_of_hosts_has_a_short_name_of_its_own() {
-        let hosts = |n: usize| (0..n).map(|i| format!("mx{i}.mail.provider.example")).collect::<Vec<_>>();
-        let name = |hosts: &[String]| set_name(&hosts.iter().map(String::as_str).collect::<Vec<_>>());
+        let hosts = |n: usize| {
+            (0..n)
+                .map(|i| format!("mx{i}.mail.provider.example"))
+                .collect::<Vec<_>>()
+        };
+        let name =
+            |hosts: &[String]| set_name(&hosts.iter().map(String::as_str).collect::<Vec<_>>());
         assert!(name(&hosts(60)).len() < NAME_MAX);
         assert_ne!(name(&hosts(60)), name(&hosts(61)));
     }

@@ -36,7 +36,12 @@ impl Pacer {
     /// A pacer that has given no permit.
     pub fn new(rate: Rate) -> Self {
         let (count, window) = shape(rate);
-        Self { rate, count, window, taken: VecDeque::with_capacity(count) }
+        Self {
+            rate,
+            count,
+            window,
+            taken: VecDeque::with_capacity(count),
+        }
     }
 
     /// The rate it keeps.
@@ -104,7 +109,10 @@ fn shape(rate: Rate) -> (usize, Duration) {
         Rate::Limited { count, per } => {
             let parts = count.div_ceil(LOG_MAX);
             // Rounded up: a part too short by a nanosecond would let one too many in.
-            ((count / parts) as usize, per / parts + Duration::from_nanos(u64::from(parts > 1)))
+            (
+                (count / parts) as usize,
+                per / parts + Duration::from_nanos(u64::from(parts > 1)),
+            )
         }
     }
 }
@@ -151,7 +159,10 @@ mod tests {
             assert_eq!(pacer.take(start), Ok(()));
         }
         pacer.change(rate("2/s"));
-        assert_eq!(pacer.take(start + Duration::from_millis(999)), Err(start + Duration::from_secs(1)));
+        assert_eq!(
+            pacer.take(start + Duration::from_millis(999)),
+            Err(start + Duration::from_secs(1))
+        );
         pacer.change(Rate::Unlimited);
         assert_eq!(pacer.take(start), Ok(()));
     }

@@ -1,0 +1,94 @@
+//! From a recipient to the bytes of a message: content compiled once per batch, rendered and
+//! signed per message, on threads of their own.
+//!
+//! Owns compiled contents (bounded) and the signing threads. Must not decide who gets a message,
+//! and must not block a connection: RSA takes most of a millisecond of CPU.
+
+mod contents;
+mod keys;
+mod threads;
+
+pub use contents::{Contents, LoadError};
+pub use keys::{KeysError, domain_selectors, load_keys};
+pub use threads::{Composer, Request};
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use content::dkim::Algorithm;
+use content::{Content, RenderContext};
+use model::MessageId;
+use service::metrics::{Metrics, SignatureAlgorithm, SignatureResult};
+use smtp::Body;
+
+use crate::queue::job::Job;
+
+/// What the messages of one batch are made of.
+pub struct Prepared {
+    content: Content,
+    context: RenderContext,
+    keys: Arc<[content::dkim::Key]>,
+    from_domain: Box<str>,
+    /// Domain of the reverse-path.
+    bounce_domain: Box<str>,
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("batch", &self.context.batch).field("keys", &self.keys).finish_non_exhaustive()
+    }
+}
+
+/// A message ready to be sent.
+#[derive(Debug)]
+pub struct Composed {
+    /// What it is for.
+    pub job: Job,
+    /// The reverse-path, without angle brackets.
+    pub reverse_path: String,
+    /// Headers and body.
+    pub body: Body,
+    /// Its headers need SMTPUTF8 (RFC 6531).
+    pub smtp_utf8: bool,
+}
+
+impl Prepared {
+    /// Makes the message of a job. The same bytes whenever it is called.
+    ///
+    /// # Errors
+    /// The reason, for people: this recipient cannot get this content.
+    pub fn compose(&self, job: &Job, metrics: &Metrics) -> Result<(String, Body, bool), String> {
+        let mut message = self.content.render(&job.item.row, &self.context).map_err(|error| error.to_string())?;
+        let signed = message.sign(&self.from_domain, &self.keys, self.context.released_at);
+        for key in self.keys.iter() {
+            let algorithm = match key.algorithm() {
+                Algorithm::Rsa2048 => SignatureAlgorithm::RsaSha256,
+                Algorithm::Ed25519 => SignatureAlgorithm::Ed25519Sha256,
+            };
+            let result = if signed.is_ok() { SignatureResult::Ok } else { SignatureResult::Failed };
+            metrics.dkim_signatures.at(algorithm, result).inc();
+        }
+        signed.map_err(|error| error.to_string())?;
+        let smtp_utf8 = !message.is_ascii();
+        let body = Body::new(vec![Bytes::from(message.into_bytes())]).map_err(|error| error.to_string())?;
+        Ok((reverse_path(job.item.message(), &self.bounce_domain), body, smtp_utf8))
+    }
+}
+
+/// The reverse-path of a message: a bounce to it names the message (VERP).
+fn reverse_path(message: MessageId, domain: &str) -> String {
+    format!("bounce+{message}@{domain}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::BatchId;
+
+    #[test]
+    fn a_reverse_path_is_an_address_and_names_the_message() {
+        let message = MessageId { batch: BatchId::from_bytes([255; 16]), index: u32::MAX };
+        let path: model::EmailAddress = reverse_path(message, "brand.example").parse().expect("an address");
+        assert!(path.local_part().ends_with(&message.to_string()));
+    }
+}

@@ -1,0 +1,295 @@
+//! From a route to a session that takes messages: hosts in turn, addresses in turn, STARTTLS.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{Blame, Class};
+use rustls::pki_types::ServerName;
+use service::config::{Source, TlsPolicy};
+use service::metrics::{SmtpStage, TlsResult};
+use smtp::client::{Event, Interruption, StartTls};
+use smtp::{ClientSession, SessionError, Stage};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::Deliver;
+use super::io::{Stream, Wire};
+use crate::queue::job::{Policy, Trouble};
+use crate::resolve::{Host, Route};
+
+/// Addresses tried for one connection.
+const ADDRESSES_MAX: usize = 8;
+
+/// A session that takes messages.
+#[derive(Debug)]
+pub(super) struct Established {
+    pub(super) wire: Wire,
+    pub(super) session: ClientSession,
+    /// `mx1.x.example (192.0.2.1)`.
+    pub(super) host: Box<str>,
+    /// Version and cipher.
+    pub(super) tls: Option<Box<str>>,
+}
+
+/// Where one connection goes.
+struct Target<'a> {
+    host: &'a Host,
+    address: SocketAddr,
+    source: &'a Source,
+    policy: TlsPolicy,
+}
+
+impl Target<'_> {
+    fn label(&self) -> Box<str> {
+        format!("{} ({})", self.host.name, self.address.ip()).into()
+    }
+
+    fn key(&self) -> String {
+        format!("{}:{}", self.host.name, self.host.port)
+    }
+}
+
+/// What went wrong with one address.
+enum Failure {
+    /// TLS failed where plaintext may do.
+    TryPlain(String),
+    /// Everything else.
+    Session(SessionError),
+}
+
+impl Deliver {
+    /// A session with the first host of `route` that will have one.
+    pub(super) async fn dial(&self, route: &Route, policy: &Policy, source: &Source) -> Result<Established, Trouble> {
+        let mut last = None;
+        let mut tries = 0;
+        for host in self.hosts_in_order(route) {
+            let started = self.clock.instant();
+            let addresses = self.resolver.addresses(&host, route).await;
+            self.measure(SmtpStage::Dns, started);
+            let addresses = match addresses {
+                Ok(addresses) => addresses,
+                Err(trouble) => {
+                    last = Some(trouble);
+                    continue;
+                }
+            };
+            for &address in addresses.iter().filter(|address| can_reach(source, **address)) {
+                if tries >= ADDRESSES_MAX {
+                    break;
+                }
+                tries += 1;
+                let target = Target { host: &host, address: SocketAddr::new(address, host.port), source, policy: policy.limits.tls };
+                match self.open(&target).await {
+                    Ok(established) => {
+                        self.hosts.came_up(&target.key(), self.clock.instant());
+                        return Ok(established);
+                    }
+                    Err(error) => {
+                        self.hosts.went_down(&target.key(), self.clock.instant());
+                        last = Some(self.trouble(&error, &target));
+                    }
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| no_address(source)))
+    }
+
+    /// By preference; those that did not answer lately come last.
+    fn hosts_in_order(&self, route: &Route) -> Vec<Host> {
+        let mut hosts = route.in_order(&mut fastrand::Rng::new());
+        let now = self.clock.instant();
+        hosts.sort_by_key(|host| self.hosts.is_down(&format!("{}:{}", host.name, host.port), now));
+        hosts
+    }
+
+    async fn open(&self, target: &Target<'_>) -> Result<Established, SessionError> {
+        let plain_known = self.hosts.has_no_tls(&target.key(), self.clock.instant());
+        let starttls = match target.policy {
+            TlsPolicy::None => StartTls::Never,
+            TlsPolicy::Opportunistic if plain_known => StartTls::Never,
+            TlsPolicy::Opportunistic => StartTls::Opportunistic,
+            TlsPolicy::Require | TlsPolicy::RequireVerified => StartTls::Required,
+        };
+        match self.establish(target, starttls).await {
+            Ok(established) => {
+                self.count_tls(target.policy, &established, plain_known);
+                Ok(established)
+            }
+            Err(Failure::TryPlain(why)) => {
+                tracing::info!(host = %target.host.name, %why, "TLS failed, going on in plaintext");
+                self.hosts.tls_broke(&target.key(), self.clock.instant());
+                let plain = self.establish(target, StartTls::Never).await.map_err(|failure| match failure {
+                    Failure::Session(error) => error,
+                    Failure::TryPlain(why) => SessionError::TlsFailed(why),
+                })?;
+                self.metrics.tls.at(TlsResult::FallenBack).inc();
+                Ok(plain)
+            }
+            Err(Failure::Session(error)) => {
+                if is_about_tls(&error) {
+                    self.metrics.tls.at(TlsResult::Refused).inc();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn count_tls(&self, policy: TlsPolicy, established: &Established, fallen_back: bool) {
+        let result = match (policy, &established.tls) {
+            (TlsPolicy::RequireVerified, Some(_)) => TlsResult::Verified,
+            (_, Some(_)) => TlsResult::Unverified,
+            (TlsPolicy::None, None) => TlsResult::Off,
+            (_, None) if fallen_back => TlsResult::FallenBack,
+            (_, None) => TlsResult::NotOffered,
+        };
+        self.metrics.tls.at(result).inc();
+    }
+
+    async fn establish(&self, target: &Target<'_>, starttls: StartTls) -> Result<Established, Failure> {
+        let started = self.clock.instant();
+        let stream = self.connect(target).await.map_err(Failure::Session)?;
+        self.measure(SmtpStage::Connect, started);
+        let mut wire = Wire::new(Stream::Plain(stream));
+        let mut session = ClientSession::new(&target.source.ehlo, starttls);
+        let mut tls = None;
+        let connected = self.clock.instant();
+        let mut greeted = false;
+        loop {
+            if !greeted && session.waiting_for() != Stage::Greeting {
+                greeted = true;
+                self.measure(SmtpStage::Greeting, connected);
+            }
+            match session.poll_event() {
+                Some(Event::Ready) => {
+                    return Ok(Established { wire, session, host: target.label(), tls });
+                }
+                Some(Event::HandshakeDue) => {
+                    let started = self.clock.instant();
+                    match self.handshake(wire, target).await {
+                        Ok((encrypted, label)) => {
+                            (wire, tls) = (encrypted, Some(label));
+                            session.tls_established();
+                            self.measure(SmtpStage::Tls, started);
+                        }
+                        Err(why) if starttls == StartTls::Opportunistic => return Err(Failure::TryPlain(why)),
+                        Err(why) => return Err(Failure::Session(SessionError::TlsFailed(why))),
+                    }
+                }
+                Some(Event::Closed(error)) => {
+                    return Err(Failure::Session(error.unwrap_or(SessionError::Disconnected { stage: Stage::Greeting })));
+                }
+                // Nothing was begun.
+                Some(Event::BodyDue(_) | Event::TransactionDone { .. }) => {}
+                None => self.greet_turn(&mut wire, &mut session).await,
+            }
+        }
+    }
+
+    /// One exchange before the session is ready, within its deadline.
+    async fn greet_turn(&self, wire: &mut Wire, session: &mut ClientSession) {
+        let deadline = self.deadline(session.waiting_for());
+        let interruption = match timeout(deadline, wire.turn(session)).await {
+            Ok(Ok(true)) => return,
+            Ok(Ok(false)) => Interruption::Disconnected,
+            Ok(Err(error)) => Interruption::Io(error.kind()),
+            Err(_) => Interruption::TimedOut,
+        };
+        session.interrupted(interruption);
+    }
+
+    async fn connect(&self, target: &Target<'_>) -> Result<TcpStream, SessionError> {
+        let failed = |kind| SessionError::Io { stage: Stage::Greeting, kind };
+        let io = |error: std::io::Error| failed(error.kind());
+        let socket = if target.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(io)?;
+        if let Some(bind) = target.source.bind {
+            socket.bind(SocketAddr::new(bind, 0)).map_err(io)?;
+        }
+        let connecting = timeout(self.timeouts.connect, socket.connect(target.address));
+        let stream = connecting.await.map_err(|_| SessionError::TimedOut { stage: Stage::Greeting })?.map_err(io)?;
+        // A flight is one write; waiting for more to send would only delay it.
+        stream.set_nodelay(true).map_err(io)?;
+        Ok(stream)
+    }
+
+    async fn handshake(&self, wire: Wire, target: &Target<'_>) -> Result<(Wire, Box<str>), String> {
+        let config = if target.policy == TlsPolicy::RequireVerified { &self.tls.verified } else { &self.tls.any };
+        let name = match target.host.name.parse::<IpAddr>() {
+            Ok(address) => ServerName::IpAddress(address.into()),
+            Err(_) => ServerName::try_from(target.host.name.to_string()).map_err(|error| error.to_string())?,
+        };
+        let plain = wire.stream.into_plain().ok_or_else(|| "STARTTLS within TLS".to_owned())?;
+        let connecting = TlsConnector::from(Arc::clone(config)).connect(name, plain);
+        let stream = timeout(self.timeouts.starttls, connecting).await.map_err(|_| "timed out".to_owned())?.map_err(|error| error.to_string())?;
+        let (_, connection) = stream.get_ref();
+        let version = connection.protocol_version().and_then(|version| version.as_str()).unwrap_or("TLS");
+        let cipher = connection.negotiated_cipher_suite().and_then(|suite| suite.suite().as_str()).unwrap_or_default();
+        let label = format!("{version} {cipher}").into();
+        Ok((Wire::new(Stream::Tls(Box::new(stream))), label))
+    }
+
+    /// How long a stage may take.
+    pub(super) fn deadline(&self, stage: Stage) -> Duration {
+        let timeouts = &self.timeouts;
+        match stage {
+            Stage::Greeting => timeouts.greeting,
+            Stage::Ehlo => timeouts.ehlo,
+            Stage::StartTls => timeouts.starttls,
+            Stage::Mail => timeouts.mail,
+            Stage::Rcpt => timeouts.rcpt,
+            Stage::Data => timeouts.data,
+            Stage::DataBlock => timeouts.data_block,
+            Stage::FinalDot => timeouts.final_dot,
+            Stage::Idle => timeouts.idle,
+            Stage::Quit => super::QUIT,
+        }
+    }
+
+    pub(super) fn measure(&self, stage: SmtpStage, started: Instant) {
+        let took = self.clock.instant().saturating_duration_since(started);
+        self.metrics.smtp_stage_seconds.at(stage).observe(took.as_secs_f64());
+    }
+
+    fn trouble(&self, error: &SessionError, target: &Target<'_>) -> Trouble {
+        let (class, blame, reply) = match error {
+            SessionError::Refused { reply, .. } | SessionError::Closing { reply, .. } => {
+                let reading = self.rules.load().classify(reply);
+                (reading.class, reading.blame, Some(reply.clone()))
+            }
+            SessionError::TlsNotOffered | SessionError::TlsFailed(_) | SessionError::PlaintextAfterStartTls => {
+                (Class::TlsFailure, Blame::Destination, None)
+            }
+            SessionError::TlsRefused(reply) => (Class::TlsFailure, Blame::Destination, Some(reply.clone())),
+            SessionError::Syntax(_) | SessionError::UnexpectedReply { .. } => (Class::Protocol, Blame::Destination, None),
+            SessionError::Disconnected { .. } | SessionError::TimedOut { .. } | SessionError::Io { .. } => {
+                (Class::ConnectFailure, Blame::Destination, None)
+            }
+            SessionError::Hello(_) => (Class::Other, Blame::Us, None),
+        };
+        let text = format!("{}: {error}", target.label());
+        Trouble { class, blame, text, reply, host: target.label(), is_final: false }
+    }
+}
+
+fn is_about_tls(error: &SessionError) -> bool {
+    matches!(
+        error,
+        SessionError::TlsNotOffered | SessionError::TlsFailed(_) | SessionError::TlsRefused(_) | SessionError::PlaintextAfterStartTls
+    )
+}
+
+fn can_reach(source: &Source, address: IpAddr) -> bool {
+    source.bind.is_none_or(|bind| bind.is_ipv4() == address.is_ipv4())
+}
+
+fn no_address(source: &Source) -> Trouble {
+    Trouble {
+        class: Class::ConnectFailure,
+        blame: Blame::Destination,
+        text: format!("no host has an address that source {} can reach", source.name),
+        reply: None,
+        host: "".into(),
+        is_final: false,
+    }
+}

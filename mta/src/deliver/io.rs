@@ -1,0 +1,115 @@
+//! Bytes between a session and a socket, in plaintext or TLS.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use smtp::ClientSession;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
+/// Slices handed to the kernel in one write.
+const SLICES: usize = 16;
+/// What is read at a time: the replies to a whole flight fit many times.
+const READ: usize = 16 * 1024;
+
+/// A connection's bytes.
+#[derive(Debug)]
+pub(super) enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Stream {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tls(stream) => Pin::new(&mut **stream).poll_read(cx, buffer),
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Tls(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            // The kernel has it.
+            Self::Plain(_) => Poll::Ready(Ok(())),
+            Self::Tls(stream) => Pin::new(&mut **stream).poll_flush(cx),
+        }
+    }
+
+    /// The plaintext stream, to be upgraded; `None` when it already was.
+    pub(super) fn into_plain(self) -> Option<TcpStream> {
+        match self {
+            Self::Plain(stream) => Some(stream),
+            Self::Tls(_) => None,
+        }
+    }
+}
+
+/// A stream and its read buffer.
+#[derive(Debug)]
+pub(super) struct Wire {
+    pub(super) stream: Stream,
+    buffer: Box<[u8]>,
+    /// TLS holds bytes that it has not written.
+    unflushed: bool,
+}
+
+impl Wire {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { stream, buffer: vec![0; READ].into_boxed_slice(), unflushed: false }
+    }
+
+    /// Moves bytes both ways until some were read, or all that was to be written is. `false` means
+    /// that the peer has closed. Cancel-safe: what was moved is noted in the session.
+    pub(super) async fn turn(&mut self, session: &mut ClientSession) -> io::Result<bool> {
+        std::future::poll_fn(|cx| self.poll_turn(session, cx)).await
+    }
+
+    fn poll_turn(&mut self, session: &mut ClientSession, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let wrote = self.poll_writes(session, cx)?;
+        let mut buffer = ReadBuf::new(&mut self.buffer);
+        match self.stream.poll_read(cx, &mut buffer) {
+            Poll::Ready(Ok(())) if buffer.filled().is_empty() => Poll::Ready(Ok(false)),
+            Poll::Ready(Ok(())) => {
+                session.receive(buffer.filled());
+                Poll::Ready(Ok(true))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending if wrote => Poll::Ready(Ok(true)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Writes what there is to write; tells whether that made any progress.
+    fn poll_writes(&mut self, session: &mut ClientSession, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut wrote = false;
+        while session.wants_write() {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let count = session.transmit(&mut slices);
+            match self.stream.poll_write(cx, slices.get(..count).unwrap_or_default()) {
+                Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Ok(written)) => {
+                    session.advance(written);
+                    (wrote, self.unflushed) = (true, true);
+                }
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Pending => break,
+            }
+        }
+        if self.unflushed
+            && let Poll::Ready(flushed) = self.stream.poll_flush(cx)
+        {
+            flushed?;
+            self.unflushed = false;
+        }
+        Ok(wrote)
+    }
+}

@@ -1,0 +1,232 @@
+//! The messages that wait for one domain, and the ranges that they were leased with.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use model::{BatchId, Domain, Place};
+use store::RangeRef;
+
+use super::job::{Item, Lease};
+use crate::resolve::Route;
+use crate::shaping::Destination;
+
+/// A message that waits.
+#[derive(Debug, Clone)]
+pub(super) struct Waiting {
+    pub(super) item: Arc<Item>,
+    /// Sessions that broke under it since it was leased.
+    pub(super) broken: u8,
+}
+
+/// Where a lane's mail goes.
+#[derive(Debug)]
+pub(super) enum Way {
+    /// Nobody has asked yet.
+    Unknown,
+    /// DNS is asked.
+    Asked,
+    /// Known until `until`, then asked again before the next connection.
+    Known {
+        destination: Destination,
+        route: Arc<Route>,
+        until: Instant,
+    },
+}
+
+/// The messages for one domain, by range, taken in turns so that no batch waits for another's end.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) domain: Domain,
+    pub(super) way: Way,
+    ranges: VecDeque<(RangeRef, VecDeque<Waiting>)>,
+    len: usize,
+}
+
+impl Lane {
+    pub(super) fn new(domain: Domain) -> Self {
+        Self {
+            domain,
+            way: Way::Unknown,
+            ranges: VecDeque::new(),
+            len: 0,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds behind the others of its range.
+    pub(super) fn push(&mut self, waiting: Waiting) {
+        self.of_range(waiting.item.range, false).push_back(waiting);
+        self.len += 1;
+    }
+
+    /// Puts back what was taken: it goes first again.
+    pub(super) fn put_back(&mut self, waiting: Waiting) {
+        self.of_range(waiting.item.range, true).push_front(waiting);
+        self.len += 1;
+    }
+
+    fn of_range(&mut self, range: RangeRef, first: bool) -> &mut VecDeque<Waiting> {
+        let found = self.ranges.iter().position(|(of, _)| *of == range);
+        let at = match found {
+            Some(at) if !first => at,
+            Some(_) | None => {
+                let entry = found
+                    .and_then(|at| self.ranges.remove(at))
+                    .unwrap_or((range, VecDeque::new()));
+                if first {
+                    self.ranges.push_front(entry);
+                    0
+                } else {
+                    self.ranges.push_back(entry);
+                    self.ranges.len() - 1
+                }
+            }
+        };
+        &mut self.ranges[at].1
+    }
+
+    /// Takes the next message that `may_go` lets through: the first of each range in turn.
+    pub(super) fn take(&mut self, mut may_go: impl FnMut(&Item) -> bool) -> Option<Waiting> {
+        for _ in 0..self.ranges.len() {
+            let (range, mut waiting) = self.ranges.pop_front()?;
+            let taken = match waiting.front() {
+                Some(first) if may_go(&first.item) => waiting.pop_front(),
+                Some(_) | None => None,
+            };
+            if !waiting.is_empty() {
+                self.ranges.push_back((range, waiting));
+            }
+            if let Some(taken) = taken {
+                self.len -= 1;
+                return Some(taken);
+            }
+        }
+        None
+    }
+
+    /// Whether [`Self::take`] would give something.
+    pub(super) fn has(&self, mut may_go: impl FnMut(&Item) -> bool) -> bool {
+        self.ranges
+            .iter()
+            .any(|(_, waiting)| waiting.front().is_some_and(|first| may_go(&first.item)))
+    }
+
+    /// Takes out everything that was leased with `range`.
+    pub(super) fn withdraw(&mut self, range: RangeRef) -> Vec<Waiting> {
+        let Some(at) = self.ranges.iter().position(|(of, _)| *of == range) else {
+            return Vec::new();
+        };
+        let withdrawn: Vec<_> = self
+            .ranges
+            .remove(at)
+            .map(|(_, waiting)| waiting.into())
+            .unwrap_or_default();
+        self.len -= withdrawn.len();
+        withdrawn
+    }
+
+    /// Takes out everything.
+    pub(super) fn drain(&mut self) -> Vec<Waiting> {
+        self.len = 0;
+        self.ranges
+            .drain(..)
+            .flat_map(|(_, waiting)| waiting)
+            .collect()
+    }
+
+    /// The ranges that have something here.
+    pub(super) fn ranges(&self) -> Vec<RangeRef> {
+        self.ranges.iter().map(|(range, _)| *range).collect()
+    }
+}
+
+/// How a range ends before all of it has reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Handed back when nothing of it is out any more, to be due at this moment or at once.
+    Return(Option<Instant>),
+    /// Another node has it now.
+    Lost,
+}
+
+/// A leased range.
+#[derive(Debug)]
+pub(super) struct Range {
+    pub(super) batch: BatchId,
+    /// Its recipients have several domains.
+    pub(super) mixed: bool,
+    /// Items with an offset below this may be started.
+    pub(super) window: u32,
+    pub(super) lease: Lease,
+    pub(super) leased_at: Instant,
+    /// Domains of its recipients.
+    pub(super) domains: Vec<Box<str>>,
+    /// In lanes.
+    pub(super) waiting: usize,
+    /// Handed to connections.
+    pub(super) out: usize,
+    pub(super) ending: Option<Ending>,
+    /// For a return: who moves to the queue of their own domain.
+    pub(super) requeue: Vec<(Place, Box<str>)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::fixtures::{item, range_ref};
+
+    fn waiting(range: u64, offset: u32) -> Waiting {
+        let item = Item {
+            range: range_ref(range),
+            offset,
+            ..item(1)
+        };
+        Waiting {
+            item: Arc::new(item),
+            broken: 0,
+        }
+    }
+
+    fn lane(of: &[(u64, u32)]) -> Lane {
+        let mut lane = Lane::new("x.example".parse().expect("a domain"));
+        of.iter()
+            .for_each(|&(range, offset)| lane.push(waiting(range, offset)));
+        lane
+    }
+
+    fn order(lane: &mut Lane) -> Vec<(u64, u32)> {
+        std::iter::from_fn(|| lane.take(|_| true))
+            .map(|w| (w.item.range.id, w.item.offset))
+            .collect()
+    }
+
+    #[test]
+    fn ranges_take_turns_and_keep_their_order() {
+        let mut lane = lane(&[(1, 0), (1, 1), (1, 2), (2, 0)]);
+        let first = lane.take(|_| true).expect("one");
+        lane.put_back(first);
+        assert_eq!(order(&mut lane), [(1, 0), (2, 0), (1, 1), (1, 2)]);
+        assert!(lane.is_empty());
+    }
+
+    #[test]
+    fn what_may_not_go_blocks_its_range_only() {
+        let mut lane = lane(&[(1, 0), (1, 1), (2, 0)]);
+        assert_eq!(
+            lane.take(|item| item.range.id == 2)
+                .map(|w| w.item.range.id),
+            Some(2)
+        );
+        assert!(lane.take(|item| item.offset == 1).is_none());
+        assert_eq!(lane.withdraw(range_ref(1)).len(), 2);
+        assert_eq!((lane.len(), lane.ranges().len()), (0, 0));
+    }
+}

@@ -1,0 +1,534 @@
+//! The queue's state: what was leased, where it waits, who carries it.
+//!
+//! Pure: events and the time go in, actions come out. Nothing in here waits, so nothing moves
+//! under it.
+
+mod dispatch;
+mod leasing;
+mod ranges;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{Attempt, BatchId, Domain, Place, Timestamp};
+use service::config::AmbiguousPolicy;
+use service::config::shaping::ShapingFile;
+use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Want};
+
+use super::control::ControlView;
+use super::decide::{Finding, decide};
+use super::job::{ConnId, Fate, Job, JobId, Policy, Returned, Trouble};
+use super::lane::{Lane, Range, Waiting, Way};
+use super::target::{Conn, Dest};
+use crate::resolve::Route;
+use crate::shaping::{Destination, destination_of};
+
+/// Lookups of domains under way.
+const RESOLVES_MAX: usize = 128;
+/// Connections of the process; beyond, idle ones make room.
+const CONNECTIONS_MAX: usize = 500;
+/// Sessions that may break under one message before that counts as an attempt.
+const BROKEN_MAX: u8 = 3;
+/// What is handed back when it has waited this long in a lot of several domains, or for a
+/// destination that is left alone for longer.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The pause after the journal had no room.
+const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
+
+/// What the state is made with.
+#[derive(Debug, Clone)]
+pub struct QueueConfig {
+    /// The length of a lease.
+    pub lease: Duration,
+    /// Limits and static routes.
+    pub shaping: Arc<ShapingFile>,
+    /// Egress sources of the pool: index and weight.
+    pub sources: Vec<(usize, u32)>,
+    /// What becomes of an ambiguous attempt.
+    pub ambiguous: AmbiguousPolicy,
+    /// When it is repeated at the earliest.
+    pub ambiguous_after: Duration,
+}
+
+/// The time, both ways.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// Monotonic: deadlines.
+    pub instant: Instant,
+    /// Wall clock: what is stored.
+    pub wall: Timestamp,
+}
+
+/// What the queue is told.
+#[derive(Debug)]
+pub enum Event {
+    /// The store's answer to [`Action::Look`]; `None`: it did not answer.
+    Backlog(Option<Vec<Backlog>>),
+    /// The store's answer to [`Action::Ask`], or what a restarted node got back; the monotonic
+    /// time is from before it was asked.
+    Leased {
+        /// Empty when there was nothing, or the store did not answer.
+        ranges: Vec<LeasedRange>,
+        /// From before the store was asked.
+        asked_at: Instant,
+    },
+    /// The store's answer to [`Action::Renew`].
+    Renewed {
+        /// What is still held; none: the store did not answer.
+        held: Option<Vec<RangeRef>>,
+        /// From before the store was asked.
+        asked_at: Instant,
+    },
+    /// Facts were shipped.
+    Shipped {
+        /// New windows.
+        windows: Vec<(RangeRef, u32)>,
+        /// Ranges that are no longer held.
+        lost: Vec<RangeRef>,
+    },
+    /// DNS has answered, or has not.
+    Resolved {
+        /// About whom.
+        domain: Domain,
+        /// Where its mail goes and how long that is known.
+        answer: Result<(Arc<Route>, Duration), Trouble>,
+    },
+    /// A batch's content is compiled, or cannot be: `Err` with the reason and whether that is final.
+    Content {
+        /// Of which batch.
+        batch: BatchId,
+        /// Whether its messages can be composed.
+        ready: Result<(), (String, bool)>,
+    },
+    /// A connection takes messages.
+    Ready(ConnId),
+    /// What became of a message.
+    Report(JobId, Fate),
+    /// A connection is gone; all its messages have been reported, or will be.
+    Closed(ConnId, ConnEnd),
+    /// An entry of the control feed, already in the [`ControlView`].
+    Control(Control),
+    /// No new transaction; everything is to be handed back.
+    Drain,
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConnEnd {
+    /// No host could be spoken to.
+    Unreachable(Trouble),
+    /// The session broke after it had been ready.
+    Broken,
+    /// As planned: idle, enough messages, asked to.
+    Planned,
+}
+
+/// What the queue wants done.
+#[derive(Debug)]
+pub enum Action {
+    /// Ask the store what is due.
+    Look,
+    /// Lease from these queues.
+    Ask(Vec<Want>),
+    /// Renew all leases.
+    Renew,
+    /// Tell shipping of a range before anything of it is sent.
+    Register {
+        /// The range.
+        range: RangeRef,
+        /// Its batch.
+        batch: BatchId,
+        /// The recipients, by place, with their offsets.
+        places: Vec<(Place, u32)>,
+        /// What may be started already.
+        window: u32,
+    },
+    /// Hand a range back once its facts are shipped.
+    Release(Release),
+    /// Look up where a domain's mail goes.
+    Resolve(Domain),
+    /// Compile a batch's content.
+    LoadContent(Arc<BatchHead>),
+    /// Open a connection.
+    Open {
+        /// Its name.
+        conn: ConnId,
+        /// Where to.
+        route: Arc<Route>,
+        /// Under which limits.
+        policy: Arc<Policy>,
+        /// From which source.
+        source: usize,
+    },
+    /// Compose a message and hand it to its connection.
+    Send(Job),
+    /// End a connection when what it has begun is done.
+    Close(ConnId),
+    /// Put a fact that needed no transaction into the journal.
+    Record {
+        /// The fact.
+        attempt: Box<Attempt>,
+        /// When its batch was released.
+        released_at: Timestamp,
+    },
+    /// Everything is handed back and no connection is left.
+    Drained,
+}
+
+/// What is known of a leased batch.
+#[derive(Debug)]
+struct BatchState {
+    head: Arc<BatchHead>,
+    ranges: usize,
+    content: Content,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Content {
+    Loading,
+    Ready,
+    /// Asked for again then.
+    Wanted(Instant),
+}
+
+/// A message that a connection has.
+#[derive(Debug)]
+struct Out {
+    waiting: Waiting,
+    conn: ConnId,
+}
+
+/// Whether the store is being asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asking {
+    No,
+    Looking,
+    Leasing,
+}
+
+/// The state; see the module.
+#[derive(Debug)]
+pub struct QueueState {
+    config: QueueConfig,
+    view: Arc<ControlView>,
+    random: fastrand::Rng,
+    started: Instant,
+    lanes: HashMap<Box<str>, Lane>,
+    dests: HashMap<Destination, Dest>,
+    ranges: HashMap<RangeRef, Range>,
+    batches: HashMap<BatchId, BatchState>,
+    conns: HashMap<ConnId, Conn>,
+    jobs: HashMap<JobId, Out>,
+    to_resolve: VecDeque<Domain>,
+    resolving: usize,
+    /// Destinations that may have something to do.
+    dirty: HashSet<Destination>,
+    /// Destinations that wait for a connection of the process to become free.
+    starved: VecDeque<Destination>,
+    /// Domains that are left alone, so that nothing is leased for them.
+    held: HashMap<Box<str>, Instant>,
+    paused_until: Option<Instant>,
+    asking: Asking,
+    look_at: Instant,
+    renew_at: Instant,
+    renewing: bool,
+    /// The store had more than was leased.
+    more: bool,
+    /// Leased rows at which to ask again.
+    low_water: usize,
+    draining: bool,
+    next_id: u64,
+}
+
+impl QueueState {
+    /// An empty queue at `now`; `seed` is its only source of chance.
+    pub fn new(config: QueueConfig, view: Arc<ControlView>, seed: u64, now: Instant) -> Self {
+        Self {
+            config,
+            view,
+            random: fastrand::Rng::with_seed(seed),
+            started: now,
+            lanes: HashMap::new(),
+            dests: HashMap::new(),
+            ranges: HashMap::new(),
+            batches: HashMap::new(),
+            conns: HashMap::new(),
+            jobs: HashMap::new(),
+            to_resolve: VecDeque::new(),
+            resolving: 0,
+            dirty: HashSet::new(),
+            starved: VecDeque::new(),
+            held: HashMap::new(),
+            paused_until: None,
+            asking: Asking::No,
+            look_at: now,
+            renew_at: now,
+            renewing: false,
+            more: false,
+            low_water: 0,
+            draining: false,
+            next_id: 0,
+        }
+    }
+
+    /// Takes events, in order, and says what is to be done.
+    pub fn apply(&mut self, events: impl IntoIterator<Item = Event>, now: Now) -> Vec<Action> {
+        let mut out = Vec::new();
+        for event in events {
+            self.take(event, now, &mut out);
+        }
+        self.settle(now, &mut out);
+        out
+    }
+
+    /// What the passing of time alone brings; to be called every [`QueueState::TICK`].
+    pub fn tick(&mut self, now: Now) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.tick_ranges(now, &mut out);
+        self.tick_contents(now, &mut out);
+        self.held.retain(|_, until| *until > now.instant);
+        self.dests.retain(|_, dest| !dest.is_idle(now.instant));
+        let with_work = self
+            .dests
+            .iter()
+            .filter(|(_, dest)| !dest.lanes.is_empty())
+            .map(|(key, _)| key.clone());
+        self.dirty.extend(with_work);
+        self.settle(now, &mut out);
+        out
+    }
+
+    /// How often [`QueueState::tick`] is to be called.
+    pub const TICK: Duration = Duration::from_millis(100);
+
+    /// Recipients leased and not reported yet.
+    pub fn leased(&self) -> usize {
+        self.ranges
+            .values()
+            .map(|range| range.waiting + range.out)
+            .sum()
+    }
+
+    /// Messages at connections.
+    pub fn in_flight(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Batches with something leased.
+    pub fn batches(&self) -> impl Iterator<Item = BatchId> + '_ {
+        self.batches.keys().copied()
+    }
+
+    fn take(&mut self, event: Event, now: Now, out: &mut Vec<Action>) {
+        match event {
+            Event::Backlog(backlog) => self.on_backlog(backlog, now, out),
+            Event::Leased { ranges, asked_at } => self.on_leased(ranges, asked_at, now, out),
+            Event::Renewed { held, asked_at } => self.on_renewed(held, asked_at, out),
+            Event::Shipped { windows, lost } => self.on_shipped(&windows, &lost, out),
+            Event::Resolved { domain, answer } => self.on_resolved(&domain, answer, now, out),
+            Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
+            Event::Ready(conn) => self.on_ready(conn),
+            Event::Report(job, fate) => self.on_report(job, fate, now, out),
+            Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
+            Event::Control(control) => self.on_control(&control, now, out),
+            Event::Drain => self.on_drain(out),
+        }
+    }
+
+    /// Gives everything that may have something to do its turn.
+    fn settle(&mut self, now: Now, out: &mut Vec<Action>) {
+        for destination in std::mem::take(&mut self.dirty) {
+            self.pump(&destination, now, out);
+        }
+        self.start_resolves(out);
+        self.ask_store(now, out);
+        if self.draining && self.jobs.is_empty() && self.conns.is_empty() && self.ranges.is_empty()
+        {
+            out.push(Action::Drained);
+        }
+    }
+
+    // ---- domains ------------------------------------------------------------------------
+
+    fn start_resolves(&mut self, out: &mut Vec<Action>) {
+        while self.resolving < RESOLVES_MAX {
+            let Some(domain) = self.to_resolve.pop_front() else {
+                return;
+            };
+            self.resolving += 1;
+            out.push(Action::Resolve(domain));
+        }
+    }
+
+    fn on_resolved(
+        &mut self,
+        domain: &Domain,
+        answer: Result<(Arc<Route>, Duration), Trouble>,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        self.resolving = self.resolving.saturating_sub(1);
+        let Some(lane) = self.lanes.get_mut(domain.as_str()) else {
+            return;
+        };
+        match answer {
+            Ok((route, ttl)) => {
+                let names: Vec<&str> = route.names().collect();
+                let (destination, limits) = destination_of(domain, &names, &self.config.shaping);
+                lane.way = Way::Known {
+                    destination: destination.clone(),
+                    route,
+                    until: now.instant + ttl,
+                };
+                let config = &self.config;
+                let dest = self.dests.entry(destination.clone()).or_insert_with(|| {
+                    Dest::new(
+                        Arc::new(policy(config, destination.clone(), limits)),
+                        &config.sources,
+                        self.started,
+                    )
+                });
+                dest.lanes.push_back(domain.as_str().into());
+                self.dirty.insert(destination);
+            }
+            Err(trouble) => {
+                lane.way = Way::Unknown;
+                let waiting = lane.drain();
+                self.lanes.remove(domain.as_str());
+                for one in waiting {
+                    self.end_waiting(&one, Finding::Unreachable(trouble.clone()), now, out);
+                }
+            }
+        }
+    }
+
+    /// The policy for a domain whose destination is not known (yet).
+    fn policy_of(&self, waiting: &Waiting) -> Arc<Policy> {
+        let name = waiting.item.row.email.domain();
+        if let Some(Way::Known { destination, .. }) = self.lanes.get(name).map(|lane| &lane.way)
+            && let Some(dest) = self.dests.get(destination)
+        {
+            return Arc::clone(&dest.policy);
+        }
+        let limits = name
+            .parse()
+            .ok()
+            .and_then(|domain: Domain| self.config.shaping.domains.get(&domain));
+        let limits = limits.unwrap_or(&self.config.shaping.default).clone();
+        Arc::new(policy(&self.config, Destination::named(name), limits))
+    }
+
+    // ---- facts without a transaction ----------------------------------------------------
+
+    /// Ends a message that was taken out of its lane.
+    fn end_waiting(
+        &mut self,
+        waiting: &Waiting,
+        finding: Finding,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        let policy = self.policy_of(waiting);
+        let attempt = decide(finding, &waiting.item, &policy, now.wall, self.random.f64());
+        let (attempt, released_at) = (Box::new(attempt), waiting.item.batch.release_at);
+        out.push(Action::Record { attempt, released_at });
+        if let Some(range) = self.ranges.get_mut(&waiting.item.range) {
+            range.waiting = range.waiting.saturating_sub(1);
+        }
+        self.tidy_range(waiting.item.range, now, out);
+    }
+
+    // ---- content ------------------------------------------------------------------------
+
+    fn on_content(
+        &mut self,
+        batch: BatchId,
+        ready: Result<(), (String, bool)>,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(state) = self.batches.get_mut(&batch) else {
+            return;
+        };
+        match ready {
+            Ok(()) => {
+                state.content = Content::Ready;
+                self.mark_batch_dirty(batch);
+            }
+            Err((_, false)) => {
+                state.content = Content::Wanted(now.instant + Duration::from_secs(1))
+            }
+            Err((reason, true)) => {
+                for waiting in self.withdraw_batch(batch) {
+                    self.end_waiting(&waiting, Finding::Unmade(reason.clone()), now, out);
+                }
+            }
+        }
+    }
+
+    fn tick_contents(&mut self, now: Now, out: &mut Vec<Action>) {
+        for state in self.batches.values_mut() {
+            if matches!(state.content, Content::Wanted(at) if at <= now.instant) {
+                state.content = Content::Loading;
+                out.push(Action::LoadContent(Arc::clone(&state.head)));
+            }
+        }
+    }
+
+    // ---- control ------------------------------------------------------------------------
+
+    fn on_control(&mut self, control: &Control, now: Now, out: &mut Vec<Action>) {
+        match control {
+            Control::Work | Control::Resumed(_) => self.look_at = now.instant,
+            Control::Paused(batch) => {
+                for range in self.ranges_of(*batch) {
+                    self.return_range(range, None, now, out);
+                }
+            }
+            Control::Cancelled(batch) => {
+                for waiting in self.withdraw_batch(*batch) {
+                    self.end_waiting(&waiting, Finding::Cancelled, now, out);
+                }
+            }
+            // Looked at when a message's turn comes.
+            Control::Suppressed(_) | Control::Unsuppressed { .. } => {}
+            // The tracker's.
+            Control::Archived(_) | Control::Unarchived(_) => {}
+        }
+    }
+
+    fn on_drain(&mut self, out: &mut Vec<Action>) {
+        self.draining = true;
+        let all: Vec<_> = self.ranges.keys().copied().collect();
+        let now = Now {
+            instant: self.started,
+            wall: Timestamp::default(),
+        };
+        for range in all {
+            self.return_range(range, None, now, out);
+        }
+        for (id, conn) in &mut self.conns {
+            conn.closing = true;
+            out.push(Action::Close(*id));
+        }
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+}
+
+fn policy(
+    config: &QueueConfig,
+    destination: Destination,
+    limits: service::config::shaping::Limits,
+) -> Policy {
+    Policy {
+        destination,
+        limits,
+        ambiguous: config.ambiguous,
+        ambiguous_after: config.ambiguous_after,
+    }
+}

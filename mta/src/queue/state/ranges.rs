@@ -1,0 +1,345 @@
+//! Ranges: what was leased comes in, waits in lanes, and ends reported, handed back or lost.
+
+use super::*;
+use crate::queue::job::{Item, Lease};
+use crate::queue::lane::Ending;
+use store::MIXED;
+
+impl QueueState {
+    pub(super) fn on_leased(
+        &mut self,
+        ranges: Vec<LeasedRange>,
+        asked_at: Instant,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        if self.asking == Asking::Leasing {
+            self.asking = Asking::No;
+        }
+        if ranges.is_empty() {
+            self.more = false;
+        }
+        for leased in ranges {
+            if self.draining {
+                out.push(Action::Release(Release {
+                    range: leased.range,
+                    due_at: None,
+                    requeue: Vec::new(),
+                }));
+            } else {
+                self.take_range(leased, asked_at, now, out);
+            }
+        }
+        self.low_water = self.leased() / 2;
+    }
+
+    fn take_range(
+        &mut self,
+        leased: LeasedRange,
+        asked_at: Instant,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        let id = leased.range;
+        let batch = leased.batch.id;
+        out.push(Action::Register {
+            range: id,
+            batch,
+            places: leased
+                .items
+                .iter()
+                .map(|item| (item.place, item.offset))
+                .collect(),
+            window: leased.window,
+        });
+        let state = self.batches.entry(batch).or_insert_with(|| {
+            out.push(Action::LoadContent(Arc::clone(&leased.batch)));
+            BatchState {
+                head: Arc::clone(&leased.batch),
+                ranges: 0,
+                content: Content::Loading,
+            }
+        });
+        state.ranges += 1;
+        let mut range = Range {
+            batch,
+            mixed: &*leased.queue == MIXED,
+            window: leased.window,
+            lease: Lease::new(asked_at, self.config.lease),
+            leased_at: asked_at,
+            domains: Vec::new(),
+            waiting: leased.items.len(),
+            out: 0,
+            ending: None,
+            requeue: Vec::new(),
+        };
+        let mut doubtful = Vec::new();
+        for one in leased.items {
+            let maybe_started = one.maybe_started;
+            let item = Item {
+                range: id,
+                batch: Arc::clone(&leased.batch),
+                place: one.place,
+                offset: one.offset,
+                row: one.row,
+                attempt: one.attempts.saturating_add(1),
+                ambiguous_before: one.ambiguous_before,
+            };
+            let waiting = Waiting {
+                item: Arc::new(item),
+                broken: 0,
+            };
+            if maybe_started {
+                doubtful.push(waiting);
+            } else {
+                let domain = self.wait_in_lane(waiting);
+                if range.domains.last() != Some(&domain) && !range.domains.contains(&domain) {
+                    range.domains.push(domain);
+                }
+            }
+        }
+        self.ranges.insert(id, range);
+        for waiting in doubtful {
+            let text = "the node that may have sent it has not reported".to_owned();
+            self.end_waiting(&waiting, Finding::Ambiguous(text), now, out);
+        }
+        self.tidy_range(id, now, out);
+    }
+
+    /// Puts a message behind the others of its domain, and has the domain looked up if need be.
+    fn wait_in_lane(&mut self, waiting: Waiting) -> Box<str> {
+        let name: Box<str> = waiting.item.row.email.domain().into();
+        self.lane(&name).push(waiting);
+        name
+    }
+
+    /// The lane of a domain, made and looked up where there was none.
+    pub(super) fn lane(&mut self, name: &str) -> &mut Lane {
+        if !self.lanes.contains_key(name)
+            && let Ok(domain) = name.parse::<Domain>()
+        {
+            let mut lane = Lane::new(domain.clone());
+            lane.way = Way::Asked;
+            self.lanes.insert(name.into(), lane);
+            self.to_resolve.push_back(domain);
+        }
+        if let Some(Way::Known { destination, .. }) = self.lanes.get(name).map(|lane| &lane.way) {
+            self.dirty.insert(destination.clone());
+        }
+        // An address's domain was parsed when it was accepted, so the lane is there.
+        self.lanes
+            .entry(name.into())
+            .or_insert_with(|| Lane::new(fallback_domain()))
+    }
+
+    /// Ends a range that has nothing left to do here.
+    pub(super) fn tidy_range(&mut self, id: RangeRef, now: Now, out: &mut Vec<Action>) {
+        let Some(range) = self.ranges.get(&id) else {
+            return;
+        };
+        if range.out > 0 || (range.waiting > 0 && range.ending.is_none()) {
+            return;
+        }
+        let Some(range) = self.ranges.remove(&id) else {
+            return;
+        };
+        match range.ending {
+            Some(Ending::Return(until)) => {
+                let due_at =
+                    until.map(|until| now.wall + until.saturating_duration_since(now.instant));
+                out.push(Action::Release(Release {
+                    range: id,
+                    due_at,
+                    requeue: range.requeue,
+                }));
+            }
+            // All reported: shipping ends it. Lost: another's.
+            Some(Ending::Lost) | None => {}
+        }
+        if let Some(state) = self.batches.get_mut(&range.batch) {
+            state.ranges = state.ranges.saturating_sub(1);
+            if state.ranges == 0 {
+                self.batches.remove(&range.batch);
+            }
+        }
+    }
+
+    /// Takes what waits of a range out of its lanes.
+    fn withdraw_range(&mut self, id: RangeRef) -> Vec<Waiting> {
+        let Some(range) = self.ranges.get(&id) else {
+            return Vec::new();
+        };
+        let mut withdrawn = Vec::new();
+        for name in &range.domains {
+            if let Some(lane) = self.lanes.get_mut(name) {
+                withdrawn.extend(lane.withdraw(id));
+            }
+        }
+        withdrawn
+    }
+
+    /// Takes what waits of a batch out of its lanes; its ranges still count it.
+    pub(super) fn withdraw_batch(&mut self, batch: BatchId) -> Vec<Waiting> {
+        let ranges = self.ranges_of(batch);
+        ranges
+            .into_iter()
+            .flat_map(|range| self.withdraw_range(range))
+            .collect()
+    }
+
+    pub(super) fn ranges_of(&self, batch: BatchId) -> Vec<RangeRef> {
+        self.ranges
+            .iter()
+            .filter(|(_, range)| range.batch == batch)
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// Hands back what waits of a range, once nothing of it is out. Out of a mixed lot everybody
+    /// goes to the queue of the own domain: whoever could not start in time must not wait inside a
+    /// foreign lot.
+    pub(super) fn return_range(
+        &mut self,
+        id: RangeRef,
+        until: Option<Instant>,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        let withdrawn = self.withdraw_range(id);
+        let Some(range) = self.ranges.get_mut(&id) else {
+            return;
+        };
+        range.waiting = 0;
+        let moves_on = range.mixed && until.is_some();
+        if moves_on {
+            let own_queue =
+                |waiting: &Waiting| (waiting.item.place, waiting.item.row.email.domain().into());
+            range.requeue.extend(withdrawn.iter().map(own_queue));
+        }
+        // The others of a mixed lot have nothing to wait for.
+        let until = until.filter(|_| !range.mixed);
+        if range.ending != Some(Ending::Lost) {
+            range.ending = Some(Ending::Return(until));
+        }
+        self.tidy_range(id, now, out);
+    }
+
+    /// Another node has the range now, or may have: nothing more of it starts here.
+    fn lose_range(&mut self, id: RangeRef, out: &mut Vec<Action>) {
+        self.withdraw_range(id);
+        let Some(range) = self.ranges.get_mut(&id) else {
+            return;
+        };
+        range.waiting = 0;
+        range.ending = Some(Ending::Lost);
+        let now = Now {
+            instant: self.started,
+            wall: Timestamp::default(),
+        };
+        self.tidy_range(id, now, out);
+    }
+
+    pub(super) fn on_renewed(
+        &mut self,
+        held: Option<Vec<RangeRef>>,
+        asked_at: Instant,
+        out: &mut Vec<Action>,
+    ) {
+        self.renewing = false;
+        let Some(held) = held else { return };
+        let held: HashSet<_> = held.into_iter().collect();
+        let until = asked_at + self.config.lease;
+        let mut lost = Vec::new();
+        for (id, range) in &self.ranges {
+            if held.contains(id) {
+                range.lease.extend(until);
+            } else if range.leased_at < asked_at {
+                lost.push(*id);
+            }
+        }
+        for id in lost {
+            self.lose_range(id, out);
+        }
+    }
+
+    pub(super) fn on_shipped(
+        &mut self,
+        windows: &[(RangeRef, u32)],
+        lost: &[RangeRef],
+        out: &mut Vec<Action>,
+    ) {
+        for (id, window) in windows {
+            let Some(range) = self.ranges.get_mut(id) else {
+                continue;
+            };
+            range.window = range.window.max(*window);
+            for name in &range.domains {
+                if let Some(Way::Known { destination, .. }) =
+                    self.lanes.get(name).map(|lane| &lane.way)
+                {
+                    self.dirty.insert(destination.clone());
+                }
+            }
+        }
+        for id in lost {
+            self.lose_range(*id, out);
+        }
+    }
+
+    pub(super) fn mark_batch_dirty(&mut self, batch: BatchId) {
+        for range in self.ranges.values().filter(|range| range.batch == batch) {
+            for name in &range.domains {
+                if let Some(Way::Known { destination, .. }) =
+                    self.lanes.get(name).map(|lane| &lane.way)
+                {
+                    self.dirty.insert(destination.clone());
+                }
+            }
+        }
+    }
+
+    pub(super) fn tick_ranges(&mut self, now: Now, out: &mut Vec<Action>) {
+        let mut lost = Vec::new();
+        let mut late = Vec::new();
+        for (id, range) in &self.ranges {
+            if range.ending.is_none() && range.lease.until() <= now.instant {
+                lost.push(*id);
+            } else if range.waiting > 0
+                && range.ending.is_none()
+                && now.instant >= range.leased_at + PATIENCE
+            {
+                match self.held_until(range, now.instant) {
+                    Some(until) => late.push((*id, until)),
+                    None if range.mixed => late.push((*id, now.instant)),
+                    None => {}
+                }
+            }
+        }
+        for id in lost {
+            self.lose_range(id, out);
+        }
+        for (id, until) in late {
+            self.return_range(id, Some(until), now, out);
+        }
+    }
+
+    /// Until when the destination of (one of) a range's domains is left alone.
+    fn held_until(&self, range: &Range, now: Instant) -> Option<Instant> {
+        let of = |name: &Box<str>| match self.lanes.get(name).map(|lane| &lane.way)? {
+            Way::Known { destination, .. } => self.dests.get(destination)?.hold_until,
+            Way::Unknown | Way::Asked => None,
+        };
+        range
+            .domains
+            .iter()
+            .filter_map(of)
+            .filter(|until| *until > now + PATIENCE)
+            .max()
+    }
+}
+
+/// Stands in where a stored address has a domain that no longer parses; nothing resolves it.
+#[expect(clippy::expect_used, reason = "a constant that a test parses")]
+fn fallback_domain() -> Domain {
+    "invalid.invalid".parse().expect("a domain")
+}

@@ -1,0 +1,179 @@
+//! Destinations at work: their connections per egress source, and what holds them back.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::job::{ConnId, Policy};
+use crate::resolve::Route;
+use crate::shaping::Pacer;
+
+/// Messages that a connection has at a time: one on the wire, the next composed.
+pub(super) const DEPTH: usize = 2;
+
+/// How long before it may be sent a message is handed to a connection.
+pub(super) const HORIZON: Duration = Duration::from_millis(500);
+
+/// The longest back-off after a destination could not be reached.
+const BACKOFF_MAX: Duration = Duration::from_secs(1_800);
+/// The longest wait after sessions that broke.
+const BREAK_MAX: Duration = Duration::from_secs(60);
+const BREAK_FIRST: Duration = Duration::from_millis(250);
+
+/// A destination with work or connections, or one that is being left alone.
+#[derive(Debug)]
+pub(super) struct Dest {
+    pub(super) policy: Arc<Policy>,
+    /// Domains with messages waiting, taken in turns.
+    pub(super) lanes: VecDeque<Box<str>>,
+    /// One per egress source.
+    pub(super) targets: Vec<Target>,
+    /// Times in a row that it could not be reached.
+    failures: u32,
+    /// It is left alone until then.
+    pub(super) hold_until: Option<Instant>,
+}
+
+/// A destination as one egress source sees it.
+#[derive(Debug)]
+pub(super) struct Target {
+    /// Index of the source.
+    pub(super) source: usize,
+    /// Share of the source in its pool.
+    weight: u32,
+    /// When the next messages may start: a plan, which the connection's own permit enforces.
+    pub(super) plan: Pacer,
+    pub(super) conns: Vec<ConnId>,
+    /// Messages handed out.
+    served: u64,
+    /// No new connection before this.
+    open_after: Option<Instant>,
+    /// Sessions in a row that broke without having carried anything.
+    breaks: u32,
+}
+
+/// A connection as the queue sees it.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub(super) destination: crate::shaping::Destination,
+    /// Index of the target in its destination.
+    pub(super) target: usize,
+    pub(super) route: Arc<Route>,
+    pub(super) ready: bool,
+    /// Asked to end.
+    pub(super) closing: bool,
+    pub(super) in_flight: usize,
+    /// Handed to it, ever.
+    pub(super) sent: u32,
+}
+
+impl Conn {
+    /// Whether it can be handed another message.
+    pub(super) fn has_room(&self, messages_max: u32) -> bool {
+        self.ready && !self.closing && self.in_flight < DEPTH && self.sent < messages_max
+    }
+}
+
+impl Dest {
+    pub(super) fn new(policy: Arc<Policy>, sources: &[(usize, u32)], started: Instant) -> Self {
+        let target = |&(source, weight): &(usize, u32)| Target {
+            source,
+            weight: weight.max(1),
+            plan: Pacer::exhausted(policy.limits.rate, started),
+            conns: Vec::new(),
+            served: 0,
+            open_after: None,
+            breaks: 0,
+        };
+        let targets = sources.iter().map(target).collect();
+        Self {
+            policy,
+            lanes: VecDeque::new(),
+            targets,
+            failures: 0,
+            hold_until: None,
+        }
+    }
+
+    /// Whether it is left alone at `now`.
+    pub(super) fn is_held(&self, now: Instant) -> bool {
+        self.hold_until.is_some_and(|until| until > now)
+    }
+
+    /// It answered.
+    pub(super) fn reached(&mut self) {
+        (self.failures, self.hold_until) = (0, None);
+    }
+
+    /// It could not be reached: leaves it alone for as long as its schedule says, and tells until
+    /// when.
+    pub(super) fn not_reached(&mut self, now: Instant) -> Instant {
+        let retry = &self.policy.limits.retry;
+        let step = usize::try_from(self.failures)
+            .unwrap_or(usize::MAX)
+            .min(retry.len().saturating_sub(1));
+        let wait = retry
+            .get(step)
+            .copied()
+            .unwrap_or(BACKOFF_MAX)
+            .min(BACKOFF_MAX);
+        self.failures = self.failures.saturating_add(1);
+        *self.hold_until.insert(now + wait)
+    }
+
+    /// Targets, the one that is furthest behind its share first.
+    pub(super) fn by_share(&self) -> Vec<usize> {
+        let mut order: Vec<_> = (0..self.targets.len()).collect();
+        order.sort_by_key(|&at| {
+            self.targets
+                .get(at)
+                .map(|target| target.served * 1_000 / u64::from(target.weight))
+        });
+        order
+    }
+
+    /// Whether anything about it has to be remembered.
+    pub(super) fn is_idle(&self, now: Instant) -> bool {
+        let quiet = |target: &Target| {
+            target.conns.is_empty()
+                && target.plan.free_at(now) <= now
+                && target.open_after.is_none_or(|at| at <= now)
+        };
+        // The count of failures outlives the hold, or back-off would never grow.
+        let forgotten = self
+            .hold_until
+            .is_none_or(|until| until + BACKOFF_MAX <= now);
+        self.lanes.is_empty() && forgotten && self.targets.iter().all(quiet)
+    }
+}
+
+impl Target {
+    /// Whether a message may be handed out now.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.plan.free_at(now) <= now + HORIZON
+    }
+
+    /// Whether a connection may be opened now as far as this target's past goes.
+    pub(super) fn may_open(&self, now: Instant) -> bool {
+        self.open_after.is_none_or(|at| at <= now)
+    }
+
+    pub(super) fn handed_out(&mut self, now: Instant) {
+        self.served += 1;
+        self.plan.reserve(now);
+    }
+
+    /// A session carried something.
+    pub(super) fn worked(&mut self) {
+        (self.breaks, self.open_after) = (0, None);
+    }
+
+    /// A session broke, or could not be had while others can.
+    pub(super) fn broke(&mut self, now: Instant) {
+        let wait = BREAK_FIRST
+            .saturating_mul(1 << self.breaks.min(16))
+            .min(BREAK_MAX);
+        self.breaks = self.breaks.saturating_add(1);
+        self.open_after = Some(now + wait);
+    }
+}

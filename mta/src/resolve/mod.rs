@@ -1,0 +1,355 @@
+//! Where mail for a domain goes: MX hosts, their addresses, and why there are none.
+//!
+//! Owns DNS and its memory: one lookup in flight per name, answers for as long as they say, and
+//! failures for a moment (RFC 9520), so that a dead domain is not asked for at full rate. Must not
+//! connect to what it finds, and decides no retry.
+//!
+//! RFC 5321 §5.1 (MX, implicit MX), RFC 7505 (null MX).
+
+mod cache;
+mod dns;
+mod private;
+
+pub use dns::{Answer, Dns, DnsError, SystemDns};
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use model::{Blame, Class, Domain};
+use service::clock::SharedClock;
+use service::config::shaping::Routes;
+
+use crate::queue::job::Trouble;
+use cache::Cache;
+
+/// Answers are kept at least this long, whatever their TTL, and at most a day.
+const TTL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(86_400));
+/// That nothing exists is believed at most this long: domains come (back) to life.
+const NEGATIVE_TTL_MAX: Duration = Duration::from_secs(300);
+/// How long a failure to ask is remembered.
+const FAILURE_TTL: Duration = Duration::from_secs(5);
+/// Names remembered, of each kind.
+const NAMES_MAX: usize = 100_000;
+/// Hosts of one domain that are of any use.
+const HOSTS_MAX: usize = 32;
+/// Addresses of one host that are tried.
+const ADDRESSES_MAX: usize = 16;
+
+/// A host to connect to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Host {
+    /// Lower is tried first.
+    pub preference: u16,
+    /// Lower case, without final dot; or an IP address of a static route.
+    pub name: Arc<str>,
+    /// The port.
+    pub port: u16,
+}
+
+/// Where a domain's mail goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    hosts: Vec<Host>,
+    key: Arc<str>,
+    /// By the operator's word: not checked as private.
+    is_static: bool,
+}
+
+impl Route {
+    /// The route over `hosts`, in any order.
+    pub fn new(mut hosts: Vec<Host>, is_static: bool) -> Self {
+        hosts.sort();
+        hosts.dedup();
+        hosts.truncate(HOSTS_MAX);
+        let parts: Vec<_> = hosts
+            .iter()
+            .map(|host| format!("{}:{}", host.name, host.port))
+            .collect();
+        Self {
+            hosts,
+            key: parts.join(",").into(),
+            is_static,
+        }
+    }
+
+    /// What tells routes apart: the same hosts and ports.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Names of the destination: hosts, with the port where an operator gave one.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let whole = self.is_static.then_some(&*self.key);
+        let names = self
+            .hosts
+            .iter()
+            .map(|host| &*host.name)
+            .filter(move |_| whole.is_none());
+        whole.into_iter().chain(names)
+    }
+
+    /// Hosts in the order in which to try them: by preference, at random within one.
+    pub fn in_order(&self, random: &mut fastrand::Rng) -> Vec<Host> {
+        let mut hosts = self.hosts.clone();
+        random.shuffle(&mut hosts);
+        hosts.sort_by_key(|host| host.preference);
+        hosts
+    }
+
+    /// Whether it is the operator's word.
+    pub fn is_static(&self) -> bool {
+        self.is_static
+    }
+}
+
+/// Routes and addresses, with their memory. Shared by reference.
+pub struct Resolver {
+    dns: Arc<dyn Dns>,
+    clock: SharedClock,
+    routes: Routes,
+    port: u16,
+    allowed_private: Vec<IpNet>,
+    mx: Cache<Result<Arc<Route>, Trouble>>,
+    addresses: Cache<Result<Arc<[IpAddr]>, Trouble>>,
+}
+
+impl std::fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resolver")
+            .field("routes", &self.routes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Resolver {
+    /// A resolver over `dns`: `port` is that of hosts found by MX, `allowed_private` are networks
+    /// that may be delivered to although they are private.
+    pub fn new(
+        dns: Arc<dyn Dns>,
+        clock: SharedClock,
+        routes: Routes,
+        port: u16,
+        allowed_private: Vec<IpNet>,
+    ) -> Self {
+        Self {
+            dns,
+            clock,
+            routes,
+            port,
+            allowed_private,
+            mx: Cache::new(NAMES_MAX),
+            addresses: Cache::new(NAMES_MAX),
+        }
+    }
+
+    /// Where mail for `domain` goes, and for how long that is known.
+    ///
+    /// # Errors
+    /// Final: the domain does not exist ([`Class::BadDomain`]), or takes no mail ([`Class::NoMx`]).
+    /// Otherwise DNS could not be asked.
+    pub async fn route(&self, domain: &Domain) -> Result<(Arc<Route>, Duration), Trouble> {
+        if let Some(route) = self.routes.of(domain) {
+            let port = route.port.unwrap_or(self.port);
+            let host = Host {
+                preference: 0,
+                name: route.host.as_str().into(),
+                port,
+            };
+            return Ok((Arc::new(Route::new(vec![host], true)), TTL.1));
+        }
+        let (answer, until) = self
+            .mx
+            .get(domain.as_str(), self.clock.instant(), || {
+                let (dns, port, clock, name) = (
+                    Arc::clone(&self.dns),
+                    self.port,
+                    self.clock.clone(),
+                    domain.as_str().to_owned(),
+                );
+                async move { find_route(&*dns, &name, port, clock.instant()).await }
+            })
+            .await;
+        answer.map(|route| (route, until.saturating_duration_since(self.clock.instant())))
+    }
+
+    /// The addresses of a host of `route`, those that may be connected to.
+    ///
+    /// # Errors
+    /// When there are none: not final, as other hosts or another time may do.
+    pub async fn addresses(&self, host: &Host, route: &Route) -> Result<Arc<[IpAddr]>, Trouble> {
+        if let Ok(address) = host.name.parse::<IpAddr>() {
+            return self.permitted(host, &[address], route);
+        }
+        let (answer, _) = self
+            .addresses
+            .get(&host.name, self.clock.instant(), || {
+                let (dns, clock, name, is_static) = (
+                    Arc::clone(&self.dns),
+                    self.clock.clone(),
+                    host.name.to_string(),
+                    route.is_static,
+                );
+                async move { find_addresses(&*dns, &name, is_static, clock.instant()).await }
+            })
+            .await;
+        self.permitted(host, &answer?, route)
+    }
+
+    /// Leaves out what must not be connected to: an MX record is a stranger's word.
+    fn permitted(
+        &self,
+        host: &Host,
+        addresses: &[IpAddr],
+        route: &Route,
+    ) -> Result<Arc<[IpAddr]>, Trouble> {
+        let fits = |address: &&IpAddr| {
+            let address = address.to_canonical();
+            route.is_static
+                || !private::is_private(address)
+                || self
+                    .allowed_private
+                    .iter()
+                    .any(|net| net.contains(&address))
+        };
+        let permitted: Vec<IpAddr> = addresses
+            .iter()
+            .filter(fits)
+            .copied()
+            .take(ADDRESSES_MAX)
+            .collect();
+        if permitted.is_empty() {
+            let text = format!("{} has only addresses that are not public", host.name);
+            return Err(trouble(Class::Policy, Blame::Destination, text, false));
+        }
+        Ok(permitted.into())
+    }
+}
+
+type Kept<T> = (Result<T, Trouble>, Instant);
+
+fn keep<T>(value: Result<T, Trouble>, now: Instant, ttl: Duration) -> Kept<T> {
+    (value, now + ttl)
+}
+
+async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kept<Arc<Route>> {
+    let hosts = match dns.mx(domain).await {
+        Ok(answer) => answer,
+        Err(DnsError::NoRecords(ttl)) => return implicit_mx(dns, domain, port, now, ttl).await,
+        Err(DnsError::NoDomain(ttl)) => {
+            let text = format!("the domain {domain} does not exist");
+            return keep(
+                Err(trouble(Class::BadDomain, Blame::Recipient, text, true)),
+                now,
+                negative(ttl),
+            );
+        }
+        Err(DnsError::Temporary(why)) => {
+            return keep(Err(no_answer(domain, &why)), now, FAILURE_TTL);
+        }
+    };
+    let ttl = positive(hosts.ttl);
+    // RFC 7505: a single MX of preference 0 and an empty name. Beside others the empty name means
+    // nothing.
+    let is_null = |(_, name): &&(u16, String)| name.is_empty();
+    if !hosts.records.is_empty() && hosts.records.iter().all(|record| is_null(&record)) {
+        let text = format!("the domain {domain} takes no mail (null MX)");
+        return keep(
+            Err(trouble(Class::NoMx, Blame::Recipient, text, true)),
+            now,
+            ttl,
+        );
+    }
+    let named = hosts.records.iter().filter(|record| !is_null(record));
+    let hosts = named.map(|(preference, name)| Host {
+        preference: *preference,
+        name: name.as_str().into(),
+        port,
+    });
+    keep(Ok(Arc::new(Route::new(hosts.collect(), false))), now, ttl)
+}
+
+/// Without MX records the domain itself is the host, if it has an address (RFC 5321 §5.1).
+async fn implicit_mx(
+    dns: &dyn Dns,
+    domain: &str,
+    port: u16,
+    now: Instant,
+    ttl: Duration,
+) -> Kept<Arc<Route>> {
+    match dns.addresses(domain, false).await {
+        Ok(_) => {
+            let host = Host {
+                preference: 0,
+                name: domain.into(),
+                port,
+            };
+            keep(
+                Ok(Arc::new(Route::new(vec![host], false))),
+                now,
+                positive(ttl),
+            )
+        }
+        Err(DnsError::NoRecords(_) | DnsError::NoDomain(_)) => {
+            let text = format!("the domain {domain} has neither MX nor address records");
+            keep(
+                Err(trouble(Class::NoMx, Blame::Recipient, text, true)),
+                now,
+                negative(ttl),
+            )
+        }
+        Err(DnsError::Temporary(why)) => keep(Err(no_answer(domain, &why)), now, FAILURE_TTL),
+    }
+}
+
+async fn find_addresses(
+    dns: &dyn Dns,
+    host: &str,
+    is_static: bool,
+    now: Instant,
+) -> Kept<Arc<[IpAddr]>> {
+    match dns.addresses(host, is_static).await {
+        Ok(answer) => keep(Ok(answer.records.into()), now, positive(answer.ttl)),
+        Err(DnsError::NoRecords(ttl) | DnsError::NoDomain(ttl)) => {
+            let text = format!("the mail host {host} has no address");
+            keep(
+                Err(trouble(Class::DnsFailure, Blame::Destination, text, false)),
+                now,
+                negative(ttl),
+            )
+        }
+        Err(DnsError::Temporary(why)) => keep(Err(no_answer(host, &why)), now, FAILURE_TTL),
+    }
+}
+
+fn positive(ttl: Duration) -> Duration {
+    ttl.clamp(TTL.0, TTL.1)
+}
+
+fn negative(ttl: Duration) -> Duration {
+    ttl.clamp(TTL.0, NEGATIVE_TTL_MAX)
+}
+
+fn no_answer(name: &str, why: &str) -> Trouble {
+    trouble(
+        Class::DnsFailure,
+        Blame::Destination,
+        format!("DNS gave no answer about {name}: {why}"),
+        false,
+    )
+}
+
+fn trouble(class: Class, blame: Blame, text: String, is_final: bool) -> Trouble {
+    Trouble {
+        class,
+        blame,
+        text,
+        reply: None,
+        host: "".into(),
+        is_final,
+    }
+}
+
+#[cfg(test)]
+mod tests;

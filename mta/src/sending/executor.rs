@@ -1,0 +1,236 @@
+//! Carries out what the queue decides: the task that owns its state.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use model::Domain;
+use service::clock::SharedClock;
+use service::tasks::{Shutdown, Stage, Tasks};
+use store::BatchHead;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::asking::{Asking, Question};
+use crate::compose::{Composed, Composer, Contents, LoadError, Request};
+use crate::deliver::{Deliver, Plan};
+use crate::queue::job::{ConnId, Fate, Job, Returned};
+use crate::queue::{Action, Event, Now, QueueState};
+use crate::resolve::Resolver;
+use crate::ship::{Recorder, ShipCommand};
+
+/// Events taken in one turn.
+const EVENTS_PER_TURN: usize = 1_024;
+/// Messages that a connection's channel holds: what it is handed at a time.
+const CHANNEL: usize = 2;
+
+/// What the executor is made of.
+pub(super) struct Parts {
+    pub(super) state: QueueState,
+    pub(super) events: mpsc::Receiver<Event>,
+    pub(super) queue: mpsc::Sender<Event>,
+    pub(super) ship: mpsc::Sender<ShipCommand>,
+    pub(super) asking: Asking,
+    pub(super) resolver: Arc<Resolver>,
+    pub(super) contents: Arc<Contents>,
+    pub(super) composer: Composer,
+    pub(super) deliver: Arc<Deliver>,
+    pub(super) recorder: Arc<Recorder>,
+    pub(super) clock: SharedClock,
+    pub(super) tasks: Tasks,
+    pub(super) shutdown: Shutdown,
+    pub(super) failed: CancellationToken,
+}
+
+/// The task; see the module.
+pub(super) struct Executor {
+    parts: Parts,
+    /// Commands for which shipping had no room yet; no more than there are leased ranges.
+    unsent: VecDeque<ShipCommand>,
+    /// What came of carrying out an action at once.
+    at_once: Vec<Event>,
+    conns: HashMap<ConnId, Wiring>,
+    drained: bool,
+}
+
+/// The way to a connection.
+struct Wiring {
+    jobs: mpsc::Sender<Composed>,
+    quit: CancellationToken,
+}
+
+impl Executor {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self { parts, unsent: VecDeque::new(), at_once: Vec::new(), conns: HashMap::new(), drained: false }
+    }
+
+    /// Tells the process that sending cannot go on.
+    pub(super) fn fail(&self) {
+        self.parts.failed.cancel();
+    }
+
+    /// Runs until everything is handed back after the end was asked for, or the drain goes on
+    /// without.
+    pub(super) async fn run(mut self, first: Event) {
+        self.apply(vec![first]);
+        let mut ticks = tokio::time::interval(QueueState::TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let shutdown = self.parts.shutdown.clone();
+        let failed = self.parts.failed.clone();
+        let mut draining = false;
+        let mut events = Vec::with_capacity(EVENTS_PER_TURN);
+        while !self.drained {
+            tokio::select! {
+                _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => self.apply(std::mem::take(&mut events)),
+                _ = ticks.tick() => self.tick(),
+                () = shutdown.begun(), if !draining => {
+                    draining = true;
+                    self.apply(vec![Event::Drain]);
+                }
+                () = failed.cancelled(), if !draining => {
+                    draining = true;
+                    self.apply(vec![Event::Drain]);
+                }
+                () = shutdown.reached(Stage::Journal) => break,
+            }
+            while !self.at_once.is_empty() {
+                let events = std::mem::take(&mut self.at_once);
+                self.apply(events);
+            }
+        }
+        self.finish().await;
+    }
+
+    async fn finish(self) {
+        for command in self.unsent.into_iter().chain([ShipCommand::Finish]) {
+            if self.parts.ship.send(command).await.is_err() {
+                tracing::debug!("shipping has ended before the queue");
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now { instant: self.parts.clock.instant(), wall: self.parts.clock.now() }
+    }
+
+    fn apply(&mut self, events: Vec<Event>) {
+        for event in &events {
+            if let Event::Closed(conn, _) = event {
+                self.conns.remove(conn);
+            }
+        }
+        let now = self.now();
+        let actions = self.parts.state.apply(events, now);
+        self.carry_out(actions);
+    }
+
+    fn tick(&mut self) {
+        let now = self.now();
+        let actions = self.parts.state.tick(now);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            self.act(action);
+        }
+        while let Some(command) = self.unsent.pop_front() {
+            match self.parts.ship.try_send(command) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(command)) => {
+                    self.unsent.push_front(command);
+                    return;
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => {}
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Look if !self.parts.recorder.has_room() => {
+                tracing::warn!("the journal is full, no new work is taken");
+                self.at_once.push(Event::Backlog(None));
+            }
+            Action::Look => {
+                if !self.parts.asking.ask(Question::Look) {
+                    self.at_once.push(Event::Backlog(None));
+                }
+            }
+            Action::Ask(wants) => {
+                if !self.parts.asking.ask(Question::Lease(wants)) {
+                    self.at_once.push(Event::Leased { ranges: Vec::new(), asked_at: self.parts.clock.instant() });
+                }
+            }
+            Action::Renew => {
+                if !self.parts.asking.renew() {
+                    self.at_once.push(Event::Renewed { held: None, asked_at: self.parts.clock.instant() });
+                }
+            }
+            Action::Register { range, batch, places, window } => {
+                self.unsent.push_back(ShipCommand::Register { range, batch, places, window });
+            }
+            Action::Release(release) => self.unsent.push_back(ShipCommand::Release(release)),
+            Action::Resolve(domain) => self.resolve(domain),
+            Action::LoadContent(head) => self.load(head),
+            Action::Open { conn, route, policy, source } => {
+                let (jobs, receiver) = mpsc::channel(CHANNEL);
+                let quit = CancellationToken::new();
+                let plan = Plan { conn, route, policy, source, jobs: receiver, quit: quit.clone() };
+                self.conns.insert(conn, Wiring { jobs, quit });
+                self.parts.tasks.spawn("smtp", Arc::clone(&self.parts.deliver).run(plan));
+            }
+            Action::Send(job) => self.send(job),
+            Action::Close(conn) => {
+                if let Some(wiring) = self.conns.get(&conn) {
+                    wiring.quit.cancel();
+                }
+            }
+            Action::Record { attempt, released_at } => self.parts.recorder.outcome(*attempt, released_at),
+            Action::Drained => self.drained = true,
+        }
+    }
+
+    fn send(&mut self, job: Job) {
+        let id = job.id;
+        let to = self.conns.get(&job.conn).map(|wiring| wiring.jobs.clone());
+        let sent = to.is_some_and(|to| self.parts.composer.send(Request { job, to }).is_ok());
+        if !sent {
+            self.at_once.push(Event::Report(id, Fate::Returned(Returned::Closed)));
+        }
+    }
+
+    fn resolve(&self, domain: Domain) {
+        let (resolver, queue) = (Arc::clone(&self.parts.resolver), self.parts.queue.clone());
+        self.parts.tasks.spawn("resolve", async move {
+            let answer = resolver.route(&domain).await;
+            if queue.send(Event::Resolved { domain, answer }).await.is_err() {
+                tracing::debug!("the queue has ended before a lookup");
+            }
+        });
+    }
+
+    fn load(&self, head: Arc<BatchHead>) {
+        let (contents, queue) = (Arc::clone(&self.parts.contents), self.parts.queue.clone());
+        self.parts.tasks.spawn("load", async move {
+            let batch = head.id;
+            let ready = match contents.load(head).await {
+                Ok(()) => Ok(()),
+                Err(error @ LoadError::Store(_)) => {
+                    tracing::warn!(%batch, %error, "the content of a batch cannot be loaded");
+                    Err((error.to_string(), false))
+                }
+                Err(error @ LoadError::Keys(_)) => {
+                    tracing::error!(%batch, %error, "a batch waits for its keys");
+                    Err((error.to_string(), false))
+                }
+                Err(error @ LoadError::Final(_)) => {
+                    tracing::error!(%batch, %error, "a batch cannot be sent");
+                    Err((error.to_string(), true))
+                }
+            };
+            if queue.send(Event::Content { batch, ready }).await.is_err() {
+                tracing::debug!("the queue has ended before a content");
+            }
+        });
+    }
+}

@@ -1,0 +1,233 @@
+//! Wires the rooms of sending: store, queue, resolve, compose, deliver, journal, ship.
+//!
+//! Owns the tasks around the queue's state and their order at start and end. Must not decide
+//! anything: that is the queue's.
+
+mod asking;
+mod executor;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use journal::Journal;
+use links::KeyRing;
+use service::clock::SharedClock;
+use service::config::shaping::ShapingFile;
+use service::config::{Dns, Pool, Smtp};
+use service::metrics::Metrics;
+use service::tasks::{Hold, Shutdown, Stage, Tasks};
+use store::Store;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::classify::Rules;
+use crate::compose::{Composer, Contents};
+use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
+use crate::queue::control::ControlView;
+use crate::queue::{Event, QueueConfig, QueueState};
+use crate::resolve::{Resolver, SystemDns};
+use crate::ship::{Recorder, Recovered, ShipDeps, Shipper, recover};
+use asking::Asking;
+use executor::{Executor, Parts};
+
+/// Events that wait for the queue; connections wait when it is full.
+const EVENTS_MAX: usize = 4_096;
+/// Commands that wait for shipping; the queue keeps what does not fit.
+const COMMANDS_MAX: usize = 1_024;
+
+/// What sending is made of.
+pub struct SendingDeps {
+    /// The shared state.
+    pub store: Arc<dyn Store>,
+    /// The local facts; sending ships them.
+    pub journal: Journal,
+    /// The time.
+    pub clock: SharedClock,
+    /// Tasks of the process.
+    pub tasks: Tasks,
+    /// The end of the process.
+    pub shutdown: Shutdown,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// `[smtp]`.
+    pub smtp: Smtp,
+    /// `[dns]`.
+    pub dns: Dns,
+    /// `[[pools]]`; the one named `default`, else the first, is used.
+    pub pools: Vec<Pool>,
+    /// `shaping.toml`.
+    pub shaping: Arc<ShapingFile>,
+    /// `bounce-rules.toml`; may be exchanged while running.
+    pub rules: Arc<ArcSwap<Rules>>,
+    /// Tracking keys; may be exchanged while running.
+    pub ring: Arc<ArcSwap<KeyRing>>,
+    /// `dkim.dir`.
+    pub dkim_dir: PathBuf,
+    /// `store.lease`.
+    pub lease: Duration,
+}
+
+/// Why sending cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsSetupError),
+    /// DNS.
+    #[error("DNS cannot be asked: {0}")]
+    Dns(String),
+    /// No threads, or the journal cannot be read.
+    #[error("sending cannot start")]
+    Io(#[from] std::io::Error),
+}
+
+/// Sending, as it runs.
+#[derive(Debug, Clone)]
+pub struct SendingHandle {
+    failed: CancellationToken,
+}
+
+impl SendingHandle {
+    /// Returns when an outcome could not be kept: nothing more may be sent by this process, which
+    /// has to end. Cancel-safe.
+    pub async fn failed(&self) {
+        self.failed.cancelled().await;
+    }
+
+    /// Whether that has happened.
+    pub fn has_failed(&self) -> bool {
+        self.failed.is_cancelled()
+    }
+}
+
+/// Starts sending. Returns when its tasks run; taking back the leases of a former run and asking
+/// for work goes on behind, as long as it takes the store to answer.
+///
+/// # Errors
+/// See [`StartError`]; nothing runs then.
+pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
+    let failed = CancellationToken::new();
+    let now = deps.clock.instant();
+    let tls = TlsConfigs::new(deps.smtp.ca_file.as_deref())?;
+    let dns = SystemDns::new(&deps.dns.nameservers).map_err(StartError::Dns)?;
+    let routes = deps.shaping.routes.clone();
+    let resolver =
+        Arc::new(Resolver::new(Arc::new(dns), deps.clock.clone(), routes, deps.smtp.port, deps.smtp.allow_private_mx.clone()));
+    let journal = deps.journal.clone();
+    let starts = tokio::task::spawn_blocking(move || recover(&journal)).await.map_err(std::io::Error::other)??;
+
+    let (queue, events) = mpsc::channel(EVENTS_MAX);
+    let (ship, commands) = mpsc::channel(COMMANDS_MAX);
+    let view = Arc::new(ControlView::new(now));
+    let recorder = Arc::new(Recorder::new(deps.journal.clone(), Arc::clone(&deps.metrics), failed.clone()));
+    let contents = Arc::new(Contents::new(
+        Arc::clone(&deps.store),
+        Arc::clone(&deps.ring),
+        deps.dkim_dir.clone(),
+        deps.smtp.bounce_domain.clone(),
+    ));
+    let composer = Composer::start(&deps.tasks, &contents, &deps.metrics, &queue)?;
+    let deliver = Arc::new(Deliver::new(DeliverDeps {
+        resolver: Arc::clone(&resolver),
+        recorder: Arc::clone(&recorder),
+        rules: Arc::clone(&deps.rules),
+        view: Arc::clone(&view),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        timeouts: deps.smtp.timeouts,
+        sources: deps.smtp.sources.clone(),
+        tls,
+        queue: queue.clone(),
+    }));
+    let config = QueueConfig {
+        lease: deps.lease,
+        shaping: Arc::clone(&deps.shaping),
+        sources: sources(&deps.pools, &deps.smtp),
+        ambiguous: deps.smtp.ambiguous,
+        ambiguous_after: deps.smtp.ambiguous_after,
+    };
+    let state = QueueState::new(config, Arc::clone(&view), fastrand::u64(..), now);
+    let executor = Executor::new(Parts {
+        state,
+        events,
+        ship,
+        asking: Asking::start(&deps, &queue),
+        queue: queue.clone(),
+        resolver,
+        contents,
+        composer,
+        deliver,
+        recorder,
+        clock: deps.clock.clone(),
+        tasks: deps.tasks.clone(),
+        shutdown: deps.shutdown.clone(),
+        failed: failed.clone(),
+    });
+    let ship = ShipDeps {
+        journal: deps.journal.clone(),
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        commands,
+        queue: queue.clone(),
+        shutdown: deps.shutdown.clone(),
+    };
+    let tasks = deps.tasks.clone();
+    // The end of the process waits for the whole of it, the beginning included.
+    let hold = deps.shutdown.hold(Stage::Transactions);
+    tasks.spawn("sending", begin(deps, ship, starts, view, queue, executor, hold));
+    Ok(SendingHandle { failed })
+}
+
+/// What comes before the first message: the control feed's cursor, the facts of the last run, its
+/// leases. Then everything else starts.
+async fn begin(
+    deps: SendingDeps,
+    ship: ShipDeps<dyn Store>,
+    starts: Recovered,
+    view: Arc<ControlView>,
+    queue: mpsc::Sender<Event>,
+    executor: Executor,
+    hold: Hold,
+) {
+    let asked_before_leasing = async {
+        let mark = asking::until_answered(|| deps.store.high_water(deps.journal.id())).await;
+        let page = asking::until_answered(|| deps.store.control(None)).await;
+        let mut shipper = Shipper::new(ship, mark, starts);
+        let back = shipper.catch_up(deps.lease).await;
+        (page.next, shipper, back)
+    };
+    let (cursor, shipper, back) = tokio::select! {
+        found = asked_before_leasing => found,
+        () = deps.shutdown.begun() => {
+            tracing::info!("ended before the store answered; facts of the last run stay in the journal");
+            return;
+        }
+    };
+    let (ranges, asked_at) = match back {
+        Ok(back) => back,
+        Err(error) => {
+            tracing::error!(%error, "the journal cannot be read, nothing is sent");
+            executor.fail();
+            return;
+        }
+    };
+    let follower = asking::Follower { store: Arc::clone(&deps.store), view, clock: deps.clock.clone(), queue };
+    let shutdown = deps.shutdown.clone();
+    deps.tasks.spawn("control", async move { follower.run(cursor, &shutdown).await });
+    deps.tasks.spawn("ship", shipper.run());
+    executor.run(Event::Leased { ranges, asked_at }).await;
+    drop(hold);
+}
+
+/// The sources of the pool in use: index and weight. Choosing a pool per batch comes with the
+/// limits that need it.
+fn sources(pools: &[Pool], smtp: &Smtp) -> Vec<(usize, u32)> {
+    let Some(pool) = pools.iter().find(|pool| pool.name == "default").or(pools.first()) else {
+        return vec![(0, 1)];
+    };
+    let index = |name: &str| smtp.sources.iter().position(|source| source.name == name);
+    pool.sources.iter().filter_map(|member| Some((index(&member.name)?, member.weight))).collect()
+}

@@ -1,0 +1,352 @@
+//! The task that ships.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use journal::{Journal, RecordKind};
+use model::{BatchId, Fact, Place, Seq};
+use service::clock::SharedClock;
+use service::metrics::{DuplicateCause, Metrics};
+use service::tasks::{Shutdown, Stage};
+use store::{LeasedRange, RangeRef, Release, Shipment, Shipped, Store, StoreError};
+use tokio::sync::mpsc;
+
+use super::ledger::{Ledger, Moves};
+use super::Recovered;
+use crate::queue::Event;
+
+/// Records in one shipment: as many starts as outcomes.
+const RECORDS_MAX: usize = 1_000;
+/// Between shipments, so that each carries something worth its commit.
+const PACE: Duration = Duration::from_millis(20);
+/// Waits after the store did not answer.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Releases in one call.
+const RELEASES_MAX: usize = 200;
+/// How often what needs no new fact is looked after.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// What the queue asks of shipping.
+#[derive(Debug)]
+pub enum ShipCommand {
+    /// A range was leased.
+    Register {
+        /// Which.
+        range: RangeRef,
+        /// Of which batch.
+        batch: BatchId,
+        /// Its recipients, with their offsets.
+        places: Vec<(Place, u32)>,
+        /// What may be started already.
+        window: u32,
+    },
+    /// A range is to be handed back behind the facts that are in the journal now.
+    Release(Release),
+    /// Nothing more will come: end when everything is shipped.
+    Finish,
+}
+
+/// What shipping is made of.
+#[derive(Debug)]
+pub struct ShipDeps<S: ?Sized> {
+    /// Where facts come from.
+    pub journal: Journal,
+    /// Where they go.
+    pub store: Arc<S>,
+    /// The time.
+    pub clock: SharedClock,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What the queue asks.
+    pub commands: mpsc::Receiver<ShipCommand>,
+    /// What the queue is told.
+    pub queue: mpsc::Sender<Event>,
+    /// The end of the process.
+    pub shutdown: Shutdown,
+}
+
+/// The task; see the module.
+pub struct Shipper {
+    deps: ShipDeps<dyn Store>,
+    ledger: Ledger,
+    /// Everything through here is in the store.
+    shipped: Seq,
+    starts: Recovered,
+    releases: Vec<(Seq, Release)>,
+    backoff: Duration,
+    finishing: bool,
+    store_is_up: bool,
+}
+
+impl std::fmt::Debug for Shipper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shipper").field("shipped", &self.shipped).finish_non_exhaustive()
+    }
+}
+
+impl Shipper {
+    /// A shipper that goes on after `mark`, the store's high-water mark for this journal.
+    /// `starts` is what the journal knows of transactions in flight.
+    pub fn new(deps: ShipDeps<dyn Store>, mark: Seq, starts: Recovered) -> Self {
+        deps.journal.resume(mark, deps.clock.instant());
+        Self {
+            deps,
+            ledger: Ledger::default(),
+            shipped: mark,
+            starts,
+            releases: Vec::new(),
+            backoff: BACKOFF.0,
+            finishing: false,
+            store_is_up: true,
+        }
+    }
+
+    /// Ships what a former run of this node left, then takes its leases back, as far as the store
+    /// still has them for it. Recipients that the journal has no start of are untouched.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn catch_up(&mut self, lease: Duration) -> std::io::Result<(Vec<LeasedRange>, Instant)> {
+        let through = self.deps.journal.synced_through();
+        while self.shipped < through {
+            self.ship_some(false).await?;
+        }
+        let (mut ranges, asked_at) = loop {
+            let node = self.deps.journal.id();
+            let asked_at = self.deps.clock.instant();
+            match self.deps.store.reclaim(node, self.deps.clock.now(), lease).await {
+                Ok(ranges) => break (ranges, asked_at),
+                Err(error) => self.store_failed("reclaim", &error).await,
+            }
+        };
+        let mut ours = std::collections::HashSet::new();
+        for range in &mut ranges {
+            for item in &mut range.items {
+                let message = model::MessageId { batch: range.batch.id, index: item.row.index };
+                let number = item.attempts.saturating_add(1);
+                item.maybe_started = self.starts.was_in_flight(message, number);
+                ours.insert((message, number));
+            }
+        }
+        self.starts.keep_only(|message, number| ours.contains(&(message, number)));
+        if !ranges.is_empty() {
+            tracing::info!(ranges = ranges.len(), in_doubt = self.starts.len(), "took back the leases of the last run");
+        }
+        Ok((ranges, asked_at))
+    }
+
+    /// Ships until told to finish, or until the process closes its store.
+    pub async fn run(mut self) {
+        let hold = self.deps.shutdown.hold(Stage::Journal);
+        loop {
+            self.take_commands();
+            if self.finishing && self.is_done() {
+                break;
+            }
+            if let Err(error) = self.ship_some(true).await {
+                tracing::error!(%error, "the journal cannot be read, nothing is shipped");
+                tokio::time::sleep(BACKOFF.1).await;
+            }
+            self.release_due().await;
+            self.deps.metrics.journal_pending_records.set(i64::try_from(self.deps.journal.pending_records()).unwrap_or(i64::MAX));
+            let closing = self.deps.shutdown.clone().reached_close();
+            tokio::select! {
+                () = self.something_to_do() => {}
+                () = closing => break,
+            }
+        }
+        if !self.is_done() {
+            tracing::warn!(pending = self.deps.journal.pending_records(), "facts stay in the journal for the next start");
+        }
+        drop(hold);
+    }
+
+    fn is_done(&self) -> bool {
+        self.releases.is_empty() && self.shipped >= self.deps.journal.written_through()
+    }
+
+    async fn something_to_do(&mut self) {
+        if self.finishing {
+            // The sync thread may be idle: ask.
+            let journal = self.deps.journal.clone();
+            let synced = tokio::task::spawn_blocking(move || journal.sync()).await;
+            if !matches!(synced, Ok(Ok(()))) {
+                tokio::time::sleep(PACE).await;
+            }
+            return;
+        }
+        tokio::time::sleep(PACE).await;
+        tokio::select! {
+            readable = self.deps.journal.readable(self.shipped) => if readable.is_err() {
+                tokio::time::sleep(IDLE).await;
+            },
+            command = self.deps.commands.recv() => self.command(command.unwrap_or(ShipCommand::Finish)),
+            () = tokio::time::sleep(IDLE) => {}
+        }
+    }
+
+    fn take_commands(&mut self) {
+        loop {
+            match self.deps.commands.try_recv() {
+                Ok(command) => self.command(command),
+                Err(mpsc::error::TryRecvError::Empty) => return,
+                Err(mpsc::error::TryRecvError::Disconnected) => {
+                    self.finishing = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, command: ShipCommand) {
+        match command {
+            ShipCommand::Register { range, batch, places, window } => self.ledger.register(range, batch, places, window),
+            ShipCommand::Release(release) => {
+                // Everything about the range has been appended; after a write its end is known.
+                if let Err(error) = self.deps.journal.write() {
+                    tracing::warn!(%error, "journal not written before a range is handed back");
+                }
+                self.releases.push((self.deps.journal.written_through(), release));
+            }
+            ShipCommand::Finish => self.finishing = true,
+        }
+    }
+
+    /// Ships the next records, if any, and tries until the store has them.
+    async fn ship_some(&mut self, tells_queue: bool) -> std::io::Result<()> {
+        let pending = self.deps.journal.pending(self.shipped, RECORDS_MAX).await?;
+        if pending.through <= self.shipped {
+            self.deps.journal.shipped(self.trimmable(), self.deps.clock.instant());
+            return Ok(());
+        }
+        let facts = self.read(&pending.records);
+        let moves = self.ledger.moves();
+        let shipment = Shipment {
+            journal: self.deps.journal.id(),
+            facts,
+            through: pending.through,
+            windows: moves.windows.clone(),
+            finished: moves.finished.clone(),
+            now: self.deps.clock.now(),
+        };
+        let started = self.deps.clock.instant();
+        let shipped = loop {
+            match self.deps.store.ship(shipment.clone()).await {
+                Ok(shipped) => break shipped,
+                Err(error) => {
+                    // Commands go on being taken, so that the queue never waits for the store.
+                    self.take_commands();
+                    self.store_failed("ship", &error).await;
+                    if self.deps.shutdown.is_closing() {
+                        return Ok(());
+                    }
+                }
+            }
+        };
+        let took = self.deps.clock.instant().saturating_duration_since(started);
+        self.deps.metrics.store_seconds("ship").observe(took.as_secs_f64());
+        self.arrived(pending.through, &moves, shipped, tells_queue).await;
+        Ok(())
+    }
+
+    fn read(&mut self, records: &[journal::Record]) -> Vec<(Seq, Fact)> {
+        let mut facts = Vec::with_capacity(records.len());
+        for record in records {
+            self.starts.learn(record);
+            if record.kind == RecordKind::Start {
+                continue;
+            }
+            match Fact::from_bytes(&record.payload) {
+                Ok(fact) => {
+                    if let Fact::Attempt(attempt) = &fact {
+                        self.ledger.report(attempt.message.batch, attempt.place);
+                    }
+                    facts.push((record.seq, fact));
+                }
+                Err(error) => tracing::error!(seq = record.seq, %error, "a fact in the journal cannot be read and is not shipped"),
+            }
+        }
+        facts
+    }
+
+    async fn arrived(&mut self, through: Seq, moves: &Moves, shipped: Shipped, tells_queue: bool) {
+        self.shipped = through;
+        self.backoff = BACKOFF.0;
+        if !self.store_is_up {
+            tracing::info!("the store is back");
+        }
+        self.store_is_up = true;
+        self.deps.metrics.store_up.set(1);
+        self.deps.journal.shipped(self.trimmable(), self.deps.clock.instant());
+        self.ledger.arrived(moves);
+        for range in &shipped.lost {
+            self.ledger.forget(*range);
+        }
+        for message in &shipped.duplicates {
+            tracing::warn!(%message, "delivered twice: a former holder's outcome came late");
+            self.deps.metrics.duplicates.at(DuplicateCause::LostNode).inc();
+        }
+        if shipped.unknown > 0 {
+            tracing::info!(count = shipped.unknown, "facts about messages that the store does not know");
+        }
+        for batch in &shipped.completed {
+            tracing::info!(%batch, "batch completed");
+        }
+        let windows: Vec<_> = moves.windows.iter().filter(|(range, _)| !shipped.lost.contains(range)).copied().collect();
+        if tells_queue && !(windows.is_empty() && shipped.lost.is_empty()) {
+            let told = self.deps.queue.send(Event::Shipped { windows, lost: shipped.lost }).await;
+            if told.is_err() {
+                tracing::debug!("the queue has ended before shipping");
+            }
+        }
+    }
+
+    /// What the journal may forget: not the start of what is in flight.
+    fn trimmable(&self) -> Seq {
+        let open = self.starts.oldest().map_or(Seq::MAX, |seq| seq.saturating_sub(1));
+        self.shipped.min(open)
+    }
+
+    async fn release_due(&mut self) {
+        let (due, later): (Vec<_>, Vec<_>) = self.releases.drain(..).partition(|(after, _)| *after <= self.shipped);
+        self.releases = later;
+        for some in due.chunks(RELEASES_MAX) {
+            let releases: Vec<Release> = some.iter().map(|(_, release)| release.clone()).collect();
+            match self.deps.store.release(releases, self.deps.clock.now()).await {
+                Ok(()) => some.iter().for_each(|(_, release)| self.ledger.forget(release.range)),
+                Err(error) => {
+                    self.releases.extend_from_slice(some);
+                    self.store_failed("release", &error).await;
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn store_failed(&mut self, doing: &'static str, error: &StoreError) {
+        if self.store_is_up {
+            tracing::error!(%error, doing, "the store does not answer, facts wait in the journal");
+        }
+        self.store_is_up = false;
+        self.deps.metrics.store_up.set(0);
+        tokio::time::sleep(self.backoff).await;
+        self.backoff = (self.backoff * 2).min(BACKOFF.1);
+    }
+}
+
+/// What the end of the process means here.
+trait Closing {
+    async fn reached_close(self);
+    fn is_closing(&self) -> bool;
+}
+
+impl Closing for Shutdown {
+    async fn reached_close(self) {
+        self.reached(Stage::Close).await;
+    }
+
+    fn is_closing(&self) -> bool {
+        use futures_util::FutureExt as _;
+        self.reached(Stage::Close).now_or_never().is_some()
+    }
+}
