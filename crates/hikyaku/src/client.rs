@@ -36,8 +36,13 @@ impl Answer {
     /// # Errors
     /// When it is not JSON of that shape; the message quotes its beginning.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_slice(&self.body)
-            .with_context(|| format!("HTTP {}: {}", self.status, self.text().chars().take(400).collect::<String>()))
+        serde_json::from_slice(&self.body).with_context(|| {
+            format!(
+                "HTTP {}: {}",
+                self.status,
+                self.text().chars().take(400).collect::<String>()
+            )
+        })
     }
 
     /// The body as text.
@@ -53,7 +58,11 @@ impl Answer {
         if self.status.is_success() {
             return Ok(self);
         }
-        bail!("HTTP {}: {}", self.status, self.text().chars().take(400).collect::<String>())
+        bail!(
+            "HTTP {}: {}",
+            self.status,
+            self.text().chars().take(400).collect::<String>()
+        )
     }
 }
 
@@ -69,7 +78,11 @@ impl Client {
     /// For the service at `base` (`http://host:port`), with an API key when it wants one.
     pub fn new(base: impl Into<String>, key: Option<String>) -> Self {
         let base = base.into().trim_end_matches('/').to_owned();
-        Self { base, key, http: Http::builder(TokioExecutor::new()).build_http() }
+        Self {
+            base,
+            key,
+            http: Http::builder(TokioExecutor::new()).build_http(),
+        }
     }
 
     /// Asks for a path, or for a whole URL.
@@ -85,16 +98,32 @@ impl Client {
     /// # Errors
     /// As [`Client::get`].
     pub async fn post(&self, path: &str, json: &serde_json::Value) -> Result<Answer> {
-        self.call(Method::POST, path, Some("application/json"), json.to_string().into()).await
+        self.call(
+            Method::POST,
+            path,
+            Some("application/json"),
+            json.to_string().into(),
+        )
+        .await
     }
 
     /// Any call. `path` may be a whole URL, which is then taken as it is and gets no key.
     ///
     /// # Errors
     /// As [`Client::get`].
-    pub async fn call(&self, method: Method, path: &str, content_type: Option<&str>, body: Bytes) -> Result<Answer> {
+    pub async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: Option<&str>,
+        body: Bytes,
+    ) -> Result<Answer> {
         let whole = path.starts_with("http://") || path.starts_with("https://");
-        let url = if whole { path.to_owned() } else { format!("{}{path}", self.base) };
+        let url = if whole {
+            path.to_owned()
+        } else {
+            format!("{}{path}", self.base)
+        };
         let mut request = Request::builder().method(method).uri(&url);
         if let Some(content_type) = content_type {
             request = request.header(CONTENT_TYPE, content_type);
@@ -102,12 +131,22 @@ impl Client {
         if let (Some(key), false) = (&self.key, whole) {
             request = request.header(AUTHORIZATION, format!("Bearer {key}"));
         }
-        let request = request.body(Full::new(body)).with_context(|| format!("{url} is not a URL"))?;
+        let request = request
+            .body(Full::new(body))
+            .with_context(|| format!("{url} is not a URL"))?;
         let answer = async {
             let response = self.http.request(request).await?;
             let (parts, body) = response.into_parts();
-            let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(anyhow::Error::from_boxed)?.to_bytes();
-            anyhow::Ok(Answer { status: parts.status, headers: parts.headers, body })
+            let body = Limited::new(body, MAX_ANSWER)
+                .collect()
+                .await
+                .map_err(anyhow::Error::from_boxed)?
+                .to_bytes();
+            anyhow::Ok(Answer {
+                status: parts.status,
+                headers: parts.headers,
+                body,
+            })
         };
         tokio::time::timeout(TIMEOUT, answer)
             .await

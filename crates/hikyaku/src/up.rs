@@ -65,7 +65,10 @@ pub(crate) fn tracker(arguments: &Args, terminal: &Terminal<'_>) -> Result<(), F
 
 /// The runtime of a daemon.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")
 }
 
 /// A running service.
@@ -80,8 +83,12 @@ impl Running {
     /// Starts both.
     pub(crate) async fn start(config: &Config) -> Result<Self> {
         let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
-        std::fs::create_dir_all(&config.data_dir).with_context(|| format!("data_dir {}", config.data_dir.display()))?;
-        let (store, metrics) = (mta::daemon::open_store(&config.store).await?, Arc::new(Metrics::new()));
+        std::fs::create_dir_all(&config.data_dir)
+            .with_context(|| format!("data_dir {}", config.data_dir.display()))?;
+        let (store, metrics) = (
+            mta::daemon::open_store(&config.store).await?,
+            Arc::new(Metrics::new()),
+        );
         let clock = SystemClock::shared();
         let mta = mta::Deps {
             store: store.clone(),
@@ -91,9 +98,20 @@ impl Running {
             shutdown: shutdown.clone(),
         };
         let mta = mta::start(config, mta).await?;
-        let tracker = tracker::Deps { store, metrics, clock, tasks: tasks.clone(), shutdown: shutdown.clone() };
+        let tracker = tracker::Deps {
+            store,
+            metrics,
+            clock,
+            tasks: tasks.clone(),
+            shutdown: shutdown.clone(),
+        };
         let tracker = tracker::start(config, tracker).await?;
-        Ok(Self { tasks, shutdown, mta, tracker })
+        Ok(Self {
+            tasks,
+            shutdown,
+            mta,
+            tracker,
+        })
     }
 
     /// Where the API listens.
@@ -108,7 +126,12 @@ impl Running {
 
     /// Runs until a signal or a lost task, then drains.
     async fn supervise(self, signals: &mut Signals) -> Result<()> {
-        let Self { tasks, shutdown, mta, tracker } = self;
+        let Self {
+            tasks,
+            shutdown,
+            mta,
+            tracker,
+        } = self;
         let reload = || {
             mta.reload();
             tracker.reload();

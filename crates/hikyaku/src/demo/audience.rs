@@ -47,7 +47,9 @@ pub(crate) async fn play(mails: Vec<(String, Bytes)>) -> Result<Played> {
         let (client, room) = (client.clone(), room.clone());
         people.spawn(async move {
             let _place = room.acquire_owned().await?;
-            person(&client, &address, &message).await.with_context(|| format!("playing {address}"))
+            person(&client, &address, &message)
+                .await
+                .with_context(|| format!("playing {address}"))
         });
     }
     let mut played = Played::default();
@@ -67,7 +69,14 @@ async fn person(client: &Client, address: &str, message: &[u8]) -> Result<Played
     let mut played = Played::default();
     if lot(address, "scanner", 100) < 4 {
         for link in &mail.links {
-            ensure!(client.call(Method::HEAD, link, None, Bytes::new()).await?.status == 302, "HEAD {link}");
+            ensure!(
+                client
+                    .call(Method::HEAD, link, None, Bytes::new())
+                    .await?
+                    .status
+                    == 302,
+                "HEAD {link}"
+            );
             played.probes += 1;
         }
     }
@@ -78,7 +87,8 @@ async fn person(client: &Client, address: &str, message: &[u8]) -> Result<Played
         }
         played.opened.insert(address.to_owned());
         if lot(address, "clicks", 100) < 35 {
-            let link = &mail.links[usize::try_from(lot(address, "which", mail.links.len() as u64))?];
+            let link =
+                &mail.links[usize::try_from(lot(address, "which", mail.links.len() as u64))?];
             click(client, link).await?;
             played.clicks += 1;
             played.clicked.insert(address.to_owned());
@@ -93,17 +103,35 @@ async fn person(client: &Client, address: &str, message: &[u8]) -> Result<Played
 
 async fn click(client: &Client, link: &str) -> Result<()> {
     let answer = client.get(link).await?;
-    let to = answer.headers.get("location").and_then(|to| to.to_str().ok()).unwrap_or_default();
+    let to = answer
+        .headers
+        .get("location")
+        .and_then(|to| to.to_str().ok())
+        .unwrap_or_default();
     ensure!(answer.status == 302, "HTTP {} for {link}", answer.status);
-    ensure!(to.starts_with("https://shop.example/") || to.starts_with("https://blog.example/"), "{link} leads to {to:?}");
+    ensure!(
+        to.starts_with("https://shop.example/") || to.starts_with("https://blog.example/"),
+        "{link} leads to {to:?}"
+    );
     Ok(())
 }
 
 /// The mail client's button: RFC 8058.
 async fn unsubscribe(client: &Client, mail: &Mail) -> Result<()> {
     let body = Bytes::from_static(b"List-Unsubscribe=One-Click");
-    let answer = client.call(Method::POST, &mail.unsubscribe, Some("application/x-www-form-urlencoded"), body).await?;
-    ensure!(answer.status == 200, "HTTP {} for the one-click unsubscribe", answer.status);
+    let answer = client
+        .call(
+            Method::POST,
+            &mail.unsubscribe,
+            Some("application/x-www-form-urlencoded"),
+            body,
+        )
+        .await?;
+    ensure!(
+        answer.status == 200,
+        "HTTP {} for the one-click unsubscribe",
+        answer.status
+    );
     Ok(())
 }
 
@@ -116,13 +144,29 @@ struct Mail {
 
 impl Mail {
     fn read(message: &[u8]) -> Result<Self> {
-        let message = MessageParser::default().parse(message).context("not a message")?;
+        let message = MessageParser::default()
+            .parse(message)
+            .context("not a message")?;
         let html = message.body_html(0).context("no HTML part")?;
-        let header = message.header_raw("List-Unsubscribe").context("no List-Unsubscribe")?;
-        let unsubscribe = between(header, "<", ">").next().context("an empty List-Unsubscribe")?;
-        let links = between(&html, "href=\"", "\"").filter(|url| url.contains("/c/")).map(|url| url.replace("&amp;", "&")).collect();
-        let pixel = between(&html, "src=\"", "\"").find(|url| url.ends_with(".gif")).context("no pixel")?.replace("&amp;", "&");
-        let mail = Self { pixel, links, unsubscribe: unsubscribe.split_whitespace().collect() };
+        let header = message
+            .header_raw("List-Unsubscribe")
+            .context("no List-Unsubscribe")?;
+        let unsubscribe = between(header, "<", ">")
+            .next()
+            .context("an empty List-Unsubscribe")?;
+        let links = between(&html, "href=\"", "\"")
+            .filter(|url| url.contains("/c/"))
+            .map(|url| url.replace("&amp;", "&"))
+            .collect();
+        let pixel = between(&html, "src=\"", "\"")
+            .find(|url| url.ends_with(".gif"))
+            .context("no pixel")?
+            .replace("&amp;", "&");
+        let mail = Self {
+            pixel,
+            links,
+            unsubscribe: unsubscribe.split_whitespace().collect(),
+        };
         ensure!(!mail.links.is_empty(), "no tracked link");
         Ok(mail)
     }
@@ -130,5 +174,8 @@ impl Mail {
 
 /// Every piece of `text` between `open` and the next `close`.
 fn between<'a>(text: &'a str, open: &'a str, close: &'a str) -> impl Iterator<Item = &'a str> {
-    text.split(open).skip(1).filter_map(move |rest| rest.split_once(close)).map(|(inside, _)| inside)
+    text.split(open)
+        .skip(1)
+        .filter_map(move |rest| rest.split_once(close))
+        .map(|(inside, _)| inside)
 }

@@ -64,25 +64,54 @@ async fn play(arguments: &Args, terminal: &mut Terminal<'_>) -> Result<(), Failu
     if agrees { Ok(()) } else { Err(Failure::No) }
 }
 
-fn introduce(setup: &Setup, api: SocketAddr, tracker: SocketAddr, terminal: &mut Terminal<'_>) -> Result<()> {
-    writeln!(terminal.out, "Hikyaku demo: MTA, tracker and embedded store in this process, and a sandbox to send to:")?;
+fn introduce(
+    setup: &Setup,
+    api: SocketAddr,
+    tracker: SocketAddr,
+    terminal: &mut Terminal<'_>,
+) -> Result<()> {
+    writeln!(
+        terminal.out,
+        "Hikyaku demo: MTA, tracker and embedded store in this process, and a sandbox to send to:"
+    )?;
     write!(terminal.out, "{}", Sandbox::describe())?;
-    writeln!(terminal.out, "Nothing leaves this machine. Deferred mail is retried within seconds here, not minutes.\n")?;
-    writeln!(terminal.out, "  API and metrics  http://{api}  (key in {})", setup.key_file().display())?;
+    writeln!(
+        terminal.out,
+        "Nothing leaves this machine. Deferred mail is retried within seconds here, not minutes.\n"
+    )?;
+    writeln!(
+        terminal.out,
+        "  API and metrics  http://{api}  (key in {})",
+        setup.key_file().display()
+    )?;
     writeln!(terminal.out, "  tracker          http://{tracker}")?;
-    writeln!(terminal.out, "  files            {}\n", setup.dir().display())?;
+    writeln!(
+        terminal.out,
+        "  files            {}\n",
+        setup.dir().display()
+    )?;
     Ok(())
 }
 
 /// Sends the newsletter, plays the audience, prints the report; whether it is true.
-async fn traffic(setup: &Setup, sandbox: &Sandbox, api: SocketAddr, terminal: &mut Terminal<'_>) -> Result<bool> {
+async fn traffic(
+    setup: &Setup,
+    sandbox: &Sandbox,
+    api: SocketAddr,
+    terminal: &mut Terminal<'_>,
+) -> Result<bool> {
     let csv = setup.dir().join("people.csv");
     people::write(&csv, &sandbox::homes())?;
     let people = people::read(&csv)?;
     let key = std::fs::read_to_string(setup.key_file()).context("the API key")?;
     let client = Client::new(format!("http://{api}"), Some(key.trim().to_owned()));
     let id = submit(&client, &people).await?;
-    writeln!(terminal.out, "Newsletter accepted as batch {id}: {} people from {}", people.len(), csv.display())?;
+    writeln!(
+        terminal.out,
+        "Newsletter accepted as batch {id}: {} people from {}",
+        people.len(),
+        csv.display()
+    )?;
     deliver(&client, &id, people.len()).await?;
     let mails = sandbox.mails();
     writeln!(terminal.out, "Playing the people who got it …")?;
@@ -91,11 +120,22 @@ async fn traffic(setup: &Setup, sandbox: &Sandbox, api: SocketAddr, terminal: &m
     let counters = settled(&client, &id, &played).await?;
     let rows = recipients(&client, &id).await?;
     let fates = sandbox.fates(people.iter().map(|person| person.email.as_str()));
-    let received = Received { copies: sandbox.accepted(), signatures };
+    let received = Received {
+        copies: sandbox.accepted(),
+        signatures,
+    };
     let report = Report::compare(&rows, &counters, &fates, &received, &played);
     writeln!(terminal.out, "\n{report}\n{}", report::rates(&counters))?;
-    writeln!(terminal.out, "{} requests by link checkers changed nothing.", played.probes)?;
-    let verdict = if report.agrees() { "Every number above is true." } else { "The numbers differ." };
+    writeln!(
+        terminal.out,
+        "{} requests by link checkers changed nothing.",
+        played.probes
+    )?;
+    let verdict = if report.agrees() {
+        "Every number above is true."
+    } else {
+        "The numbers differ."
+    };
     writeln!(terminal.out, "{verdict}")?;
     Ok(report.agrees())
 }
@@ -118,12 +158,22 @@ async fn submit(client: &Client, people: &[Person]) -> Result<String> {
         "recipients": recipients,
     });
     let answer: Value = client.post("/v1/batches", &batch).await?.ok()?.json()?;
-    ensure!(answer["accepted"] == people.len(), "not everyone was accepted: {answer}");
-    answer["id"].as_str().map(str::to_owned).context("an answer without an id")
+    ensure!(
+        answer["accepted"] == people.len(),
+        "not everyone was accepted: {answer}"
+    );
+    answer["id"]
+        .as_str()
+        .map(str::to_owned)
+        .context("an answer without an id")
 }
 
 async fn counters(client: &Client, id: &str) -> Result<(bool, Value)> {
-    let batch: Value = client.get(&format!("/v1/batches/{id}")).await?.ok()?.json()?;
+    let batch: Value = client
+        .get(&format!("/v1/batches/{id}"))
+        .await?
+        .ok()?
+        .json()?;
     Ok((batch["state"] == "completed", batch["counters"].clone()))
 }
 
@@ -135,15 +185,23 @@ async fn deliver(client: &Client, id: &str, people: usize) -> Result<()> {
         loop {
             let (completed, counters) = counters(client, id).await?;
             let count = |name: &str| counters[name].as_u64().unwrap_or(0);
-            bar.set_position(count("accepted") - count("queued") - count("temporary_error") - count("scheduled"));
-            bar.set_message(format!("{} delivered, {} to be retried", count("delivered"), count("temporary_error")));
+            bar.set_position(
+                count("accepted") - count("queued") - count("temporary_error") - count("scheduled"),
+            );
+            bar.set_message(format!(
+                "{} delivered, {} to be retried",
+                count("delivered"),
+                count("temporary_error")
+            ));
             if completed {
                 return anyhow::Ok(());
             }
             tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(PATIENCE, watch).await.context("the batch did not complete")??;
+    tokio::time::timeout(PATIENCE, watch)
+        .await
+        .context("the batch did not complete")??;
     bar.finish();
     Ok(())
 }
@@ -176,7 +234,12 @@ async fn recipients(client: &Client, id: &str) -> Result<Vec<Value>> {
     loop {
         let path = format!("/v1/batches/{id}/recipients?limit=1000{cursor}");
         let mut page: Value = client.get(&path).await?.ok()?.json()?;
-        rows.extend(page["items"].as_array_mut().map(std::mem::take).unwrap_or_default());
+        rows.extend(
+            page["items"]
+                .as_array_mut()
+                .map(std::mem::take)
+                .unwrap_or_default(),
+        );
         match page["next_cursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
             None => return Ok(rows),

@@ -8,10 +8,39 @@ use std::path::Path;
 pub(crate) const COUNT: usize = 1000;
 
 const FIRST: [&str; 20] = [
-    "Aiko", "Zoë", "Mateo", "Fatima", "Liam", "Ελένη", "Noah", "Priya", "Olga", "Chinedu", "花子", "太郎", "José", "Sigríður",
-    "Wei", "Amélie", "Tomasz", "Leila", "Björn", "Grace",
+    "Aiko",
+    "Zoë",
+    "Mateo",
+    "Fatima",
+    "Liam",
+    "Ελένη",
+    "Noah",
+    "Priya",
+    "Olga",
+    "Chinedu",
+    "花子",
+    "太郎",
+    "José",
+    "Sigríður",
+    "Wei",
+    "Amélie",
+    "Tomasz",
+    "Leila",
+    "Björn",
+    "Grace",
 ];
-const LAST: [&str; 10] = ["Tanaka", "Müller", "García", "O'Brien", "Søndergaard", "Nguyen", "Kowalska", "Haddad", "山田", "Okafor"];
+const LAST: [&str; 10] = [
+    "Tanaka",
+    "Müller",
+    "García",
+    "O'Brien",
+    "Søndergaard",
+    "Nguyen",
+    "Kowalska",
+    "Haddad",
+    "山田",
+    "Okafor",
+];
 const CITIES: [&str; 5] = ["Uji", "Shizuoka", "Darjeeling", "Kagoshima", "Hangzhou"];
 
 /// One line of the file.
@@ -27,13 +56,19 @@ pub(crate) struct Person {
 /// Writes the people of `domains` (a domain and its share of every thousand) to a CSV file.
 pub(crate) fn write(path: &Path, domains: &[(String, usize)]) -> Result<()> {
     let mut file = csv::Writer::from_path(path).with_context(|| path.display().to_string())?;
-    let homes = domains.iter().flat_map(|(domain, share)| std::iter::repeat_n(domain, *share));
+    let homes = domains
+        .iter()
+        .flat_map(|(domain, share)| std::iter::repeat_n(domain, *share));
     for (at, domain) in homes.cycle().take(COUNT).enumerate() {
         // Every eighth mailbox of a strict domain is one that is gone; elsewhere nobody minds the name.
         let local = if at % 8 == 3 { "gone" } else { "reader" };
         file.serialize(Person {
             email: format!("{local}.{at}@{domain}"),
-            name: format!("{} {}", FIRST[at % FIRST.len()], LAST[at / FIRST.len() % LAST.len()]),
+            name: format!(
+                "{} {}",
+                FIRST[at % FIRST.len()],
+                LAST[at / FIRST.len() % LAST.len()]
+            ),
             prospect_id: format!("p-{at}"),
             points: u32::try_from(at * 7 % 1000)?,
             city: CITIES[at % CITIES.len()].to_owned(),
@@ -45,5 +80,7 @@ pub(crate) fn write(path: &Path, domains: &[(String, usize)]) -> Result<()> {
 /// Reads such a file.
 pub(crate) fn read(path: &Path) -> Result<Vec<Person>> {
     let mut file = csv::Reader::from_path(path).with_context(|| path.display().to_string())?;
-    file.deserialize().map(|person| person.with_context(|| path.display().to_string())).collect()
+    file.deserialize()
+        .map(|person| person.with_context(|| path.display().to_string()))
+        .collect()
 }

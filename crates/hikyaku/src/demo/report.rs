@@ -60,7 +60,13 @@ pub(crate) struct Received {
 
 impl Report {
     /// Compares each recipient's row with its fate, and the batch's counters with what was played.
-    pub(crate) fn compare(rows: &[Value], counters: &Value, fates: &BTreeMap<String, Fate>, received: &Received, played: &Played) -> Self {
+    pub(crate) fn compare(
+        rows: &[Value],
+        counters: &Value,
+        fates: &BTreeMap<String, Fate>,
+        received: &Received,
+        played: &Played,
+    ) -> Self {
         let mut report = Self::default();
         let counter = |name: &str| counters[name].as_u64().unwrap_or(u64::MAX);
         report.line("people", counter("accepted"), fates.len() as u64);
@@ -68,25 +74,55 @@ impl Report {
             let counted = fates.values().filter(|it| **it == fate).count() as u64;
             report.line(fate.status(), counter(fate.status()), counted);
         }
-        report.line("messages taken by the servers", counter("delivered"), received.copies);
-        report.line("signatures that verify", 2 * counter("delivered"), received.signatures);
-        report.line("people who opened", counter("opened_unique"), played.opened.len() as u64);
+        report.line(
+            "messages taken by the servers",
+            counter("delivered"),
+            received.copies,
+        );
+        report.line(
+            "signatures that verify",
+            2 * counter("delivered"),
+            received.signatures,
+        );
+        report.line(
+            "people who opened",
+            counter("opened_unique"),
+            played.opened.len() as u64,
+        );
         report.line("opens", counter("opened_total"), played.opens);
-        report.line("people who clicked", counter("clicked_unique"), played.clicked.len() as u64);
+        report.line(
+            "people who clicked",
+            counter("clicked_unique"),
+            played.clicked.len() as u64,
+        );
         report.line("clicks", counter("clicked_total"), played.clicks);
-        report.line("unsubscribed", counter("unsubscribed"), played.unsubscribed.len() as u64);
+        report.line(
+            "unsubscribed",
+            counter("unsubscribed"),
+            played.unsubscribed.len() as u64,
+        );
         for (address, fate) in fates {
             let row = rows.iter().find(|row| row["email"] == address.as_str());
-            let status = row.and_then(|row| row["status"].as_str()).unwrap_or("(no row)");
+            let status = row
+                .and_then(|row| row["status"].as_str())
+                .unwrap_or("(no row)");
             if status != fate.status() {
-                report.differing.push((address.clone(), status.to_owned(), fate.status().to_owned()));
+                report.differing.push((
+                    address.clone(),
+                    status.to_owned(),
+                    fate.status().to_owned(),
+                ));
             }
         }
         report
     }
 
     fn line(&mut self, what: &str, reported: u64, counted: u64) {
-        self.lines.push(Line { what: what.to_owned(), reported, counted });
+        self.lines.push(Line {
+            what: what.to_owned(),
+            reported,
+            counted,
+        });
     }
 
     /// Whether both sides agree on every figure and every recipient.
@@ -99,8 +135,16 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<32}{:>10}{:>10}", "", "reported", "counted")?;
         for line in &self.lines {
-            let mark = if line.reported == line.counted { "" } else { "   <- differs" };
-            writeln!(f, "{:<32}{:>10}{:>10}{mark}", line.what, line.reported, line.counted)?;
+            let mark = if line.reported == line.counted {
+                ""
+            } else {
+                "   <- differs"
+            };
+            writeln!(
+                f,
+                "{:<32}{:>10}{:>10}{mark}",
+                line.what, line.reported, line.counted
+            )?;
         }
         for (address, reported, counted) in self.differing.iter().take(20) {
             writeln!(f, "{address}: reported {reported}, was {counted}")?;
@@ -115,7 +159,13 @@ impl fmt::Display for Report {
 /// The rates that a marketer looks at, from the batch's counters.
 pub(crate) fn rates(counters: &Value) -> String {
     let counter = |name: &str| counters[name].as_f64().unwrap_or(0.0);
-    let share = |part: &str, of: &str| if counter(of) > 0.0 { 100.0 * counter(part) / counter(of) } else { 0.0 };
+    let share = |part: &str, of: &str| {
+        if counter(of) > 0.0 {
+            100.0 * counter(part) / counter(of)
+        } else {
+            0.0
+        }
+    };
     let mut text = String::new();
     let rows = [
         ("delivery rate", "delivered", "accepted"),
@@ -124,7 +174,14 @@ pub(crate) fn rates(counters: &Value) -> String {
     ];
     for (name, part, of) in rows {
         // Writing to a String cannot fail.
-        writeln!(text, "{name:<32}{:>9.1} %   {} of {}", share(part, of), counter(part), counter(of)).ok();
+        writeln!(
+            text,
+            "{name:<32}{:>9.1} %   {} of {}",
+            share(part, of),
+            counter(part),
+            counter(of)
+        )
+        .ok();
     }
     text
 }
@@ -135,7 +192,11 @@ mod tests {
     use serde_json::json;
 
     fn fates() -> BTreeMap<String, Fate> {
-        [("a@x.example".to_owned(), Fate::Accepted), ("b@x.example".to_owned(), Fate::Refused)].into()
+        [
+            ("a@x.example".to_owned(), Fate::Accepted),
+            ("b@x.example".to_owned(), Fate::Refused),
+        ]
+        .into()
     }
 
     fn counters(delivered: u64) -> Value {
@@ -144,18 +205,65 @@ mod tests {
     }
 
     fn received(copies: u64) -> Received {
-        Received { copies, signatures: 2 }
+        Received {
+            copies,
+            signatures: 2,
+        }
     }
 
     #[test]
     fn agreement_is_to_the_recipient() {
-        let rows = [json!({"email": "a@x.example", "status": "delivered"}), json!({"email": "b@x.example", "status": "bounce"})];
-        assert!(Report::compare(&rows, &counters(1), &fates(), &received(1), &Played::default()).agrees());
-        assert!(!Report::compare(&rows, &counters(2), &fates(), &received(1), &Played::default()).agrees());
-        assert!(!Report::compare(&rows, &counters(1), &fates(), &received(2), &Played::default()).agrees(), "a second copy");
-        let swapped = [json!({"email": "a@x.example", "status": "bounce"}), json!({"email": "b@x.example", "status": "delivered"})];
-        let report = Report::compare(&swapped, &counters(1), &fates(), &received(1), &Played::default());
+        let rows = [
+            json!({"email": "a@x.example", "status": "delivered"}),
+            json!({"email": "b@x.example", "status": "bounce"}),
+        ];
+        assert!(
+            Report::compare(
+                &rows,
+                &counters(1),
+                &fates(),
+                &received(1),
+                &Played::default()
+            )
+            .agrees()
+        );
+        assert!(
+            !Report::compare(
+                &rows,
+                &counters(2),
+                &fates(),
+                &received(1),
+                &Played::default()
+            )
+            .agrees()
+        );
+        assert!(
+            !Report::compare(
+                &rows,
+                &counters(1),
+                &fates(),
+                &received(2),
+                &Played::default()
+            )
+            .agrees(),
+            "a second copy"
+        );
+        let swapped = [
+            json!({"email": "a@x.example", "status": "bounce"}),
+            json!({"email": "b@x.example", "status": "delivered"}),
+        ];
+        let report = Report::compare(
+            &swapped,
+            &counters(1),
+            &fates(),
+            &received(1),
+            &Played::default(),
+        );
         assert!(!report.agrees());
-        assert!(report.to_string().contains("a@x.example: reported bounce, was delivered"));
+        assert!(
+            report
+                .to_string()
+                .contains("a@x.example: reported bounce, was delivered")
+        );
     }
 }

@@ -23,16 +23,26 @@ pub(crate) struct Setup {
 impl Setup {
     /// Makes the folder and the DKIM keys in it.
     pub(crate) fn make(environment: &Environment) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("hikyaku-demo-").tempdir().context("a folder for the demo")?;
+        let dir = tempfile::Builder::new()
+            .prefix("hikyaku-demo-")
+            .tempdir()
+            .context("a folder for the demo")?;
         let keys = dir.path().join("dkim-keys").join(DOMAIN);
         std::fs::create_dir_all(&keys)?;
         let mut records = Vec::new();
         for (selector, algorithm) in KEYS {
             let pem = dkim::generate(algorithm)?;
-            records.push((format!("{selector}._domainkey.{DOMAIN}"), Key::from_pem(selector, &pem)?.public_record()?));
+            records.push((
+                format!("{selector}._domainkey.{DOMAIN}"),
+                Key::from_pem(selector, &pem)?.public_record()?,
+            ));
             std::fs::write(keys.join(format!("{selector}.pem")), pem)?;
         }
-        Ok(Self { dir, environment: environment.clone(), records })
+        Ok(Self {
+            dir,
+            environment: environment.clone(),
+            records,
+        })
     }
 
     pub(crate) fn dir(&self) -> &Path {
@@ -79,6 +89,7 @@ const SHAPING: &str = "# A sandbox is in no hurry to be polite to; retries come 
 
 /// The usual port when it is free, or else any.
 fn port(usual: u16) -> Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", usual)).or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
+    let listener =
+        TcpListener::bind(("127.0.0.1", usual)).or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
     Ok(listener.local_addr()?.port())
 }

@@ -22,7 +22,15 @@ impl TrackerProcess {
             .spawn()?;
         let tracker = Self(child);
         let client = Client::new(site.tracker_admin(), None);
-        until("the tracker", async || Ok(client.get("/readyz").await?.status.is_success().then_some(()))).await?;
+        until("the tracker", async || {
+            Ok(client
+                .get("/readyz")
+                .await?
+                .status
+                .is_success()
+                .then_some(()))
+        })
+        .await?;
         Ok(tracker)
     }
 }
@@ -46,7 +54,10 @@ async fn a_click_at_the_tracker_is_counted_at_the_mta() -> Result<()> {
     mta.completed(&id).await?;
 
     let links = sink.links(&site.tracker());
-    ensure!(links.len() == 3, "a tracked link in each of three messages: {links:?}");
+    ensure!(
+        links.len() == 3,
+        "a tracked link in each of three messages: {links:?}"
+    );
     let browser = Client::new("", None);
     for link in &links {
         // The redirect needs neither the MTA nor the store.
@@ -62,11 +73,18 @@ async fn a_click_at_the_tracker_is_counted_at_the_mta() -> Result<()> {
     assert_eq!(clicked["counters"]["clicked_total"], 3);
 
     // A click that was answered survives the tracker's death, whatever the moment.
-    browser.get(links.first().context("a link")?).await?.ok().ok();
+    browser
+        .get(links.first().context("a link")?)
+        .await?
+        .ok()
+        .ok();
     signal(tracker.0.id(), "KILL")?;
     drop(tracker);
     let _tracker = TrackerProcess::start(&site).await?;
-    until("the fourth click", async || Ok((mta.batch(&id).await?["counters"]["clicked_total"] == 4).then_some(()))).await?;
+    until("the fourth click", async || {
+        Ok((mta.batch(&id).await?["counters"]["clicked_total"] == 4).then_some(()))
+    })
+    .await?;
     let status = mta.terminate().await?;
     assert_eq!(status.code(), Some(0));
     Ok(())

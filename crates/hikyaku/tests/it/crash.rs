@@ -33,8 +33,13 @@ async fn kill_9_at_random_moments_forgets_nobody() -> Result<()> {
     assert_eq!(batch["counters"]["delivered"], RECIPIENTS, "{batch}");
     assert_eq!(sink.distinct(), RECIPIENTS, "nobody missing");
     let second_copies = sink.copies() - RECIPIENTS as u64;
-    println!("{second_copies} second copies, {second_copies_allowed} connections open at {KILLS} kills");
-    assert!(second_copies <= second_copies_allowed, "{second_copies} second copies, {second_copies_allowed} allowed");
+    println!(
+        "{second_copies} second copies, {second_copies_allowed} connections open at {KILLS} kills"
+    );
+    assert!(
+        second_copies <= second_copies_allowed,
+        "{second_copies} second copies, {second_copies_allowed} allowed"
+    );
     sink.assert_copies_are_the_same();
     Ok(())
 }
@@ -47,13 +52,20 @@ async fn sigterm_leaves_no_second_copy() -> Result<()> {
     let mut service = site.up().await?;
     let id = service.submit(&newsletter(recipients, 20)).await?;
     for round in 1..=4 {
-        until("some mail", async || Ok((sink.copies() >= round * 400).then_some(()))).await?;
+        until("some mail", async || {
+            Ok((sink.copies() >= round * 400).then_some(()))
+        })
+        .await?;
         let status = service.terminate().await?;
         assert_eq!(status.code(), Some(0));
         service = site.up().await?;
     }
     let batch = service.completed(&id).await?;
     assert_eq!(batch["counters"]["delivered"], recipients, "{batch}");
-    assert_eq!((sink.distinct(), sink.copies()), (recipients, recipients as u64), "one copy each");
+    assert_eq!(
+        (sink.distinct(), sink.copies()),
+        (recipients, recipients as u64),
+        "one copy each"
+    );
     Ok(())
 }

@@ -32,7 +32,13 @@ impl Knot {
             ),
         )?;
         let knot = Self::spawn(&config, dir, port, zone)?;
-        until("Knot listening", async || Ok(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(()))).await?;
+        until("Knot listening", async || {
+            Ok(tokio::net::TcpStream::connect(("127.0.0.1", port))
+                .await
+                .is_ok()
+                .then_some(()))
+        })
+        .await?;
         Ok(knot)
     }
 
@@ -40,7 +46,13 @@ impl Knot {
         let head = "$ORIGIN example.\n$TTL 60\n@ SOA ns.example. hostmaster.example. 1 60 60 600 30\n@ NS ns.example.\nns A 127.0.0.1\n";
         std::fs::write(dir.path().join("example.zone"), format!("{head}{zone}"))?;
         let log = std::fs::File::create(dir.path().join("log"))?;
-        let child = Command::new("/usr/sbin/knotd").arg("-c").arg(config).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let child = Command::new("/usr/sbin/knotd")
+            .arg("-c")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
         Ok(Self { child, dir, port })
     }
 }
@@ -56,14 +68,23 @@ impl Drop for Knot {
 
 /// A TXT record in presentation format, in strings of at most 255 octets.
 fn txt(name: &str, value: &str) -> String {
-    let strings: Vec<String> = value.as_bytes().chunks(200).map(|chunk| format!("\"{}\"", String::from_utf8_lossy(chunk).replace(';', "\\;"))).collect();
+    let strings: Vec<String> = value
+        .as_bytes()
+        .chunks(200)
+        .map(|chunk| format!("\"{}\"", String::from_utf8_lossy(chunk).replace(';', "\\;")))
+        .collect();
     format!("{name}. TXT {}\n", strings.join(" "))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mail_finds_its_way_by_a_real_name_server() -> Result<()> {
     let sink = Sink::start().await?;
-    let smtp_port = sink.address().rsplit(':').next().unwrap_or_default().to_owned();
+    let smtp_port = sink
+        .address()
+        .rsplit(':')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
     let dns_port = free_port();
     let more = format!("[dns]\nnameservers = [\"127.0.0.1:{dns_port}\"]\n");
     let site = Site::with(Site::quick_shaping(), &more)?;
@@ -76,7 +97,12 @@ async fn mail_finds_its_way_by_a_real_name_server() -> Result<()> {
         zone.write_str(&txt(&name, &value))?;
     }
     let knot = Knot::start(&zone).await?;
-    site.edit(|config| config.replace(&format!("127.0.0.1:{dns_port}"), &format!("127.0.0.1:{}", knot.port)))?;
+    site.edit(|config| {
+        config.replace(
+            &format!("127.0.0.1:{dns_port}"),
+            &format!("127.0.0.1:{}", knot.port),
+        )
+    })?;
 
     let (status, text) = site.hikyaku(&["dkim", "check", FROM_DOMAIN])?;
     ensure!(status.success(), "{text}");
@@ -90,8 +116,24 @@ async fn mail_finds_its_way_by_a_real_name_server() -> Result<()> {
         }))
         .await?;
     service.completed(&id).await?;
-    let rows: serde_json::Value = service.client.get(&format!("/v1/batches/{id}/recipients")).await?.ok()?.json()?;
-    let ends: Vec<_> = rows["items"].as_array().into_iter().flatten().map(|row| (row["status"].as_str(), row["class"].as_str(), row["blame"].as_str())).collect();
+    let rows: serde_json::Value = service
+        .client
+        .get(&format!("/v1/batches/{id}/recipients"))
+        .await?
+        .ok()?
+        .json()?;
+    let ends: Vec<_> = rows["items"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|row| {
+            (
+                row["status"].as_str(),
+                row["class"].as_str(),
+                row["blame"].as_str(),
+            )
+        })
+        .collect();
     let delivered = (Some("delivered"), None, None);
     let expected = [
         delivered,

@@ -8,8 +8,22 @@ use std::process::Command;
 
 fn traced(calls: &str, to: &Path, config: &Path) -> Command {
     let mut command = Command::new("/usr/bin/strace");
-    command.args(["-f", "--seccomp-bpf", "-s", "48", "-e", &format!("trace={calls}"), "-o"]).arg(to);
-    command.arg(env!("CARGO_BIN_EXE_hikyaku")).arg("up").arg("--config").arg(config);
+    command
+        .args([
+            "-f",
+            "--seccomp-bpf",
+            "-s",
+            "48",
+            "-e",
+            &format!("trace={calls}"),
+            "-o",
+        ])
+        .arg(to);
+    command
+        .arg(env!("CARGO_BIN_EXE_hikyaku"))
+        .arg("up")
+        .arg("--config")
+        .arg(config);
     command
 }
 
@@ -18,16 +32,35 @@ async fn the_sync_comes_before_the_202() -> Result<()> {
     let sink = Sink::start().await?;
     let site = Site::new(&sink.address())?;
     let trace = site.dir.path().join("trace");
-    let service = site.start(traced("fsync,fdatasync,write,writev,sendto,sendmsg,pwrite64", &trace, &site.config())).await?;
+    let service = site
+        .start(traced(
+            "fsync,fdatasync,write,writev,sendto,sendmsg,pwrite64",
+            &trace,
+            &site.config(),
+        ))
+        .await?;
     let before = std::fs::read_to_string(&trace)?.lines().count();
     let id = service.submit(&newsletter(10, 2)).await?;
     service.completed(&id).await?;
     let trace = std::fs::read_to_string(&trace)?;
     let lines: Vec<&str> = trace.lines().skip(before).collect();
-    let answer = lines.iter().position(|line| line.contains("HTTP/1.1 202")).context("no 202 in the trace")?;
-    let syncs = lines[..answer].iter().filter(|line| line.contains("sync(") && line.trim_end().ends_with("= 0")).count();
-    let resumed = lines[..answer].iter().filter(|line| line.contains("sync resumed") && line.trim_end().ends_with("= 0")).count();
-    assert!(syncs + resumed >= 1, "no completed sync before the 202:\n{}", lines[..=answer].join("\n"));
+    let answer = lines
+        .iter()
+        .position(|line| line.contains("HTTP/1.1 202"))
+        .context("no 202 in the trace")?;
+    let syncs = lines[..answer]
+        .iter()
+        .filter(|line| line.contains("sync(") && line.trim_end().ends_with("= 0"))
+        .count();
+    let resumed = lines[..answer]
+        .iter()
+        .filter(|line| line.contains("sync resumed") && line.trim_end().ends_with("= 0"))
+        .count();
+    assert!(
+        syncs + resumed >= 1,
+        "no completed sync before the 202:\n{}",
+        lines[..=answer].join("\n")
+    );
     Ok(())
 }
 
@@ -37,18 +70,30 @@ async fn no_sync_per_message_on_the_way_out() -> Result<()> {
     let sink = Sink::start().await?;
     let site = Site::unsigned(&sink.address())?;
     let trace = site.dir.path().join("trace");
-    let service = site.start(traced("fsync,fdatasync,msync,sync_file_range", &trace, &site.config())).await?;
+    let service = site
+        .start(traced(
+            "fsync,fdatasync,msync,sync_file_range",
+            &trace,
+            &site.config(),
+        ))
+        .await?;
     let id = service.submit(&newsletter(recipients, 10)).await?;
     let before = syncs(&trace)?;
     service.completed(&id).await?;
     let during = syncs(&trace)? - before;
     println!("{during} syncs while {recipients} messages left");
-    assert!(during * 4 < recipients, "{during} syncs for {recipients} messages");
+    assert!(
+        during * 4 < recipients,
+        "{during} syncs for {recipients} messages"
+    );
     Ok(())
 }
 
 fn syncs(trace: &Path) -> Result<usize> {
-    Ok(std::fs::read_to_string(trace)?.lines().filter(|line| line.contains("sync(")).count())
+    Ok(std::fs::read_to_string(trace)?
+        .lines()
+        .filter(|line| line.contains("sync("))
+        .count())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,13 +110,19 @@ async fn a_hundred_thousand_recipients_in_one_call_stay_small() -> Result<()> {
     let peak = peak_kib(service.pid())?;
     println!("peak resident {peak} KiB");
     assert!(peak < 300 * 1024, "{peak} KiB");
-    assert_eq!((sink.distinct(), sink.copies()), (recipients, recipients as u64));
+    assert_eq!(
+        (sink.distinct(), sink.copies()),
+        (recipients, recipients as u64)
+    );
     Ok(())
 }
 
 /// The most memory that a process ever had resident.
 fn peak_kib(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("no VmHWM")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }

@@ -17,11 +17,17 @@ pub(crate) const FROM_DOMAIN: &str = "brand.example";
 
 /// A port of 127.0.0.1 that was free a moment ago.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap().port()
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .unwrap()
+        .port()
 }
 
 /// Asks `probe` again and again until it gives a value.
-pub(crate) async fn until<T>(what: &str, mut probe: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
+pub(crate) async fn until<T>(
+    what: &str,
+    mut probe: impl AsyncFnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let start = Instant::now();
     let mut last = None;
     while start.elapsed() < PATIENCE {
@@ -55,7 +61,12 @@ impl Site {
     pub(crate) fn unsigned(smtp: &str) -> Result<Self> {
         let site = Self::new(smtp)?;
         std::fs::remove_dir_all(site.dir.path().join("dkim-keys"))?;
-        site.edit(|config| config.replace("from_domains = [\"*\"]", "from_domains = [\"*\"]\ndkim = \"optional\""))?;
+        site.edit(|config| {
+            config.replace(
+                "from_domains = [\"*\"]",
+                "from_domains = [\"*\"]\ndkim = \"optional\"",
+            )
+        })?;
         Ok(site)
     }
 
@@ -77,18 +88,46 @@ impl Site {
         let mut config = String::new();
         writeln!(config, "data_dir = {:?}", dir.path().join("data"))?;
         writeln!(config, "[api]\nlisten = \"127.0.0.1:{api_port}\"")?;
-        writeln!(config, "[[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]")?;
-        writeln!(config, "[accounts.tracking]\nbase_url = \"http://127.0.0.1:{tracker_port}\"")?;
-        writeln!(config, "[tracker]\nlisten = \"127.0.0.1:{tracker_port}\"\nadmin_listen = \"127.0.0.1:{admin_port}\"")?;
-        writeln!(config, "[smtp]\nehlo = \"mta.brand.example\"\nambiguous_after = \"1s\"\nallow_private_mx = [\"127.0.0.0/8\"]")?;
-        writeln!(config, "[dkim]\ndir = \"dkim-keys\"\n[shaping]\nfile = \"shaping.toml\"\n{more}")?;
+        writeln!(
+            config,
+            "[[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]"
+        )?;
+        writeln!(
+            config,
+            "[accounts.tracking]\nbase_url = \"http://127.0.0.1:{tracker_port}\""
+        )?;
+        writeln!(
+            config,
+            "[tracker]\nlisten = \"127.0.0.1:{tracker_port}\"\nadmin_listen = \"127.0.0.1:{admin_port}\""
+        )?;
+        writeln!(
+            config,
+            "[smtp]\nehlo = \"mta.brand.example\"\nambiguous_after = \"1s\"\nallow_private_mx = [\"127.0.0.0/8\"]"
+        )?;
+        writeln!(
+            config,
+            "[dkim]\ndir = \"dkim-keys\"\n[shaping]\nfile = \"shaping.toml\"\n{more}"
+        )?;
         std::fs::write(dir.path().join("hikyaku.toml"), config)?;
         std::fs::write(dir.path().join("shaping.toml"), shaping)?;
         let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../config/bounce-rules.toml");
         std::fs::copy(rules, dir.path().join("bounce-rules.toml"))?;
-        let site = Self { dir, api_port, tracker_port, admin_port };
+        let site = Self {
+            dir,
+            api_port,
+            tracker_port,
+            admin_port,
+        };
         for algorithm in ["rsa2048", "ed25519"] {
-            let made = site.hikyaku(&["dkim", "generate", FROM_DOMAIN, "--selector", algorithm, "--algorithm", algorithm])?;
+            let made = site.hikyaku(&[
+                "dkim",
+                "generate",
+                FROM_DOMAIN,
+                "--selector",
+                algorithm,
+                "--algorithm",
+                algorithm,
+            ])?;
             ensure!(made.0.success(), "dkim generate: {}", made.1);
         }
         Ok(site)
@@ -100,8 +139,15 @@ impl Site {
 
     /// Runs a `hikyaku` command with this site's configuration to its end; both outputs in one.
     pub(crate) fn hikyaku(&self, arguments: &[&str]) -> Result<(ExitStatus, String)> {
-        let output = Command::new(env!("CARGO_BIN_EXE_hikyaku")).args(arguments).arg("--config").arg(self.config()).output()?;
-        Ok((output.status, String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()))
+        let output = Command::new(env!("CARGO_BIN_EXE_hikyaku"))
+            .args(arguments)
+            .arg("--config")
+            .arg(self.config())
+            .output()?;
+        Ok((
+            output.status,
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned(),
+        ))
     }
 
     /// Starts `hikyaku up` and waits until it is ready.
@@ -114,14 +160,31 @@ impl Site {
     /// Starts a command that runs the service, and waits until it is ready.
     pub(crate) async fn start(&self, mut command: Command) -> Result<Service> {
         let log_path = self.dir.path().join("log");
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path)?;
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-        let mut service = Service { child, log: log_path, client: Client::new(self.api(), None) };
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log_path)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        let mut service = Service {
+            child,
+            log: log_path,
+            client: Client::new(self.api(), None),
+        };
         until("ready", async || {
             if let Some(status) = service.child.try_wait()? {
                 bail!("the service ended with {status}:\n{}", service.log());
             }
-            Ok(service.client.get("/readyz").await?.status.is_success().then_some(()))
+            Ok(service
+                .client
+                .get("/readyz")
+                .await?
+                .status
+                .is_success()
+                .then_some(()))
         })
         .await
         .with_context(|| service.log())?;
@@ -169,32 +232,60 @@ impl Service {
     /// `SIGTERM`, and waits for the end.
     pub(crate) async fn terminate(mut self) -> Result<ExitStatus> {
         signal(self.pid(), "TERM")?;
-        until("the end after SIGTERM", async || Ok(self.child.try_wait()?)).await
+        until("the end after SIGTERM", async || {
+            Ok(self.child.try_wait()?)
+        })
+        .await
     }
 
     /// Submits a batch that must be accepted; its id.
     pub(crate) async fn submit(&self, batch: &Value) -> Result<String> {
         let answer = self.client.post("/v1/batches", batch).await?;
-        ensure!(answer.status == 202, "HTTP {}: {}", answer.status, answer.text());
+        ensure!(
+            answer.status == 202,
+            "HTTP {}: {}",
+            answer.status,
+            answer.text()
+        );
         let answer: Value = answer.json()?;
         answer["id"].as_str().map(str::to_owned).context("no id")
     }
 
     /// The batch now. Panics when the accounting identity does not hold.
     pub(crate) async fn batch(&self, id: &str) -> Result<Value> {
-        let batch: Value = self.client.get(&format!("/v1/batches/{id}")).await?.ok()?.json()?;
+        let batch: Value = self
+            .client
+            .get(&format!("/v1/batches/{id}"))
+            .await?
+            .ok()?
+            .json()?;
         let counters = &batch["counters"];
-        let sum: u64 = ["scheduled", "queued", "temporary_error", "delivered", "bounce", "failed", "suppressed", "cancelled"]
-            .iter()
-            .map(|name| counters[name].as_u64().unwrap())
-            .sum();
-        assert_eq!(counters["accepted"], sum, "the accounting identity: {counters}");
+        let sum: u64 = [
+            "scheduled",
+            "queued",
+            "temporary_error",
+            "delivered",
+            "bounce",
+            "failed",
+            "suppressed",
+            "cancelled",
+        ]
+        .iter()
+        .map(|name| counters[name].as_u64().unwrap())
+        .sum();
+        assert_eq!(
+            counters["accepted"], sum,
+            "the accounting identity: {counters}"
+        );
         Ok(batch)
     }
 
     /// Waits until the batch is completed; the batch then.
     pub(crate) async fn completed(&self, id: &str) -> Result<Value> {
-        let done = until("completion", async || Ok(Some(self.batch(id).await?).filter(|batch| batch["state"] == "completed"))).await;
+        let done = until("completion", async || {
+            Ok(Some(self.batch(id).await?).filter(|batch| batch["state"] == "completed"))
+        })
+        .await;
         done.with_context(|| self.log())
     }
 }
@@ -209,7 +300,10 @@ impl Drop for Service {
 
 /// Sends a signal by name to a process that a test started.
 pub(crate) fn signal(pid: u32, name: &str) -> Result<()> {
-    let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status()?;
+    let status = Command::new("kill")
+        .arg(format!("-{name}"))
+        .arg(pid.to_string())
+        .status()?;
     ensure!(status.success(), "kill -{name} {pid}: {status}");
     Ok(())
 }

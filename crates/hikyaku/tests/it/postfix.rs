@@ -14,7 +14,9 @@ struct Postfix {
 
 impl Postfix {
     async fn start() -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("hikyaku-postfix-").tempdir()?;
+        let dir = tempfile::Builder::new()
+            .prefix("hikyaku-postfix-")
+            .tempdir()?;
         let port = free_port();
         let root = dir.path();
         for folder in ["etc", "queue", "data", "mail"] {
@@ -22,14 +24,24 @@ impl Postfix {
         }
         // Postfix drops its rights: its users must reach the folder.
         run(Command::new("chmod").arg("755").arg(root))?;
-        run(Command::new("chown").args(["postfix:postfix"]).arg(root.join("data")))?;
-        run(Command::new("chown").args(["nobody:nogroup"]).arg(root.join("mail")))?;
+        run(Command::new("chown")
+            .args(["postfix:postfix"])
+            .arg(root.join("data")))?;
+        run(Command::new("chown")
+            .args(["nobody:nogroup"])
+            .arg(root.join("mail")))?;
         std::fs::write(root.join("etc/main.cf"), main_cf(root))?;
         std::fs::write(root.join("etc/master.cf"), master_cf(port))?;
-        run(Command::new("/usr/sbin/postfix").arg("-c").arg(root.join("etc")).arg("start"))?;
+        run(Command::new("/usr/sbin/postfix")
+            .arg("-c")
+            .arg(root.join("etc"))
+            .arg("start"))?;
         let postfix = Self { dir, port };
         until("Postfix listening", async || {
-            Ok(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(()))
+            Ok(tokio::net::TcpStream::connect(("127.0.0.1", port))
+                .await
+                .is_ok()
+                .then_some(()))
         })
         .await?;
         Ok(postfix)
@@ -41,13 +53,19 @@ impl Postfix {
         if !new.exists() {
             return Ok(Vec::new());
         }
-        Ok(std::fs::read_dir(new)?.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<_>>()?)
+        Ok(std::fs::read_dir(new)?
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<std::io::Result<_>>()?)
     }
 }
 
 impl Drop for Postfix {
     fn drop(&mut self) {
-        run(Command::new("/usr/sbin/postfix").arg("-c").arg(self.dir.path().join("etc")).arg("stop")).ok();
+        run(Command::new("/usr/sbin/postfix")
+            .arg("-c")
+            .arg(self.dir.path().join("etc"))
+            .arg("stop"))
+        .ok();
     }
 }
 
@@ -78,7 +96,11 @@ fn master_cf(port: u16) -> String {
 fn run(command: &mut Command) -> Result<()> {
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    ensure!(output.status.success(), "{command:?}: {}: {text}", output.status);
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}: {text}",
+        output.status
+    );
     Ok(())
 }
 
@@ -89,7 +111,10 @@ pub(crate) fn dkim_records(site: &Site) -> Result<Vec<(String, String)>> {
     for selector in ["rsa2048", "ed25519"] {
         let pem = std::fs::read_to_string(dir.join(format!("{selector}.pem")))?;
         let key = content::dkim::Key::from_pem(selector, &pem)?;
-        records.push((format!("{selector}._domainkey.{FROM_DOMAIN}"), key.public_record()?));
+        records.push((
+            format!("{selector}._domainkey.{FROM_DOMAIN}"),
+            key.public_record()?,
+        ));
     }
     Ok(records)
 }
@@ -99,7 +124,13 @@ async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()>
     let postfix = Postfix::start().await?;
     let site = Site::new(&format!("127.0.0.1:{}", postfix.port))?;
     let service = site.up().await?;
-    let names = ["山田 太郎", "Zoë Müller", "Plain Name", "Ελένη", "a,\"b\" (c)"];
+    let names = [
+        "山田 太郎",
+        "Zoë Müller",
+        "Plain Name",
+        "Ελένη",
+        "a,\"b\" (c)",
+    ];
     let recipients: Vec<_> = (0..25)
         .map(|i| json!({"email": format!("user{i}@d{}.example", i % 3), "name": names[i % names.len()], "vars": {"n": i}}))
         .collect();
@@ -115,7 +146,10 @@ async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()>
     let batch = service.completed(&id).await?;
     assert_eq!(batch["counters"]["delivered"], 25, "{batch}");
 
-    let messages = until("25 messages in the mailbox", async || Ok(Some(postfix.messages()?).filter(|m| m.len() == 25))).await?;
+    let messages = until("25 messages in the mailbox", async || {
+        Ok(Some(postfix.messages()?).filter(|m| m.len() == 25))
+    })
+    .await?;
     let records = dkim_records(&site)?;
     for path in &messages {
         let message = std::fs::read(path)?;
@@ -150,16 +184,29 @@ for index in range(count):
 "#;
 
 fn verify_with_dkimpy(message: &[u8], records: &[(String, String)]) -> Result<()> {
-    let records: serde_json::Map<_, _> = records.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    let records: serde_json::Map<_, _> = records
+        .iter()
+        .map(|(name, value)| (name.clone(), json!(value)))
+        .collect();
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("message");
     std::fs::write(&path, message)?;
-    run_with_input(Command::new("/usr/bin/python3").arg("-c").arg(DKIMPY).arg(serde_json::Value::Object(records).to_string()), &path)
+    run_with_input(
+        Command::new("/usr/bin/python3")
+            .arg("-c")
+            .arg(DKIMPY)
+            .arg(serde_json::Value::Object(records).to_string()),
+        &path,
+    )
 }
 
 fn run_with_input(command: &mut Command, input: &Path) -> Result<()> {
     let output = command.stdin(std::fs::File::open(input)?).output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&[output.stdout, output.stderr].concat()));
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat())
+    );
     Ok(())
 }
 
@@ -168,15 +215,30 @@ fn run_with_input(command: &mut Command, input: &Path) -> Result<()> {
 fn verify_with_opendkim(messages: &[PathBuf], records: &[(String, String)]) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let keys = dir.path().join("keys");
-    let lines: String = records.iter().map(|(name, value)| format!("{name} {value}\n")).collect();
+    let lines: String = records
+        .iter()
+        .map(|(name, value)| format!("{name} {value}\n"))
+        .collect();
     std::fs::write(&keys, lines)?;
     let config = dir.path().join("opendkim.conf");
-    std::fs::write(&config, format!("Mode v\nTestPublicKeys {}\nAuthservID test\nAlwaysAddARHeader yes\nSyslog no\n", keys.display()))?;
+    std::fs::write(
+        &config,
+        format!(
+            "Mode v\nTestPublicKeys {}\nAuthservID test\nAlwaysAddARHeader yes\nSyslog no\n",
+            keys.display()
+        ),
+    )?;
     for (at, path) in messages.iter().enumerate() {
         let (_, message) = split_delivery_headers(&std::fs::read(path)?)?;
         let file = dir.path().join(format!("message-{at}"));
         std::fs::write(&file, message)?;
-        let output = Command::new("/usr/sbin/opendkim").arg("-x").arg(&config).arg("-vvv").arg("-t").arg(&file).output()?;
+        let output = Command::new("/usr/sbin/opendkim")
+            .arg("-x")
+            .arg(&config)
+            .arg("-vvv")
+            .arg("-t")
+            .arg(&file)
+            .output()?;
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         ensure!(output.status.success(), "{}: {text}", output.status);
         ensure!(text.matches("dkim=pass").count() == records.len(), "{text}");

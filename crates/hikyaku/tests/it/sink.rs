@@ -20,13 +20,20 @@ impl Sink {
     pub(crate) fn links(&self, tracker: &str) -> Vec<String> {
         let start = format!("href=\"{tracker}/c/");
         let texts = self.0.messages().into_iter().map(|message| {
-            let parsed = mail_parser::MessageParser::default().parse(&message.content).expect("a message");
+            let parsed = mail_parser::MessageParser::default()
+                .parse(&message.content)
+                .expect("a message");
             parsed.body_html(0).expect("an HTML part").into_owned()
         });
         texts
             .flat_map(|html| {
-                let links = html.split(&start).skip(1).filter_map(|rest| rest.split_once('"'));
-                links.map(|(token, _)| format!("{tracker}/c/{token}")).collect::<Vec<_>>()
+                let links = html
+                    .split(&start)
+                    .skip(1)
+                    .filter_map(|rest| rest.split_once('"'));
+                links
+                    .map(|(token, _)| format!("{tracker}/c/{token}"))
+                    .collect::<Vec<_>>()
             })
             .collect()
     }
@@ -51,7 +58,12 @@ impl Sink {
 
     /// Every copy that a recipient got has the same bytes, and so the same Message-ID.
     pub(crate) fn assert_copies_are_the_same(&self) {
-        let changed: Vec<_> = self.0.copies().into_iter().filter(|(_, copies)| !copies.same).collect();
+        let changed: Vec<_> = self
+            .0
+            .copies()
+            .into_iter()
+            .filter(|(_, copies)| !copies.same)
+            .collect();
         assert!(changed.is_empty(), "copies that differ: {changed:?}");
     }
 }
