@@ -7,9 +7,12 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
+use journal::{Journal, JournalConfig, RealDisk};
 use links::KeyRing;
+use model::JournalId;
 use service::clock::SharedClock;
 use service::config::Config;
+use service::config::shaping::ShapingFile;
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Tasks};
 use store::Store;
@@ -20,6 +23,7 @@ use crate::admin::{Api, Probe, router, server};
 use crate::classify::Rules;
 use crate::intake::receive::Limits;
 use crate::intake::submit::Intake;
+use crate::sending::{self, SendingDeps, SendingHandle};
 
 /// What the daemon gets from whoever starts it; `up` shares it with the tracker.
 #[derive(Clone)]
@@ -90,25 +94,35 @@ impl Mta {
     }
 }
 
-/// Starts the daemon: rules, keys, API. It takes batches when this returns.
+/// Starts the daemon: files, journal, sending, API. It takes batches when this returns.
 ///
 /// # Errors
-/// When a file has mistakes, a key can be neither read nor made, or the address is taken; nothing
-/// is left running.
+/// When a file has mistakes, a key can be neither read nor made, the journal does not open, or the
+/// address is taken; nothing is left running.
 pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     let asked = config.api.listen;
     let listener = TcpListener::bind(asked)
         .await
         .with_context(|| format!("api.listen {asked}"))?;
     let addr = server::address(&listener, asked);
-    let read = config.clone();
-    let files = tokio::task::spawn_blocking(move || Files::read(&read));
+    let (read, fresh_id) = (config.clone(), fresh_journal_id(&deps)?);
+    let files = tokio::task::spawn_blocking(move || Files::read(&read, fresh_id));
     let files = files.await.context("reading the files")??;
     let shared = Shared {
         rules: Arc::new(ArcSwap::from_pointee(files.rules)),
         tracking: Arc::new(ArcSwap::from_pointee(files.tracking)),
     };
-    let api = api(config, &deps, files.keys, &shared, Vec::new());
+    let journal = files.journal;
+    let sending = sending::start(sending_deps(
+        config,
+        &deps,
+        &shared,
+        journal.clone(),
+        files.shaping,
+    ));
+    let sending = sending.await.context("sending")?;
+    end_when_lost(&sending, &deps);
+    let api = api(config, &deps, files.keys, &shared, probes(journal, sending));
     server::serve(listener, router(Arc::new(api)), &deps.tasks, &deps.shutdown);
     tracing::info!(%addr, "the API is open");
     Ok(Mta {
@@ -118,15 +132,88 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     })
 }
 
+fn sending_deps(
+    config: &Config,
+    deps: &Deps,
+    shared: &Shared,
+    journal: Journal,
+    shaping: ShapingFile,
+) -> SendingDeps {
+    SendingDeps {
+        store: Arc::clone(&deps.store),
+        journal,
+        clock: deps.clock.clone(),
+        tasks: deps.tasks.clone(),
+        shutdown: deps.shutdown.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        smtp: config.smtp.clone(),
+        dns: config.dns.clone(),
+        pools: config.pools.clone(),
+        shaping: Arc::new(shaping),
+        rules: Arc::clone(&shared.rules),
+        ring: Arc::clone(&shared.tracking),
+        dkim_dir: config.dkim.dir.clone(),
+        lease: config.store.lease,
+    }
+}
+
+/// A process that cannot keep outcomes must not send, and has nothing else to live for.
+fn end_when_lost(sending: &SendingHandle, deps: &Deps) {
+    let (sending, shutdown) = (sending.clone(), deps.shutdown.clone());
+    drop(deps.tasks.spawn("sending watch", async move {
+        tokio::select! {
+            () = sending.failed() => {
+                tracing::error!("ending, since outcomes can no longer be kept");
+                shutdown.begin();
+            }
+            () = shutdown.begun() => {}
+        }
+    }));
+}
+
+/// What `/readyz` asks besides the store.
+fn probes(journal: Journal, sending: SendingHandle) -> Vec<Probe> {
+    let full = move || {
+        (!journal.has_room())
+            .then(|| "the journal is full: the store has not taken its facts".to_owned())
+    };
+    let lost = move || {
+        sending
+            .has_failed()
+            .then(|| "an outcome could not be kept".to_owned())
+    };
+    vec![
+        Probe {
+            name: "journal",
+            trouble: Box::new(full),
+        },
+        Probe {
+            name: "sending",
+            trouble: Box::new(lost),
+        },
+    ]
+}
+
+fn fresh_journal_id(deps: &Deps) -> anyhow::Result<JournalId> {
+    let mut random = [0; 16];
+    aws_lc_rs::rand::fill(&mut random).context("random bytes")?;
+    Ok(JournalId::new(
+        deps.clock.now(),
+        u128::from_be_bytes(random),
+    ))
+}
+
 /// What is read, or made, at the start.
 struct Files {
     keys: Keys,
     rules: Rules,
     tracking: KeyRing,
+    shaping: ShapingFile,
+    journal: Journal,
 }
 
 impl Files {
-    fn read(config: &Config) -> anyhow::Result<Self> {
+    fn read(config: &Config, fresh_id: JournalId) -> anyhow::Result<Self> {
         let data_dir = &config.data_dir;
         std::fs::create_dir_all(data_dir)
             .with_context(|| format!("data_dir {}", data_dir.display()))?;
@@ -134,8 +221,19 @@ impl Files {
             keys: Keys::load(&config.api.keys, &config.accounts, data_dir)?,
             rules: read_rules(config)?,
             tracking: tracking_keys(config)?,
+            shaping: ShapingFile::load(&config.shaping.file)?,
+            journal: journal(config, fresh_id)?,
         })
     }
+}
+
+fn journal(config: &Config, fresh_id: JournalId) -> anyhow::Result<Journal> {
+    let settings = JournalConfig {
+        sync_interval: Some(config.journal.sync),
+        max_bytes: config.journal.max_bytes,
+        ..JournalConfig::new(&config.journal.dir, "mta", fresh_id)
+    };
+    Journal::open(&settings, Arc::new(RealDisk)).context("the journal")
 }
 
 fn read_rules(config: &Config) -> anyhow::Result<Rules> {
