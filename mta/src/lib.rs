@@ -7,10 +7,15 @@
 mod admin;
 pub mod app;
 pub mod classify;
+pub mod compose;
 pub mod daemon;
+pub mod deliver;
 mod intake;
 pub mod queue;
 pub mod released;
+pub mod resolve;
+pub mod sending;
 pub mod shaping;
+pub mod ship;
 
 pub use app::{Deps, Mta, start};
