@@ -284,7 +284,8 @@ mod tests {
     fn a_status_moves_only_forward() {
         use AttemptResult::{Bounce, Cancelled, Delivered, Failed, Suppressed};
         let manual = Suppressed(SuppressionReason::Manual);
-        let table: &[(&[(u8, AttemptResult)], Status, u8)] = &[
+        type Case<'a> = (&'a [(u8, AttemptResult)], Status, u8);
+        let table: &[Case<'_>] = &[
             (&[(1, Delivered)], Status::Delivered, 1),
             (
                 &[(1, temporary(false)), (2, Delivered)],

@@ -113,6 +113,13 @@ fn describe(
 ) -> RecipientRow {
     let status = cell.status(batch.released);
     let last = decisive(status, &facts.attempts);
+    // Who expired while waiting was told nothing new: the last reply stands.
+    let silent = |attempt: &&Attempt| attempt.detail.reply.is_empty();
+    let heard = facts.attempts.iter().filter(|attempt| !silent(attempt));
+    let said = match last.filter(silent) {
+        Some(last) => heard.max_by_key(|attempt| attempt.number).or(Some(last)),
+        None => last,
+    };
     let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     let first = |kind: HitKind| {
         facts
@@ -138,12 +145,12 @@ fn describe(
             }
             _ => None,
         },
-        smtp_code: last.and_then(|attempt| attempt.detail.smtp_code),
-        enhanced_code: last.and_then(|attempt| attempt.detail.enhanced_code),
+        smtp_code: said.and_then(|attempt| attempt.detail.smtp_code),
+        enhanced_code: said.and_then(|attempt| attempt.detail.enhanced_code),
         class: last.and_then(|attempt| attempt.detail.class),
         blame: last.and_then(|attempt| attempt.detail.blame),
-        reply: last.and_then(|attempt| text(&attempt.detail.reply)),
-        host: last.and_then(|attempt| text(&attempt.detail.host)),
+        reply: said.and_then(|attempt| text(&attempt.detail.reply)),
+        host: said.and_then(|attempt| text(&attempt.detail.host)),
         accepted_at: head.created_at,
         delivered_at: delivery.map(|attempt| attempt.at),
         opened_at: first(HitKind::Open),

@@ -40,10 +40,13 @@ pub(super) struct Memory {
 /// How the answer is given once the commit is known.
 type Answer = Box<dyn FnOnce(Result<()>) + Send>;
 
+/// What a request does with its step, or with the reason why it has none.
+type Work = Box<dyn FnOnce(Result<&mut Step<'_>>) -> Answer + Send>;
+
 struct Request {
     /// Durability is somebody else's: the transaction need not be synced for it.
     soft: bool,
-    run: Box<dyn FnOnce(Result<&mut Step<'_>>) -> Answer + Send>,
+    run: Work,
 }
 
 /// The way to the writer. The thread ends when the last clone is gone.

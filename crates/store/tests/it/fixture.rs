@@ -15,7 +15,7 @@ pub(crate) struct Sqlite {
 impl Sqlite {
     pub(crate) fn new(partitions: u16) -> Self {
         Self {
-            directory: tempfile::tempdir().unwrap(),
+            directory: tempfile::tempdir().expect("a directory"),
             partitions,
         }
     }
@@ -37,10 +37,10 @@ impl Sqlite {
 #[async_trait::async_trait]
 impl Fixture for Sqlite {
     async fn mta(&self) -> Arc<dyn Store> {
-        Arc::new(self.open(Role::Mta).await.unwrap())
+        Arc::new(self.open(Role::Mta).await.expect("it opens"))
     }
 
     async fn another(&self) -> Arc<dyn Store> {
-        Arc::new(self.open(Role::Tracker).await.unwrap())
+        Arc::new(self.open(Role::Tracker).await.expect("it opens"))
     }
 }
