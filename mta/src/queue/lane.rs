@@ -141,11 +141,6 @@ impl Lane {
             .flat_map(|(_, waiting)| waiting)
             .collect()
     }
-
-    /// The ranges that have something here.
-    pub(super) fn ranges(&self) -> Vec<RangeRef> {
-        self.ranges.iter().map(|(range, _)| *range).collect()
-    }
 }
 
 /// How a range ends before all of it has reported.
@@ -227,6 +222,6 @@ mod tests {
         );
         assert!(lane.take(|item| item.offset == 1).is_none());
         assert_eq!(lane.withdraw(range_ref(1)).len(), 2);
-        assert_eq!((lane.len(), lane.ranges().len()), (0, 0));
+        assert_eq!((lane.len(), lane.ranges.len()), (0, 0));
     }
 }

@@ -4,4 +4,6 @@ mod disk;
 mod harness;
 mod intake;
 mod reading;
+mod sending;
 mod serving;
+mod station;

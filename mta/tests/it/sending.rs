@@ -1,15 +1,15 @@
 //! Sending from the store to scripted receiving servers and back: one behaviour a test, both ends
 //! looked at.
 
-mod station;
-
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::{Class, Status};
+use smtp::ServerEvent;
 use testkit::smtp_peer::{Answer, SmtpPeer, Temper};
 
-use station::{Station, people};
+use crate::station::{Station, people};
 
 #[tokio::test]
 async fn a_batch_goes_out_signed_and_every_outcome_is_in_the_store() {
@@ -35,10 +35,18 @@ async fn a_batch_goes_out_signed_and_every_outcome_is_in_the_store() {
 
 #[tokio::test]
 async fn refusals_are_read_and_what_is_temporary_is_tried_again() {
-    let temper = Temper::accepting()
-        .answering_recipient("gone@x.example", Answer::reply(550, "5.1.1 No such user"))
-        .answering_recipient_times("busy@x.example", 1, Answer::reply(451, "4.3.0 Not now"))
-        .answering_recipient("never@x.example", Answer::reply(451, "4.3.0 Not today"));
+    let busy = AtomicU32::new(0);
+    let temper = Temper::accepting().rule(move |question| {
+        if question.event != ServerEvent::Rcpt {
+            return None;
+        }
+        match question.recipient {
+            "gone@x.example" => Some(Answer::reply(550, "5.1.1 No such user")),
+            "busy@x.example" if busy.fetch_add(1, Ordering::Relaxed) == 0 => Some(Answer::reply(451, "4.3.0 Not now")),
+            "never@x.example" => Some(Answer::reply(451, "4.3.0 Not today")),
+            _ => None,
+        }
+    });
     let peer = SmtpPeer::start(temper).await.expect("a peer");
     let station = Station::new(&peer).await;
     let to = ["ok@x.example", "gone@x.example", "busy@x.example", "never@x.example"].map(str::to_owned);

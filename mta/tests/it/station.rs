@@ -1,0 +1,229 @@
+//! Sending with a real store and journal in a directory of its own, towards one receiving server.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use content::dkim::{Algorithm, generate};
+use journal::{Journal, JournalConfig, RealDisk};
+use links::KeyRing;
+use model::{BatchId, Counters, JournalId, LotNumber, Partition, Priority, Row, Timestamp, TrackingMode};
+use mta::classify::Rules;
+use mta::released::Released;
+use mta::sending::{SendingDeps, SendingHandle, start};
+use service::clock::{Clock as _, SystemClock};
+use service::config::shaping::ShapingFile;
+use service::config::{Config, Environment};
+use service::metrics::Metrics;
+use service::tasks::{Shutdown, Tasks};
+use store::sqlite::{Role, SqliteOptions, SqliteStore};
+use store::{BatchHead, NewBatch, NewLot, RecipientQuery, RecipientRow, Store, SuppressionQuery};
+use testkit::smtp_peer::SmtpPeer;
+
+/// How long a condition is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Retries within a second, no limits: what a test asks for beside stands before it.
+const SHAPING: &str = r#"
+    [default]
+    rate = "unlimited"
+    connections = 4
+    messages_per_connection = 50
+    retry = ["300ms", "600ms"]
+    expire = "2s"
+"#;
+
+/// The addresses `u0@domain` to `u(n-1)@domain`.
+pub(crate) fn people(domain: &str, count: usize) -> Vec<String> {
+    (0..count).map(|n| format!("u{n}@{domain}")).collect()
+}
+
+/// A place to send from.
+pub(crate) struct Station {
+    dir: tempfile::TempDir,
+    config: Config,
+    shaping: ShapingFile,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) metrics: Arc<Metrics>,
+    ring: Arc<ArcSwap<KeyRing>>,
+}
+
+/// Sending, as it runs.
+pub(crate) struct Running {
+    pub(crate) handle: SendingHandle,
+    tasks: Tasks,
+    pub(crate) shutdown: Shutdown,
+}
+
+impl Station {
+    /// Everything goes to `peer`.
+    pub(crate) async fn new(peer: &SmtpPeer) -> Self {
+        Self::with(&format!("{SHAPING}\n[mx]\n\"*\" = \"{}\"\n", peer.address()), "").await
+    }
+
+    /// With this `shaping.toml` and these sections in the configuration.
+    pub(crate) async fn with(shaping: &str, config: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let keys = dir.path().join("keys/brand.example");
+        std::fs::create_dir_all(&keys).expect("a directory");
+        std::fs::write(keys.join("s1.pem"), generate(Algorithm::Ed25519).expect("a key")).expect("written");
+        let file = dir.path().join("hikyaku.toml");
+        std::fs::write(&file, format!("[dkim]\ndir = \"keys\"\n{config}")).expect("written");
+        let environment: Environment = std::iter::empty::<(String, String)>().collect();
+        let options = SqliteOptions { path: dir.path().join("test.db"), partitions: 1, role: Role::Mta };
+        Self {
+            config: Config::load(Some(&file), &environment).expect("a configuration"),
+            shaping: ShapingFile::parse(Path::new("shaping.toml"), shaping).expect("a shaping file"),
+            store: Arc::new(SqliteStore::open(options).await.expect("a store")),
+            metrics: Arc::new(Metrics::new()),
+            ring: Arc::new(ArcSwap::from_pointee(KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring"))),
+            dir,
+        }
+    }
+
+    /// Commits a batch to these addresses, in lots by domain.
+    pub(crate) async fn submit(&self, to: &[String]) -> BatchId {
+        let now = SystemClock.now();
+        let id = BatchId::new(now, u128::from(fastrand::u64(..)));
+        let rows = to.iter().enumerate().map(|(index, email)| row(u32::try_from(index).expect("few"), email));
+        let mut by_domain = std::collections::BTreeMap::<String, Vec<Row>>::new();
+        for row in rows {
+            by_domain.entry(row.email.domain().to_owned()).or_default().push(row);
+        }
+        let (single, mixed): (Vec<_>, Vec<_>) = by_domain.into_iter().partition(|(_, rows)| rows.len() > 1);
+        let mixed: Vec<Row> = mixed.into_iter().flat_map(|(_, rows)| rows).collect();
+        let queues = single.into_iter().chain(std::iter::once((store::MIXED.to_owned(), mixed)));
+        let mut lots = Vec::new();
+        for (queue, rows) in queues {
+            for some in rows.chunks(store::LOT_ROWS) {
+                let number = LotNumber::new(Partition(0), u32::try_from(lots.len()).expect("few")).expect("a lot number");
+                lots.push(NewLot { number, queue: queue.as_str().into(), rows: some.to_vec() });
+            }
+        }
+        self.store.stage_lots(id, lots).await.expect("staged");
+        let batch = NewBatch { head: head(id, now), content: self.content().into(), accepted: to.len() as u64, rejected: 0 };
+        self.store.commit_batch(batch, now).await.expect("committed");
+        id
+    }
+
+    fn content(&self) -> Vec<u8> {
+        let spec = serde_json::json!({
+            "from": {"email": "news@brand.example", "name": "Brand"}, "subject": "Hello",
+            "html": "<p>Hello <a href=\"https://shop.example/\">shop</a></p>", "text": "Hello", "list_unsubscribe": true
+        });
+        let released = Released {
+            form: Released::FORM,
+            spec: serde_json::from_value(spec).expect("a content"),
+            dkim_selectors: vec!["s1".into()],
+            tracker_base_url: "http://127.0.0.1:8026".into(),
+            tracking_key: self.ring.load().ids().next().expect("a key"),
+            pool: "default".into(),
+        };
+        released.to_bytes().expect("bytes")
+    }
+
+    /// Starts sending, with the journal that lies in the directory.
+    pub(crate) async fn start(&self) -> Running {
+        let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
+        let handle = start(self.deps(&tasks, &shutdown)).await.expect("started");
+        Running { handle, tasks, shutdown }
+    }
+
+    fn deps(&self, tasks: &Tasks, shutdown: &Shutdown) -> SendingDeps {
+        let fresh = JournalId::new(SystemClock.now(), u128::from(fastrand::u64(..)));
+        let journal = JournalConfig::new(self.dir.path().join("journal"), "mta", fresh);
+        SendingDeps {
+            store: Arc::clone(&self.store),
+            journal: Journal::open(&journal, Arc::new(RealDisk)).expect("a journal"),
+            clock: SystemClock::shared(),
+            tasks: tasks.clone(),
+            shutdown: shutdown.clone(),
+            metrics: Arc::clone(&self.metrics),
+            smtp: self.config.smtp.clone(),
+            dns: self.config.dns.clone(),
+            pools: self.config.pools.clone(),
+            shaping: Arc::new(self.shaping.clone()),
+            rules: Arc::new(ArcSwap::from_pointee(Rules::shipped())),
+            ring: Arc::clone(&self.ring),
+            dkim_dir: self.config.dkim.dir.clone(),
+            lease: self.config.store.lease,
+        }
+    }
+
+    pub(crate) async fn counters(&self, batch: BatchId) -> Counters {
+        let counters = self.store.batch(batch).await.expect("an answer").expect("a batch").counters;
+        assert_eq!(counters.accepted, counters.statuses(), "the sum of the statuses");
+        counters
+    }
+
+    /// The counters when every recipient has a final status.
+    pub(crate) async fn finished(&self, batch: BatchId) -> Counters {
+        self.until(batch, |counters| counters.open() == 0).await
+    }
+
+    /// The counters when they are `so`.
+    pub(crate) async fn until(&self, batch: BatchId, so: impl Fn(&Counters) -> bool) -> Counters {
+        let waiting = async {
+            loop {
+                let counters = self.counters(batch).await;
+                if so(&counters) {
+                    return counters;
+                }
+                self.store.changed(Duration::from_millis(50)).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(counters) => counters,
+            Err(_) => panic!("still {:?}", self.counters(batch).await),
+        }
+    }
+
+    pub(crate) async fn row(&self, batch: BatchId, index: u32) -> RecipientRow {
+        let query = RecipientQuery { batch, from_index: index, limit: 1, status: None, opened: None, clicked: None, domain: None };
+        let page = self.store.recipients(query).await.expect("an answer");
+        page.items.into_iter().next().expect("a recipient")
+    }
+
+    pub(crate) async fn suppressed(&self) -> Vec<String> {
+        let query = SuppressionQuery { account: "default".into(), email: None, after: None, limit: 100 };
+        let page = self.store.suppressions(query).await.expect("an answer");
+        page.items.into_iter().map(|entry| entry.email).collect()
+    }
+}
+
+impl Running {
+    /// As SIGTERM does.
+    pub(crate) async fn drain(self) {
+        self.shutdown.drain(PATIENCE).await.expect("drained in time");
+        self.tasks.join().await.expect("no panic");
+        assert!(!self.handle.has_failed());
+    }
+}
+
+fn row(index: u32, email: &str) -> Row {
+    Row {
+        index,
+        email: email.parse().expect("an address"),
+        name: None,
+        prospect_id: None,
+        vars: None,
+        metadata: None,
+        tracking: None,
+    }
+}
+
+fn head(id: BatchId, now: Timestamp) -> BatchHead {
+    BatchHead {
+        id,
+        account: "default".into(),
+        campaign: None,
+        list: "default".into(),
+        priority: Priority::Bulk,
+        created_at: now,
+        release_at: now,
+        expires_at: None,
+        tracking: TrackingMode::Individual,
+        metadata: serde_json::Value::Null,
+    }
+}
