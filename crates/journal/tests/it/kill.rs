@@ -27,7 +27,6 @@ fn payload(seq: u64) -> Vec<u8> {
 /// Not a test: the process that the tests kill. Says the number of each record after it is
 /// written.
 #[test]
-#[ignore = "run by the other tests as a process of its own"]
 fn child() -> Result<()> {
     let Some(dir) = std::env::var_os(DIR) else {
         return Ok(());
@@ -56,7 +55,7 @@ fn child() -> Result<()> {
 fn start(dir: &Path) -> Result<Child> {
     let me = std::env::current_exe()?;
     Command::new(me)
-        .args(["--exact", "kill::child", "--ignored", "--nocapture"])
+        .args(["--exact", "kill::child", "--nocapture"])
         .env(DIR, dir)
         .stdout(Stdio::piped())
         .spawn()
