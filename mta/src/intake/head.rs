@@ -229,6 +229,7 @@ pub(crate) fn domain_is_allowed(from: &EmailAddress, allowed: Option<&[model::Do
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
 
     const NOW: Timestamp = Timestamp::from_millis(1_763_712_300_000);
@@ -366,6 +367,80 @@ b"
             assert_eq!(
                 mistakes_of(with(key, value)),
                 [format!("{path} invalid_field")],
+                "{key}"
+            );
+        }
+    }
+
+    fn any_value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i32>().prop_map(Value::from),
+            "\\PC{0,8}".prop_map(Value::from),
+            "[a-z.]{1,4}@[a-z]{1,3}\\.example".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, |inner| {
+            let key = prop::sample::select(vec!["email", "name", "mode", "opens", "utm", "x/~"]);
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                prop::collection::vec((key.prop_map(str::to_owned), inner), 0..4)
+                    .prop_map(Value::from_iter),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_field_is_read_or_named(key in prop::sample::select(FIELDS.to_vec()), value in any_value()) {
+            let pointer = format!("/{key}");
+            // Either body may be missing, not both.
+            let mut document = minimal();
+            document["html"] = json!("h");
+            document[key] = value;
+            for mistake in mistakes_of(document) {
+                prop_assert!(mistake.starts_with(&pointer), "{mistake} is not about {pointer}");
+            }
+        }
+    }
+
+    const FIELDS: [&str; 28] = [
+        "campaign",
+        "account",
+        "list",
+        "from",
+        "reply_to",
+        "subject",
+        "html",
+        "text",
+        "headers",
+        "attachments",
+        "vars",
+        "tracking",
+        "list_unsubscribe",
+        "send_at",
+        "expires_at",
+        "window",
+        "priority",
+        "rate",
+        "pool",
+        "metadata",
+        "guardrails",
+        "hold",
+        "allow_duplicates",
+        "variants",
+        "ab_test",
+        "recipients",
+        "raw",
+        "recipients_from",
+    ];
+
+    #[test]
+    fn every_field_of_the_contract_is_known() {
+        for key in FIELDS {
+            let unknown = format!("/{key} unknown_field");
+            assert!(
+                !mistakes_of(with(key, json!(7))).contains(&unknown),
                 "{key}"
             );
         }

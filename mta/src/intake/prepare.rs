@@ -16,10 +16,8 @@ use super::head::{self, BatchRequest};
 use super::recipients::{malformed, reason};
 use super::splitter::Head;
 use crate::admin::problem::{Answer, Code, Refusal, mistake};
+use crate::compose::{domain_selectors, load_keys};
 use crate::released::Released;
-
-/// Keys of one domain that sign; more would only make the header longer.
-const SELECTORS_MAX: usize = 8;
 
 /// A batch that may be sent, as far as its head goes.
 #[derive(Debug)]
@@ -182,51 +180,39 @@ fn content_mistake(error: ContentError) -> service::http::ProblemError {
     mistake
 }
 
-/// The keys that sign, and what to warn of.
+/// The selectors of the keys that sign, and what to warn of.
 fn signing(
     request: &BatchRequest,
     account: &Account,
     dir: &Path,
 ) -> Answer<(Vec<String>, Vec<String>)> {
     let domain = request.from.email.domain();
-    let selectors = selectors(&dir.join(domain));
-    let warnings = match account.dkim {
-        _ if !selectors.is_empty() => Vec::new(),
-        DkimPolicy::Optional => {
-            vec![format!(
-                "{domain} has no DKIM key: the mail leaves unsigned"
-            )]
-        }
-        DkimPolicy::Required => {
-            let detail =
-                format!("{domain} has no DKIM key; hikyaku dkim generate {domain} makes one");
-            return Err(Refusal::at(Code::NoDkimKey, "/from/email", detail));
-        }
-    };
-    Ok((selectors, warnings))
-}
-
-/// The selectors of the keys in a directory that can be used, sorted.
-fn selectors(dir: &Path) -> Vec<String> {
-    let files = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok);
-    let usable = files.filter_map(|file| {
-        let name = file.file_name().into_string().ok()?;
-        let selector = name.strip_suffix(".pem")?;
-        let pem = std::fs::read_to_string(file.path()).ok()?;
-        match content::dkim::Key::from_pem(selector, &pem) {
-            Ok(key) => Some(key.selector().to_owned()),
-            Err(error) => {
-                tracing::error!(file = %file.path().display(), %error, "a DKIM key cannot be used");
-                None
-            }
-        }
+    let refuse = |detail: String| Err(Refusal::at(Code::NoDkimKey, "/from/email", detail));
+    // Read, and not only found: what is accepted must be possible to sign.
+    let found = domain_selectors(dir, domain).and_then(|selectors| {
+        load_keys(dir, domain, &selectors)?;
+        Ok(selectors)
     });
-    let mut selectors: Vec<String> = usable.take(SELECTORS_MAX).collect();
-    selectors.sort_unstable();
-    selectors
+    match (found, account.dkim) {
+        (Ok(selectors), _) if !selectors.is_empty() => Ok((selectors, Vec::new())),
+        (Ok(none), DkimPolicy::Optional) => {
+            let warning = format!("{domain} has no DKIM key: the mail leaves unsigned");
+            Ok((none, vec![warning]))
+        }
+        (Ok(_), DkimPolicy::Required) => refuse(format!(
+            "{domain} has no DKIM key; hikyaku dkim generate {domain} makes one"
+        )),
+        (Err(error), _) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(
+                error,
+                "a batch was refused because its DKIM keys cannot be used"
+            );
+            refuse(format!(
+                "the DKIM keys of {domain} cannot be used; the log of the service says why"
+            ))
+        }
+    }
 }
 
 fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Account) -> BatchHead {
