@@ -381,6 +381,10 @@ impl<'s, 'c> Books<'s, 'c> {
     fn complete(&mut self) -> Result<Vec<BatchId>> {
         let mut completed = Vec::new();
         for no in std::mem::take(&mut self.touched) {
+            let open = |(id, counters): (&i64, &Counters)| id >> 8 == no && counters.open() > 0;
+            if self.counters.iter().any(open) {
+                continue;
+            }
             let Some(mut batch) = self.batch(no)? else {
                 continue;
             };

@@ -413,3 +413,124 @@ impl Store for SqliteStore {
             .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BatchHead, LeaseRequest, NewBatch, Want};
+    use model::{LotNumber, Partition, Priority, Row, TrackingMode};
+
+    const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+
+    fn lot(number: u32, count: u32) -> NewLot {
+        let row = |index| Row {
+            index: number * count + index,
+            email: format!("n{index}@x.example").parse().unwrap(),
+            name: None,
+            prospect_id: None,
+            // What does not compress fills a disk.
+            vars: Some(format!("{:x}", fastrand::u128(..)).repeat(4).into()),
+            metadata: None,
+            tracking: None,
+        };
+        NewLot {
+            number: LotNumber::new(Partition(0), number).unwrap(),
+            queue: "x.example".into(),
+            rows: (0..count).map(row).collect(),
+        }
+    }
+
+    fn batch(id: BatchId, accepted: u64) -> NewBatch {
+        let head = BatchHead {
+            id,
+            account: "acme".into(),
+            campaign: None,
+            list: "news".into(),
+            priority: Priority::Bulk,
+            created_at: T0,
+            release_at: T0,
+            expires_at: None,
+            tracking: TrackingMode::Individual,
+            metadata: serde_json::json!({}),
+        };
+        NewBatch {
+            head,
+            content: b"content".as_slice().into(),
+            accepted,
+            rejected: 0,
+        }
+    }
+
+    async fn limit_pages(store: &SqliteStore, more: Option<i64>) {
+        let limit = move |step: &mut writer::Step<'_>| {
+            let pages: i64 = step
+                .connection
+                .query_row("PRAGMA page_count", [], |row| row.get(0))?;
+            let limit = more.map_or(1 << 30, |more| pages + more);
+            step.connection
+                .query_row(&format!("PRAGMA max_page_count={limit}"), [], |_| Ok(()))?;
+            Ok(())
+        };
+        store.writer().unwrap().write(limit).await.unwrap();
+    }
+
+    /// However little room is left, a step is done or not done, and room makes it go on.
+    #[tokio::test]
+    async fn a_full_disk_is_unavailable_and_nothing_is_half_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = SqliteOptions {
+            path: directory.path().join("store.db"),
+            partitions: 1,
+            role: Role::Mta,
+        };
+        let store = SqliteStore::open(options).await.unwrap();
+        let (mut full, mut committed) = (0, 0_u64);
+        for room in 0..40 {
+            let id = BatchId::new(T0, room);
+            limit_pages(&store, Some(i64::try_from(room % 20).unwrap() * 4)).await;
+            let steps = async {
+                store.stage_lots(id, vec![lot(0, 400), lot(1, 400)]).await?;
+                store.commit_batch(batch(id, 800), T0).await?;
+                let want = Want {
+                    queue: "x.example".into(),
+                    rows: 10,
+                };
+                let ttl = Duration::from_secs(45);
+                let node = JournalId::new(T0, room);
+                store
+                    .lease(LeaseRequest {
+                        node,
+                        now: T0,
+                        ttl,
+                        wants: vec![want],
+                    })
+                    .await
+                    .map(drop)
+            };
+            match steps.await {
+                Ok(()) => {}
+                Err(StoreError::Unavailable(_)) => full += 1,
+                Err(other) => panic!("{other:?}"),
+            }
+            let found = store.batch(id).await.unwrap();
+            limit_pages(&store, None).await;
+            store.check().await.unwrap();
+            match found {
+                Some(found) => assert_eq!(found.counters.statuses(), 800),
+                None => store.abandon_batch(id).await.unwrap(),
+            }
+            committed += u64::from(store.batch(id).await.unwrap().is_some());
+        }
+        assert!(
+            full > 3 && committed > 3,
+            "{full} times full, {committed} times not"
+        );
+        assert_eq!(store.totals(T0).await.unwrap().queued, committed * 800);
+        let integrity = |reading: &readers::Reading<'_>| {
+            Ok(reading
+                .connection
+                .query_row("PRAGMA integrity_check", [], |row| row.get::<_, String>(0))?)
+        };
+        assert_eq!(store.readers.read(integrity).await.unwrap(), "ok");
+    }
+}

@@ -1,5 +1,7 @@
 //! The sqlite engine against the conformance suite, with one partition and with four.
 
+mod crash;
+mod engine;
 mod fixture;
 
 mod one_partition {
