@@ -123,7 +123,14 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     let sending = sending.await.context("sending")?;
     end_when_lost(&sending, &deps);
     let api = api(config, &deps, files.keys, &shared, probes(journal, sending));
-    server::serve(listener, router(Arc::new(api)), &deps.tasks, &deps.shutdown);
+    let router = router(Arc::new(api));
+    server::serve(
+        listener,
+        router,
+        server::HEADERS_TIME,
+        &deps.tasks,
+        &deps.shutdown,
+    );
     tracing::info!(%addr, "the API is open");
     Ok(Mta {
         addr,

@@ -21,20 +21,28 @@ use crate::intake::submit::Submitter;
 /// `POST /v1/batches`
 pub(super) async fn submit(
     State(api): State<Arc<Api>>,
-    CanSubmit(caller): CanSubmit,
+    caller: Answer<CanSubmit>,
     mut params: Params,
     request: Request,
 ) -> Answer<Response> {
     let dry_run = params.parsed::<bool>("dry_run").unwrap_or(false);
-    let refusal = params.finish().and_then(|()| is_json(request.headers()));
+    let allowed = caller.and_then(|CanSubmit(caller)| {
+        params.finish()?;
+        is_json(request.headers())?;
+        Ok(caller)
+    });
     let waits = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
-    if let Err(refusal) = refusal {
-        if !waits {
-            drain(body).await;
+    let caller = match allowed {
+        Ok(caller) => caller,
+        Err(refusal) => {
+            // Whoever is still writing would see a broken connection in place of the answer.
+            if !waits {
+                drain(body).await;
+            }
+            return Err(refusal);
         }
-        return Err(refusal);
-    }
+    };
     let by = Submitter {
         account: caller.account.to_string(),
         any_account: caller.may(Scope::Admin),

@@ -19,14 +19,21 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Open connections at most; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 1_024;
 /// For the request line and headers, also of the next request on a connection.
-const HEADERS_TIME: Duration = Duration::from_secs(30);
+pub(crate) const HEADERS_TIME: Duration = Duration::from_secs(30);
 /// Bytes of request line and headers.
 const HEADERS_MAX: usize = 64 << 10;
 /// After an error of `accept`: mostly that there are no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves `router` on `listener` until the process drains.
-pub(crate) fn serve(listener: TcpListener, router: Router, tasks: &Tasks, shutdown: &Shutdown) {
+/// Serves `router` on `listener` until the process drains; whoever takes longer than
+/// `headers_time` over the headers of a request is let go.
+pub(crate) fn serve(
+    listener: TcpListener,
+    router: Router,
+    headers_time: Duration,
+    tasks: &Tasks,
+    shutdown: &Shutdown,
+) {
     let (hold, accepting) = (shutdown.hold(Stage::Intake), shutdown.clone());
     let connections = tasks.clone();
     drop(tasks.spawn("api", async move {
@@ -34,6 +41,7 @@ pub(crate) fn serve(listener: TcpListener, router: Router, tasks: &Tasks, shutdo
         while let Some((stream, place)) = next(&listener, &places, &accepting).await {
             let connection = Connection {
                 router: router.clone(),
+                headers_time,
                 shutdown: accepting.clone(),
                 _place: place,
             };
@@ -70,6 +78,7 @@ async fn next(
 
 struct Connection {
     router: Router,
+    headers_time: Duration,
     shutdown: Shutdown,
     _place: OwnedSemaphorePermit,
 }
@@ -82,7 +91,7 @@ impl Connection {
         let service = TowerToHyperService::new(self.router);
         let serving = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADERS_TIME)
+            .header_read_timeout(self.headers_time)
             .max_buf_size(HEADERS_MAX)
             .serve_connection(TokioIo::new(stream), service);
         let mut serving = std::pin::pin!(serving);
@@ -102,4 +111,38 @@ impl Connection {
 /// Where the listener stands, for whoever asked for port 0.
 pub(crate) fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[tokio::test]
+    async fn who_dawdles_over_the_headers_is_let_go() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let addr = listener.local_addr().expect("an address");
+        let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
+        serve(
+            listener,
+            Router::new(),
+            Duration::from_millis(50),
+            &tasks,
+            &shutdown,
+        );
+        let mut slow = TcpStream::connect(addr).await.expect("connected");
+        slow.write_all(b"GET /healthz HTTP/1.1\r\nhos")
+            .await
+            .expect("sent");
+        let mut silent = TcpStream::connect(addr).await.expect("connected");
+        let mut answer = String::new();
+        slow.read_to_string(&mut answer).await.expect("closed");
+        assert!(!answer.contains(" 200 "), "{answer}");
+        assert_eq!(silent.read(&mut [0; 1]).await.expect("closed"), 0);
+        shutdown
+            .drain(Duration::from_secs(10))
+            .await
+            .expect("drained");
+        tasks.join().await.expect("no task was lost");
+    }
 }

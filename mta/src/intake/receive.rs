@@ -37,6 +37,7 @@ const DRAIN_TIME: Duration = Duration::from_secs(10);
 /// What all calls share.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
+    silence: Duration,
     calls: Arc<Semaphore>,
     memory: Arc<Semaphore>,
 }
@@ -44,6 +45,7 @@ pub(crate) struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            silence: SILENCE_MAX,
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             memory: Arc::new(Semaphore::new(HEADS_MEMORY / PIECE)),
         }
@@ -129,11 +131,11 @@ impl Receiver<'_> {
     async fn next(&self, body: &mut Body, intake: &Intake) -> Answer<Option<Bytes>> {
         let slow = || Refusal::new(Code::RequestTimeout, "the body did not arrive in time");
         loop {
-            let frame = tokio::time::timeout(SILENCE_MAX, body.frame())
+            let frame = tokio::time::timeout(self.limits.silence, body.frame())
                 .await
                 .map_err(|_| slow())?;
             let elapsed = elapsed(intake.began, self.clock.instant());
-            let due = elapsed.saturating_sub(SILENCE_MAX).as_secs() * BYTES_PER_SECOND_MIN;
+            let due = elapsed.saturating_sub(self.limits.silence).as_secs() * BYTES_PER_SECOND_MIN;
             if intake.length < due {
                 return Err(slow());
             }
@@ -218,4 +220,81 @@ pub(crate) async fn drain(mut body: Body) {
     };
     // Whether it came to its end or not, the caller gets the answer.
     tokio::time::timeout(DRAIN_TIME, all).await.ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::{StreamExt as _, stream};
+    use service::clock::SystemClock;
+
+    const GOOD: &[u8] = br#"{"recipients":[{},{}]}"#;
+
+    async fn receive(limits: Limits, body: Body, waits: bool) -> Answer<Received> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let receiver = Receiver {
+            limits: &limits,
+            clock: &SystemClock::shared(),
+            dir: dir.path(),
+            max_body: 1 << 10,
+            waits,
+        };
+        receiver.receive(body).await
+    }
+
+    fn code(received: Answer<Received>) -> Code {
+        received.expect_err("refused").0.code()
+    }
+
+    #[tokio::test]
+    async fn a_body_is_taken_in_pieces() {
+        let pieces = GOOD
+            .chunks(3)
+            .map(|piece| Ok::<_, std::io::Error>(Bytes::from_static(piece)));
+        let received = receive(
+            Limits::default(),
+            Body::from_stream(stream::iter(pieces)),
+            false,
+        )
+        .await;
+        assert_eq!(received.expect("received").spool.rows(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_stops_coming_is_not_waited_for() {
+        let first = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(GOOD))]);
+        let body = Body::from_stream(first.chain(stream::pending()));
+        let limits = Limits {
+            silence: Duration::from_millis(20),
+            ..Limits::default()
+        };
+        assert_eq!(
+            code(receive(limits, body, false).await),
+            Code::RequestTimeout
+        );
+    }
+
+    #[tokio::test]
+    async fn calls_beyond_what_memory_bears_are_sent_away() {
+        for (calls, memory) in [(0, 1), (1, 0)] {
+            let limits = Limits {
+                calls: Arc::new(Semaphore::new(calls)),
+                memory: Arc::new(Semaphore::new(memory)),
+                ..Limits::default()
+            };
+            assert_eq!(
+                code(receive(limits, Body::from(GOOD), false).await),
+                Code::Unavailable
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_announced_too_large_is_not_read_from_one_who_waits() {
+        let body = Body::from(vec![b' '; 2 << 10]);
+        assert_eq!(
+            code(receive(Limits::default(), body, true).await),
+            Code::BodyTooLarge
+        );
+    }
 }

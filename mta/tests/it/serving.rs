@@ -44,6 +44,14 @@ async fn a_key_opens_what_its_scopes_say() {
 }
 
 #[tokio::test]
+async fn a_stranger_with_a_large_body_gets_an_answer_too() {
+    let service = Service::start().await;
+    let large = batch(&recipients(200_000, 1));
+    let reply = service.api.with_key("wrong").submit(&large).await;
+    assert_eq!(reply.problem().1, "unauthorized");
+}
+
+#[tokio::test]
 async fn the_first_start_makes_a_key() {
     let home = Home::new("");
     let text = std::fs::read_to_string(home.config_file()).expect("read");
