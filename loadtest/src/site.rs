@@ -5,7 +5,7 @@
 
 use crate::client::Client;
 use crate::process::Guarded;
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
@@ -16,6 +16,8 @@ use tempfile::TempDir;
 
 /// For the service to get ready, and to end.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Of the service's log, shown when something went wrong.
+const LOG_LINES: usize = 10;
 
 /// How mail is signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -132,7 +134,7 @@ impl Site {
         let mut process = Guarded::new("the service", child);
         let api = format!("http://127.0.0.1:{}", ports[0]);
         let ready = ready(&mut process, &Client::new(&api, "")).await;
-        ready.with_context(|| log_end(dir.path()))?;
+        with_log(ready, dir.path())?;
         let key = fs::read_to_string(dir.path().join("data/api-key")).context("no API key")?;
         Ok(Self {
             process,
@@ -166,9 +168,12 @@ impl Site {
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// The last lines of its log.
-    pub fn log_end(&self) -> String {
-        log_end(self.dir.path())
+    /// What went wrong, with the last lines of its log.
+    ///
+    /// # Errors
+    /// As `result`.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        with_log(result, self.dir.path())
     }
 
     /// Keeps its log in `dir` under this name.
@@ -187,7 +192,7 @@ impl Site {
     pub async fn stop(mut self) -> Result<()> {
         signal(self.pid(), "TERM")?;
         let ended = self.process.ended(PATIENCE).await;
-        ended.with_context(|| self.log_end())
+        self.explain(ended)
     }
 }
 
@@ -264,12 +269,15 @@ async fn ready(process: &mut Guarded, client: &Client) -> Result<()> {
         .with_context(|| format!("the service was not ready within {PATIENCE:?}"))?
 }
 
-fn log_end(dir: &Path) -> String {
-    let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().collect();
-    let last = lines.len().saturating_sub(5);
-    let end = lines.get(last..).unwrap_or_default().join("\n");
-    format!("the end of its log:\n{end}")
+/// The cause comes first: a log may have lines about anything.
+fn with_log<T>(result: Result<T>, dir: &Path) -> Result<T> {
+    result.map_err(|error| {
+        let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let last = lines.len().saturating_sub(LOG_LINES);
+        let end = lines.get(last..).unwrap_or_default().join("\n");
+        anyhow!("{error:#}; the end of the service's log:\n{end}")
+    })
 }
 
 /// A port of 127.0.0.1 that was free a moment ago.

@@ -8,10 +8,14 @@ use anyhow::{Context as _, Result, bail};
 use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often a batch is asked for. Each answer costs the service a reading of counters.
 const POLL: Duration = Duration::from_millis(200);
+/// How often its progress is printed.
+const LINE: Duration = Duration::from_secs(1);
+/// After which a delivery that does not move is given up.
+const STALLED: Duration = Duration::from_secs(60);
 
 /// Submit generated batches over HTTP, and watch their delivery
 #[derive(Debug, Clone, clap::Args)]
@@ -112,46 +116,75 @@ pub async fn submit(client: &Client, shape: &Shape, batch_size: Option<u64>) -> 
 /// Asks until every batch is completed; prints how far it is each second.
 ///
 /// # Errors
-/// When the service does not answer, or a batch is stopped.
+/// When the service does not answer, a batch is stopped, or nothing moves for a minute.
 pub async fn watch(
     client: &Client,
     report: &mut Report,
     out: &mut (dyn Write + Send),
 ) -> Result<()> {
     let start = SystemClock.instant();
-    let (mut said, mut due) = (0, start + Duration::from_secs(1));
+    let mut progress = Progress::new(report.accepted, start);
     let mut done = Counters::default();
     for id in report.batches.clone() {
         loop {
             let Batch { state, counters } = client.batch(&id).await?;
+            let now = SystemClock.instant();
+            let sum = done.plus(&counters);
             if state == "completed" {
-                done = done.plus(&counters);
+                done = sum;
                 break;
             }
             if state != "in_progress" {
                 bail!("batch {id} is {state}");
             }
-            let now = SystemClock.instant();
-            if now >= due {
-                due = now + Duration::from_secs(1);
-                let delivered = done.plus(&counters).delivered;
-                let more = delivered.saturating_sub(said);
-                said = delivered;
-                let all = count(report.accepted);
-                writeln!(
-                    out,
-                    "{:>12} of {all}  {:>8}/s",
-                    count(delivered),
-                    count(more)
-                )?;
-                out.flush()?;
-            }
+            progress.see(&sum, now, out)?;
             tokio::time::sleep(POLL).await;
         }
     }
     report.delivery_time = SystemClock.instant().duration_since(start);
     report.counters = done;
     Ok(())
+}
+
+/// What was said of a delivery, and when it last moved.
+struct Progress {
+    accepted: u64,
+    said: (u64, Instant),
+    moved: (Counters, Instant),
+}
+
+impl Progress {
+    fn new(accepted: u64, now: Instant) -> Self {
+        Self {
+            accepted,
+            said: (0, now),
+            moved: (Counters::default(), now),
+        }
+    }
+
+    fn see(
+        &mut self,
+        counters: &Counters,
+        now: Instant,
+        out: &mut (dyn Write + Send),
+    ) -> Result<()> {
+        if *counters != self.moved.0 {
+            self.moved = (*counters, now);
+        }
+        if now.duration_since(self.moved.1) >= STALLED {
+            bail!("nothing has moved for {STALLED:?}: {counters:?}");
+        }
+        let (before, at) = self.said;
+        if now.duration_since(at) >= LINE && counters.delivered != before {
+            self.said = (counters.delivered, now);
+            let more = counters.delivered.saturating_sub(before);
+            let speed = rate(per_second(more, now.duration_since(at)));
+            let (delivered, all) = (count(counters.delivered), count(self.accepted));
+            writeln!(out, "{delivered:>12} of {all}  {speed:>8}/s")?;
+            out.flush()?;
+        }
+        Ok(())
+    }
 }
 
 impl Counters {
@@ -179,5 +212,31 @@ impl Report {
             return Ok(());
         }
         bail!("not everything was delivered: {:?}", self.counters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_delivery_that_does_not_move_is_given_up() {
+        let start = SystemClock.instant();
+        let mut progress = Progress::new(1_000, start);
+        let mut out = Vec::new();
+        let mut see = |delivered, seconds| {
+            let counters = Counters {
+                delivered,
+                ..Counters::default()
+            };
+            progress.see(&counters, start + Duration::from_secs(seconds), &mut out)
+        };
+        see(0, 0).expect("just begun");
+        see(500, 59).expect("moved");
+        see(500, 118).expect("patient");
+        let error = see(500, 119).expect_err("stalled").to_string();
+        assert!(error.contains("nothing has moved for 60s"), "{error}");
+        let text = String::from_utf8(out).expect("text");
+        assert_eq!(text, "         500 of 1,000         8/s\n");
     }
 }

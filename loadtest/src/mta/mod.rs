@@ -170,7 +170,7 @@ async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Resul
     let sink = Counterpart::start("sink").await?;
     let site = Site::start(&args.setup(dkim, &sink)?, None).await?;
     let measured = phases(args, dkim, &site, &sink, out).await;
-    let mut run = measured.with_context(|| site.log_end())?;
+    let mut run = site.explain(measured)?;
     run.sink = process::usage(sink.pid())?;
     if let Some(dir) = &args.profile_dir {
         site.keep_log(dir, &format!("{}.log", file_name(dkim)))?;
@@ -290,7 +290,7 @@ async fn traced(args: &Args, recipients: u64) -> Result<Calls> {
     let site = Site::start(&args.setup(Dkim::None, &sink)?, Some(&table)).await?;
     let mut report = source::submit(site.client(), &shape, None).await?;
     let watched = source::watch(site.client(), &mut report, &mut std::io::sink()).await;
-    watched.with_context(|| site.log_end())?;
+    site.explain(watched)?;
     report.check()?;
     site.stop().await?;
     sink.stop().await?;

@@ -185,7 +185,7 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
     )?;
     let mut report = source::submit(site.client(), &shape, None).await?;
     let watched = source::watch(site.client(), &mut report, out).await;
-    watched.with_context(|| site.log_end())?;
+    site.explain(watched)?;
     report.check()?;
     sink.stop().await?;
     let Some(batch) = report.batches.first() else {
