@@ -60,6 +60,9 @@ impl Home {
         std::fs::create_dir_all(&keys).expect("a directory for keys");
         let pem = generate(Algorithm::Ed25519).expect("a key");
         std::fs::write(keys.join("s1.pem"), pem).expect("written");
+        // Where nobody listens: what is not about delivery must not wait for the network.
+        let shaping = "[mx]\n\"*\" = \"127.0.0.1:1\"\n";
+        std::fs::write(dir.path().join("shaping.toml"), shaping).expect("written");
         let home = Self { dir };
         let text = format!(
             "data_dir = {data:?}\n[api]\nlisten = \"127.0.0.1:0\"\n{api}\n{ACCOUNTS}\n\
