@@ -80,6 +80,31 @@ pub async fn transactional_mail_goes_first_and_batches_take_turns(
     Ok(())
 }
 
+/// However many batches stand in a queue, the one that is urgent is first and each has its turn.
+pub async fn no_batch_is_lost_among_many(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let node = Node::new(1);
+    let count = 300_u128;
+    for number in 0..count {
+        let spec = Spec::new(number, people(2, "x.example"));
+        spec.submit(&*store, T0).await?;
+    }
+    let mut urgent = Spec::new(count, people(1, "x.example"));
+    urgent.head.priority = Priority::Transactional;
+    let urgent = urgent.submit(&*store, T0).await?;
+    let leased = node.lease(&*store, T0, "x.example", 1).await?;
+    assert_eq!(leased[0].batch.id, urgent);
+    let mut served = std::collections::BTreeSet::new();
+    for _ in 0..count {
+        let leased = node.lease(&*store, T0, "x.example", 1).await?;
+        served.extend(leased.iter().map(|range| range.batch.id));
+    }
+    assert_eq!(served.len() as u128, count);
+    let rest = node.lease(&*store, T0, "x.example", 1_000).await?;
+    assert_eq!(emails(&rest).len() as u128, count);
+    Ok(())
+}
+
 /// A successor learns which recipients a dead holder may have started: the unreported ones of its
 /// window. Everything beyond is untouched, what was reported is not handed out again.
 pub async fn a_dead_holder_leaves_only_its_window_in_doubt(fixture: &dyn Fixture) -> Result<()> {

@@ -50,6 +50,7 @@ macro_rules! conformance_tests {
             mail_waits_for_its_release_time
             a_range_is_split_as_wanted
             transactional_mail_goes_first_and_batches_take_turns
+            no_batch_is_lost_among_many
             a_dead_holder_leaves_only_its_window_in_doubt
             doubt_outlives_a_second_holder
             a_holder_that_slept_is_fenced_but_its_outcomes_are_taken

@@ -6,13 +6,15 @@
 
 use super::control;
 use super::ids::{self, BatchNo, LotId};
+use super::record::{
+    BatchRecord, By, counter_ids, load_counters, read_counters, record, save_record,
+};
 use super::writer::Step;
 use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
 use crate::transition::{self, Applied, Cell};
 use crate::{BatchHead, Control, Result, StoreError};
 use model::{
     BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Seq, Status, Timestamp,
-    TrackingMode,
 };
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -34,80 +36,6 @@ impl Changed {
     pub(super) const fn any(self) -> bool {
         self.control || self.events
     }
-}
-
-/// What of a batch can change.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct BatchRecord {
-    pub(super) no: BatchNo,
-    pub(super) id: BatchId,
-    pub(super) state: BatchState,
-    pub(super) released: bool,
-    pub(super) archived: bool,
-    pub(super) release_at: Timestamp,
-    pub(super) started_at: Option<Timestamp>,
-    pub(super) completed_at: Option<Timestamp>,
-    pub(super) tracking: TrackingMode,
-    pub(super) transactional: bool,
-}
-
-impl BatchRecord {
-    /// Whether attempts may start.
-    pub(super) fn active(&self) -> bool {
-        self.state == BatchState::InProgress
-    }
-}
-
-/// Reads what of a batch can change; `None` when there is no such committed batch.
-pub(super) fn record(connection: &rusqlite::Connection, by: By) -> Result<Option<BatchRecord>> {
-    let columns = "SELECT no, id, state, released, archived, release_at, started_at, completed_at, tracking, priority FROM batch WHERE state < 99 AND";
-    let (sql, key): (_, &dyn rusqlite::ToSql) = match &by {
-        By::No(no) => (format!("{columns} no=?1"), no),
-        By::Id(id) => (format!("{columns} id=?1"), id),
-    };
-    let row = connection
-        .prepare_cached(&sql)?
-        .query_row([key], read_record)
-        .optional()?;
-    Ok(row)
-}
-
-/// How a batch is named.
-pub(super) enum By {
-    /// By its number in this file.
-    No(BatchNo),
-    /// By its id.
-    Id([u8; 16]),
-}
-
-fn read_record(row: &rusqlite::Row<'_>) -> rusqlite::Result<BatchRecord> {
-    Ok(BatchRecord {
-        no: row.get(0)?,
-        id: BatchId::from_bytes(row.get(1)?),
-        state: BatchState::from_code(row.get(2)?).unwrap_or(BatchState::Open),
-        released: row.get(3)?,
-        archived: row.get(4)?,
-        release_at: ids::time(row.get(5)?),
-        started_at: row.get::<_, Option<i64>>(6)?.map(ids::time),
-        completed_at: row.get::<_, Option<i64>>(7)?.map(ids::time),
-        tracking: TrackingMode::from_code(row.get(8)?).unwrap_or(TrackingMode::Off),
-        transactional: row.get::<_, u8>(9)? == model::Priority::Transactional.code(),
-    })
-}
-
-/// Writes what of a batch can change.
-pub(super) fn save_record(connection: &rusqlite::Connection, batch: &BatchRecord) -> Result<()> {
-    connection
-        .prepare_cached("UPDATE batch SET state=?2, released=?3, archived=?4, started_at=?5, completed_at=?6 WHERE no=?1")?
-        .execute(params![
-            batch.no,
-            batch.state.code(),
-            batch.released,
-            batch.archived,
-            batch.started_at.map(Timestamp::millis),
-            batch.completed_at.map(Timestamp::millis),
-        ])?;
-    Ok(())
 }
 
 /// The mutable bytes of a lot.
@@ -133,6 +61,7 @@ pub(super) struct RetryKey {
     pub(super) batch: BatchNo,
     pub(super) partition: Partition,
     pub(super) queue: Box<str>,
+    pub(super) rank: u8,
     pub(super) due_at: i64,
 }
 
@@ -483,11 +412,11 @@ pub(super) fn file_retries(step: &Step<'_>, key: &RetryKey, refs: &[Ref]) -> Res
     let open: Option<(i64, Vec<u8>)> = step
         .connection
         .prepare_cached(
-            "SELECT id, refs FROM work WHERE queue=?1 AND batch=?2 AND due_at=?3 AND expires=0 AND count<?4
+            "SELECT id, refs FROM work WHERE queue=?1 AND rank=?6 AND batch=?2 AND due_at=?3 AND expires=0 AND count<?4
              AND partition=?5 AND refs IS NOT NULL AND holder IS NULL LIMIT 1",
         )?
         .query_row(
-            params![key.queue, key.batch, key.due_at, length(RETRY_ROWS), key.partition.0],
+            params![key.queue, key.batch, key.due_at, length(RETRY_ROWS), key.partition.0, key.rank],
             |row| Ok((row.get(0)?, row.get(1)?)),
         )
         .optional()?;
@@ -505,14 +434,15 @@ pub(super) fn file_retries(step: &Step<'_>, key: &RetryKey, refs: &[Ref]) -> Res
     }
     for chunk in chunks {
         step.connection
-            .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, refs) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+            .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, refs, rank) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?
             .execute(params![
                 key.batch,
                 key.partition.0,
                 key.queue,
                 key.due_at,
                 length(chunk.len()),
-                form::pack_refs(chunk)
+                form::pack_refs(chunk),
+                key.rank,
             ])?;
     }
     Ok(())
@@ -520,81 +450,4 @@ pub(super) fn file_retries(step: &Step<'_>, key: &RetryKey, refs: &[Ref]) -> Res
 
 fn length(of: usize) -> i64 {
     i64::try_from(of).unwrap_or(i64::MAX)
-}
-
-fn load_counters(connection: &rusqlite::Connection, id: i64) -> Result<Counters> {
-    let data: Option<Vec<u8>> = connection
-        .prepare_cached("SELECT data FROM counter WHERE id=?1")?
-        .query_row([id], |row| row.get(0))
-        .optional()?;
-    data.map_or_else(
-        || Ok(Counters::default()),
-        |data| form::unpack(version::COUNTERS, &data),
-    )
-}
-
-fn counter_ids(connection: &rusqlite::Connection, batch: BatchNo) -> Result<Vec<i64>> {
-    let (first, last) = ids::counter_range(batch);
-    let mut sql = connection.prepare_cached("SELECT id FROM counter WHERE id BETWEEN ?1 AND ?2")?;
-    let ids = sql.query_map([first, last], |row| row.get(0))?;
-    Ok(ids.collect::<rusqlite::Result<_>>()?)
-}
-
-/// The counters of a batch: the sum over its partitions.
-pub(super) fn read_counters(connection: &rusqlite::Connection, batch: BatchNo) -> Result<Counters> {
-    let (first, last) = ids::counter_range(batch);
-    let mut sql =
-        connection.prepare_cached("SELECT data FROM counter WHERE id BETWEEN ?1 AND ?2")?;
-    let mut rows = sql.query([first, last])?;
-    let mut sum = Counters::default();
-    while let Some(row) = rows.next()? {
-        let data: Vec<u8> = row.get(0)?;
-        add(&mut sum, &form::unpack(version::COUNTERS, &data)?);
-    }
-    Ok(sum)
-}
-
-fn add(sum: &mut Counters, other: &Counters) {
-    let Counters {
-        accepted,
-        scheduled,
-        queued,
-        temporary_error,
-        delivered,
-        bounce,
-        failed,
-        suppressed,
-        cancelled,
-        complained,
-        unsubscribed,
-        replied,
-        opened_unique,
-        opened_total,
-        clicked_unique,
-        clicked_total,
-        opened_unique_human,
-        opened_total_human,
-        clicked_unique_human,
-        clicked_total_human,
-    } = other;
-    sum.accepted += accepted;
-    sum.scheduled += scheduled;
-    sum.queued += queued;
-    sum.temporary_error += temporary_error;
-    sum.delivered += delivered;
-    sum.bounce += bounce;
-    sum.failed += failed;
-    sum.suppressed += suppressed;
-    sum.cancelled += cancelled;
-    sum.complained += complained;
-    sum.unsubscribed += unsubscribed;
-    sum.replied += replied;
-    sum.opened_unique += opened_unique;
-    sum.opened_total += opened_total;
-    sum.clicked_unique += clicked_unique;
-    sum.clicked_total += clicked_total;
-    sum.opened_unique_human += opened_unique_human;
-    sum.opened_total_human += opened_total_human;
-    sum.clicked_unique_human += clicked_unique_human;
-    sum.clicked_total_human += clicked_total_human;
 }

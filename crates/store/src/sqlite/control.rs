@@ -2,9 +2,10 @@
 //!
 //! Must not change a recipient but through the books.
 
-use super::books::{BatchRecord, Books, By, read_counters, record};
+use super::books::Books;
 use super::ids::{self, BatchNo};
-use super::lease::{cancel_range, ranges};
+use super::range::{cancel_range, ranges};
+use super::record::{BatchRecord, By, read_counters, record};
 use super::writer::{Step, Writer};
 use crate::{
     Batch, BatchChange, ChangeOutcome, Control, ControlCursor, ControlPage, Result, StoreError,

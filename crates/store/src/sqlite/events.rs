@@ -4,10 +4,10 @@
 //! the fact's journal and sequence, so a fact has the same one whenever and wherever it is told.
 //! Must not change anything.
 
-use super::books::{By, record};
 use super::cache::Lot;
 use super::ids::{self, LotId};
 use super::readers::Reading;
+use super::record::{By, record};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
 use model::{

@@ -1,19 +1,21 @@
 //! Leases: ranges of lots and of retry lots go to a node for a time, and come back.
 //!
-//! Owns ranges, windows and fencing. Whether a recipient of a range was reported is said by its
-//! cell alone; references that are behind their cell are skipped. Must not apply facts.
+//! Owns who gets what, in which order, and what is told of it. Must not apply facts.
 
 use super::books::{Books, RetryKey};
 use super::ids::{self, BatchNo, LotId};
+use super::range::{
+    BULK, Lease, Range, TRANSACTIONAL, cancel_range, delete, free, held, ranges, write,
+};
 use super::suppress;
 use super::writer::Step;
-use crate::form::{self, Ref};
+use crate::form::Ref;
 use crate::{
     Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result, StoreError,
     WINDOW,
 };
-use model::{BatchState, JournalId, LotNumber, Partition, Place, Status, Timestamp};
-use rusqlite::{OptionalExtension as _, Row, params};
+use model::{BatchState, JournalId, Partition, Place, Status, Timestamp};
+use rusqlite::{OptionalExtension as _, params};
 use serde_json::json;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -25,206 +27,11 @@ const QUANTUM: usize = 16;
 /// Queues of which the turn is remembered.
 const TURNS: usize = 65_536;
 
-/// What a range refers to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Piece {
-    /// `count` recipients of a lot from `first`, none of which had an attempt.
-    Span { lot: LotNumber, first: u16 },
-    /// These.
-    Refs(Vec<Ref>),
-}
-
-/// A range as it is stored.
-#[derive(Debug, Clone)]
-pub(super) struct Range {
-    pub(super) id: i64,
-    pub(super) batch: BatchNo,
-    pub(super) partition: Partition,
-    pub(super) queue: Box<str>,
-    pub(super) due_at: i64,
-    pub(super) count: u32,
-    pub(super) held: bool,
-    pub(super) token: u64,
-    pub(super) expires: i64,
-    pub(super) window: u32,
-    pub(super) piece: Piece,
-}
-
-const COLUMNS: &str = "id, batch, partition, queue, due_at, count, holder IS NOT NULL, token, expires, window, lot, first, refs";
-
-fn read_range(row: &Row<'_>) -> rusqlite::Result<(Range, Option<Vec<u8>>)> {
-    let lot: Option<u32> = row.get(10)?;
-    let range = Range {
-        id: row.get(0)?,
-        batch: row.get(1)?,
-        partition: Partition(row.get(2)?),
-        queue: row.get::<_, String>(3)?.into(),
-        due_at: row.get(4)?,
-        count: row.get(5)?,
-        held: row.get(6)?,
-        token: ids::nat(row.get(7)?),
-        expires: row.get(8)?,
-        window: row.get(9)?,
-        piece: match lot {
-            Some(lot) => Piece::Span {
-                lot: LotNumber(lot),
-                first: row.get(11)?,
-            },
-            None => Piece::Refs(Vec::new()),
-        },
-    };
-    Ok((range, row.get(12)?))
-}
-
-/// Reads ranges.
-pub(super) fn ranges(
-    step: &Step<'_>,
-    condition: &str,
-    values: impl rusqlite::Params,
-) -> Result<Vec<Range>> {
-    let sql = format!("SELECT {COLUMNS} FROM work WHERE {condition}");
-    let mut sql = step.connection.prepare_cached(&sql)?;
-    let found = sql.query_map(values, read_range)?;
-    found
-        .map(|range| {
-            let (mut range, refs) = range?;
-            if let (Piece::Refs(all), Some(packed)) = (&mut range.piece, refs) {
-                *all = form::unpack_refs(&packed)?;
-            }
-            Ok(range)
-        })
-        .collect()
-}
-
-impl Range {
-    /// The recipients, with the attempts that each had when it was filed.
-    pub(super) fn refs(&self) -> Vec<Ref> {
-        match &self.piece {
-            Piece::Refs(refs) => refs.clone(),
-            Piece::Span { lot, first } => (*first..)
-                .zip(0..self.count)
-                .map(|(position, _)| Ref {
-                    lot: *lot,
-                    position,
-                    attempts: 0,
-                })
-                .collect(),
-        }
-    }
-
-    fn lot_id(&self, of: Ref) -> LotId {
-        ids::lot_id(self.batch, of.lot)
-    }
-
-    /// The recipients that nobody reported, with their offsets.
-    pub(super) fn unreported(&self, books: &mut Books<'_, '_>) -> Result<Vec<(u32, Ref)>> {
-        let mut open = Vec::new();
-        for (offset, of) in (0_u32..).zip(self.refs()) {
-            let cell = books.cell(self.lot_id(of), of.position)?;
-            if cell.is_some_and(|cell| !cell.reported_since(of.attempts)) {
-                open.push((offset, of));
-            }
-        }
-        Ok(open)
-    }
-
-    /// Notes in the cells what a holder that is gone may have started.
-    fn settle_lost(&mut self, books: &mut Books<'_, '_>) -> Result<()> {
-        if !self.held {
-            return Ok(());
-        }
-        for (offset, of) in self.unreported(books)? {
-            if offset < self.window {
-                mark(books, self.lot_id(of), of.position)?;
-            }
-        }
-        self.held = false;
-        self.window = 0;
-        Ok(())
-    }
-
-    /// A smaller range: these recipients of it.
-    fn part(&self, refs: Vec<Ref>) -> (Piece, u32) {
-        let count = u32::try_from(refs.len()).unwrap_or(u32::MAX);
-        let contiguous = refs
-            .windows(2)
-            .all(|pair| matches!(pair, [a, b] if a.position.checked_add(1) == Some(b.position)));
-        match (&self.piece, refs.first()) {
-            (&Piece::Span { lot, .. }, Some(first)) if contiguous => {
-                let first = first.position;
-                (Piece::Span { lot, first }, count)
-            }
-            _ => (Piece::Refs(refs), count),
-        }
-    }
-}
-
-fn mark(books: &mut Books<'_, '_>, lot: LotId, position: u16) -> Result<()> {
-    if let Some(mut cell) = books.cell(lot, position)? {
-        cell.mark_maybe_started();
-        books.set_cell(lot, position, cell)?;
-    }
-    Ok(())
-}
-
-pub(super) fn delete(step: &Step<'_>, id: i64) -> Result<()> {
-    step.connection
-        .prepare_cached("DELETE FROM work WHERE id=?1")?
-        .execute([id])?;
-    Ok(())
-}
-
-/// Who holds a range, and how long.
-struct Lease<'a> {
-    holder: Option<&'a [u8; 16]>,
-    token: u64,
-    expires: i64,
-    window: u32,
-    due_at: i64,
-}
-
-fn write(
-    step: &Step<'_>,
-    range: &Range,
-    id: Option<i64>,
-    piece: (&Piece, u32),
-    lease: &Lease<'_>,
-) -> Result<i64> {
-    let (lot, first, refs) = match piece.0 {
-        Piece::Span { lot, first } => (Some(lot.0), Some(*first), None),
-        Piece::Refs(refs) => (None, None, Some(form::pack_refs(refs))),
-    };
-    step.connection
-        .prepare_cached(
-            "INSERT OR REPLACE INTO work (id, batch, partition, queue, due_at, count, holder, token, expires, window, lot, first, refs)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
-        )?
-        .execute(params![
-            id,
-            range.batch,
-            range.partition.0,
-            range.queue,
-            lease.due_at,
-            piece.1,
-            lease.holder.map(|holder| &holder[..]),
-            ids::int(lease.token),
-            lease.expires,
-            lease.window,
-            lot,
-            first,
-            refs,
-        ])?;
-    Ok(id.unwrap_or_else(|| step.connection.last_insert_rowid()))
-}
-
-fn free<'a>(range: &Range, due_at: i64) -> Lease<'a> {
-    Lease {
-        holder: None,
-        token: range.token,
-        expires: 0,
-        window: 0,
-        due_at,
-    }
+/// The ranges of a queue that are served together.
+#[derive(Clone, Copy)]
+struct Queue<'a> {
+    name: &'a str,
+    rank: u8,
 }
 
 /// The terms of one request.
@@ -264,6 +71,7 @@ pub(super) fn lease(step: &mut Step<'_>, request: &LeaseRequest) -> Result<Vec<L
     Ok(leased)
 }
 
+/// Serves a queue: what is transactional first, then everything else.
 fn serve(
     books: &mut Books<'_, '_>,
     queue: &str,
@@ -272,80 +80,108 @@ fn serve(
     leased: &mut Vec<LeasedRange>,
 ) -> Result<()> {
     let mut left = usize::try_from(rows).unwrap_or(usize::MAX);
-    let (mut transactional, mut bulk) = batches_of(books, queue)?;
-    for group in [&mut transactional, &mut bulk] {
-        let after = books.step.memory.turns.get(queue).copied().unwrap_or(0);
-        let pivot = group.partition_point(|&no| no <= after);
-        group.rotate_left(pivot);
-        while left > 0 && !group.is_empty() {
-            let share = (left / group.len()).max(QUANTUM);
-            let mut still = Vec::new();
-            for &no in group.iter() {
-                let mut own = share.min(left);
-                left -= own;
-                while own > 0
-                    && let Some(range) = take(books, queue, no, own, terms)?
-                {
-                    own -= range.items.len().min(own);
-                    leased.push(range);
-                    remember_turn(books.step, queue, no);
-                }
-                if own == 0 {
-                    still.push(no);
-                }
-                left += own;
+    for rank in [TRANSACTIONAL, BULK] {
+        let of = Queue { name: queue, rank };
+        loop {
+            let before = left;
+            serve_rank(books, of, &mut left, terms, leased)?;
+            if left == 0 || left == before {
+                break;
             }
-            *group = still;
         }
     }
     Ok(())
 }
 
-fn remember_turn(step: &mut Step<'_>, queue: &str, no: BatchNo) {
+/// Serves some batches of a rank in turn.
+fn serve_rank(
+    books: &mut Books<'_, '_>,
+    queue: Queue<'_>,
+    left: &mut usize,
+    terms: &Terms,
+    leased: &mut Vec<LeasedRange>,
+) -> Result<()> {
+    let mut group = batches_of(books, queue, terms.now)?;
+    while *left > 0 && !group.is_empty() {
+        let share = (*left / group.len()).max(QUANTUM);
+        let mut still = Vec::new();
+        for &no in &group {
+            let mut own = share.min(*left);
+            *left -= own;
+            while own > 0
+                && let Some(range) = take(books, queue, no, own, terms)?
+            {
+                own -= range.items.len().min(own);
+                leased.push(range);
+                remember_turn(books.step, queue, no);
+            }
+            if own == 0 {
+                still.push(no);
+            }
+            *left += own;
+        }
+        group = still;
+    }
+    Ok(())
+}
+
+fn remember_turn(step: &mut Step<'_>, queue: Queue<'_>, no: BatchNo) {
     let turns = &mut step.memory.turns;
     if turns.len() >= TURNS {
         turns.clear();
     }
-    turns.insert(queue.into(), no);
+    turns.insert((queue.name.into(), queue.rank), no);
 }
 
-/// The batches with ranges in this queue of which mail may leave: transactional ones, others.
-fn batches_of(books: &mut Books<'_, '_>, queue: &str) -> Result<(Vec<BatchNo>, Vec<BatchNo>)> {
-    let (mut transactional, mut bulk) = (Vec::new(), Vec::new());
-    let mut after = 0;
-    while transactional.len() + bulk.len() < BATCHES {
-        let next: Option<BatchNo> = books
-            .step
-            .connection
-            .prepare_cached(
-                "SELECT batch FROM work WHERE queue=?1 AND batch>?2 ORDER BY batch LIMIT 1",
-            )?
-            .query_row(params![queue, after], |row| row.get(0))
-            .optional()?;
-        let Some(no) = next else { break };
-        after = no;
-        match books.batch(no)? {
-            Some(batch) if batch.active() && batch.transactional => transactional.push(no),
-            Some(batch) if batch.active() => bulk.push(no),
-            _ => {}
+/// The batches with due, free ranges in this queue of which mail may leave, from the one whose
+/// turn it is.
+fn batches_of(books: &mut Books<'_, '_>, queue: Queue<'_>, now: Timestamp) -> Result<Vec<BatchNo>> {
+    let key = (queue.name.into(), queue.rank);
+    let turn = books.step.memory.turns.get(&key).copied().unwrap_or(0);
+    let mut found = Vec::new();
+    // From the turn to the end, then from the beginning to the turn.
+    for (first, last) in [(turn, i64::MAX), (0, turn)] {
+        let mut after = first;
+        while found.len() < BATCHES {
+            let next: Option<BatchNo> = books
+                .step
+                .connection
+                .prepare_cached(
+                    "SELECT batch FROM work WHERE queue=?1 AND rank=?2 AND batch>?3 AND batch<=?4
+                     AND due_at<=?5 AND expires<=?5 ORDER BY batch LIMIT 1",
+                )?
+                .query_row(
+                    params![queue.name, queue.rank, after, last, now.millis()],
+                    |row| row.get(0),
+                )
+                .optional()?;
+            let Some(no) = next else { break };
+            after = no;
+            if books.batch(no)?.is_some_and(|batch| batch.active()) {
+                found.push(no);
+            }
         }
     }
-    Ok((transactional, bulk))
+    Ok(found)
 }
 
 /// Leases up to `rows` recipients of the first due range of a batch in a queue.
 fn take(
     books: &mut Books<'_, '_>,
-    queue: &str,
+    queue: Queue<'_>,
     no: BatchNo,
     rows: usize,
     terms: &Terms,
 ) -> Result<Option<LeasedRange>> {
     loop {
         let now = terms.now.millis();
-        let condition =
-            "queue=?1 AND batch=?2 AND due_at<=?3 AND expires<=?3 ORDER BY due_at LIMIT 1";
-        let Some(mut range) = ranges(books.step, condition, params![queue, no, now])?.pop() else {
+        let condition = "queue=?1 AND rank=?2 AND batch=?3 AND due_at<=?4 AND expires<=?4 ORDER BY due_at LIMIT 1";
+        let Some(mut range) = ranges(
+            books.step,
+            condition,
+            params![queue.name, queue.rank, no, now],
+        )?
+        .pop() else {
             return Ok(None);
         };
         range.settle_lost(books)?;
@@ -505,27 +341,6 @@ pub(super) fn reclaim(
     Ok(leased)
 }
 
-/// Ends as cancelled what is unreported from the offset `from` on; how many. The rest of the
-/// range stays with its holder; a range of which nothing stays is removed.
-pub(super) fn cancel_range(
-    books: &mut Books<'_, '_>,
-    range: &Range,
-    from: u32,
-) -> Result<(u64, u64)> {
-    let (mut cancelled, mut kept) = (0, 0);
-    for (offset, of) in range.unreported(books)? {
-        if offset < from {
-            kept += 1;
-        } else if books.end_unsent(range.lot_id(of), of.position, Status::Cancelled, json!({}))? {
-            cancelled += 1;
-        }
-    }
-    if kept == 0 {
-        delete(books.step, range.id)?;
-    }
-    Ok((cancelled, kept))
-}
-
 /// Extends the leases of a node.
 pub(super) fn renew(
     step: &Step<'_>,
@@ -548,16 +363,6 @@ pub(super) fn renew(
         },
     )?;
     Ok(held.collect::<rusqlite::Result<_>>()?)
-}
-
-/// The range, if this lease on it was not followed by another.
-pub(super) fn held(step: &Step<'_>, of: RangeRef) -> Result<Option<Range>> {
-    let found = ranges(
-        step,
-        "id=?1 AND token=?2 AND holder IS NOT NULL",
-        [ids::int(of.id), ids::int(of.token)],
-    )?;
-    Ok(found.into_iter().next())
 }
 
 /// Takes ranges back, and tells the others that there is work.
@@ -595,6 +400,7 @@ fn release_one(books: &mut Books<'_, '_>, release: Release) -> Result<()> {
             batch: range.batch,
             partition: range.partition,
             queue: queue.clone(),
+            rank: range.rank,
             due_at,
         };
         books.retry(key, of);

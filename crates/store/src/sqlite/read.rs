@@ -2,10 +2,10 @@
 //!
 //! Must not change anything.
 
-use super::books::{By, record};
 use super::control::describe;
 use super::ids::{self, BatchNo};
 use super::readers::Reading;
+use super::record::{By, record};
 use crate::{Backlog, Batch, BatchQuery, Page, Result, Totals};
 use model::{BatchId, BatchState, Priority, Timestamp};
 use rusqlite::{OptionalExtension as _, params};
@@ -121,7 +121,7 @@ pub(super) fn survey(
     let mut sql = reading.connection.prepare_cached(
         "SELECT queue, batch, SUM(CASE WHEN due_at<=?2 AND expires<=?2 THEN count ELSE 0 END),
                 MIN(CASE WHEN due_at>?2 THEN due_at END), MAX(expires)
-         FROM work WHERE queue>?1 GROUP BY queue, batch",
+         FROM work WHERE queue>?1 GROUP BY queue, rank, batch",
     )?;
     let mut rows = sql.query(params![after.unwrap_or_default(), now])?;
     while let Some(row) = rows.next()? {
@@ -196,7 +196,7 @@ pub(super) fn totals(reading: &Reading<'_>, now: Timestamp) -> Result<Totals> {
         .prepare_cached("SELECT no FROM batch WHERE state<99 AND completed_at IS NULL")?;
     let open = sql.query_map([], |row| row.get(0))?;
     for no in open.collect::<rusqlite::Result<Vec<BatchNo>>>()? {
-        let counters = super::books::read_counters(reading.connection, no)?;
+        let counters = super::record::read_counters(reading.connection, no)?;
         totals.scheduled += counters.scheduled;
         totals.queued += counters.queued;
         totals.temporary_error += counters.temporary_error;

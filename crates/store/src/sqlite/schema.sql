@@ -46,11 +46,13 @@ CREATE TABLE lot_log (id INTEGER PRIMARY KEY, lot INTEGER NOT NULL, data BLOB NO
 CREATE INDEX lot_log_lot ON lot_log (lot);
 
 -- Ranges: a piece of a lot (`lot`, `first`), or of a retry lot (`refs`). `expires` 0: free.
+-- `rank` 0: transactional, before 1: bulk; known with the commit.
 CREATE TABLE work (
   id INTEGER PRIMARY KEY,
   batch INTEGER NOT NULL,
   partition INTEGER NOT NULL,
   queue TEXT NOT NULL,
+  rank INTEGER NOT NULL DEFAULT 1,
   due_at INTEGER NOT NULL,
   count INTEGER NOT NULL,
   holder BLOB,
@@ -61,7 +63,7 @@ CREATE TABLE work (
   first INTEGER,
   refs BLOB
 );
-CREATE INDEX work_queue ON work (queue, batch, due_at, expires, count);
+CREATE INDEX work_queue ON work (queue, rank, batch, due_at, expires, count);
 CREATE INDEX work_batch ON work (batch, due_at);
 CREATE INDEX work_holder ON work (holder) WHERE holder IS NOT NULL;
 

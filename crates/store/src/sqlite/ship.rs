@@ -4,9 +4,10 @@
 //! Rows of a lot are unpacked only where a fact needs the address; cells and a log entry are all
 //! that an ordinary outcome touches. Must not decide: `transition` does.
 
-use super::books::{BatchRecord, Books, By, RetryKey, record};
+use super::books::{Books, RetryKey};
 use super::ids::{self, LotId, MAP_CHUNK, MAP_ENTRY};
-use super::lease;
+use super::range;
+use super::record::{BatchRecord, By, record};
 use super::stage::is_mixed;
 use super::suppress;
 use super::writer::Step;
@@ -57,10 +58,10 @@ pub(super) fn ship(step: &mut Step<'_>, shipment: Shipment) -> Result<Shipped> {
         }
     }
     for range in shipment.finished {
-        match lease::held(books.step, range)? {
+        match range::held(books.step, range)? {
             None => shipped.lost.push(range),
             Some(held) if held.unreported(&mut books)?.is_empty() => {
-                lease::delete(books.step, held.id)?
+                range::delete(books.step, held.id)?
             }
             Some(_) => {}
         }
@@ -169,7 +170,7 @@ fn apply_attempt(
                 position,
                 attempts: cell.attempts(),
             };
-            file_retry(books, lot, of, retry_at)?;
+            file_retry(books, lot, of, retry_at, batch.rank())?;
         }
     }
     if let Some(reason) = suppress {
@@ -184,7 +185,13 @@ fn apply_attempt(
 }
 
 /// Files a retry under its minute, or its second when that is soon; never early.
-fn file_retry(books: &mut Books<'_, '_>, lot: LotId, of: Ref, retry_at: Timestamp) -> Result<()> {
+fn file_retry(
+    books: &mut Books<'_, '_>,
+    lot: LotId,
+    of: Ref,
+    retry_at: Timestamp,
+    rank: u8,
+) -> Result<()> {
     let step = if retry_at.millis() - books.now.millis() < SOON {
         1_000
     } else {
@@ -200,6 +207,7 @@ fn file_retry(books: &mut Books<'_, '_>, lot: LotId, of: Ref, retry_at: Timestam
         batch: ids::split(lot).0,
         partition: of.lot.partition(),
         queue: queue_of(books, lot, of.position)?,
+        rank,
         due_at,
     };
     books.retry(key, of);

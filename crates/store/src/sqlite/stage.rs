@@ -8,6 +8,7 @@
 
 use super::books::Books;
 use super::ids::{self, BatchNo};
+use super::range::TRANSACTIONAL;
 use super::writer::{Step, Writer};
 use crate::{Control, LOT_ROWS, MIXED, NewBatch, NewLot, Result, StoreError, form};
 use model::{BatchId, BatchState, Counters, EventKind, Timestamp, partition_hash};
@@ -258,6 +259,11 @@ fn write_batch(
             batch.head.list,
             head,
         ])?;
+    if batch.head.priority == model::Priority::Transactional {
+        connection
+            .prepare_cached("UPDATE work SET rank=?2 WHERE batch=?1")?
+            .execute(params![no, TRANSACTIONAL])?;
+    }
     connection
         .prepare_cached("INSERT INTO content VALUES (?1, ?2)")?
         .execute(params![no, &batch.content[..]])?;

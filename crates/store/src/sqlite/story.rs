@@ -3,9 +3,9 @@
 //! A recipient's details are read from the log of its lot, its status from its cell. Must not
 //! change anything.
 
-use super::books::{BatchRecord, By, record};
 use super::ids::{self, BatchNo, LotId, MAP_CHUNK, MAP_ENTRY};
 use super::readers::Reading;
+use super::record::{BatchRecord, By, record};
 use super::ship::{place_of, read_place};
 use super::stage::{is_mixed, short_hash};
 use super::suppress;

@@ -33,8 +33,8 @@ pub(super) struct Step<'a> {
 /// What the writer remembers between requests; nothing that a rollback would have to undo.
 pub(super) struct Memory {
     pub(super) packer: Packer,
-    /// The batch served last, by queue: the next lease begins after it.
-    pub(super) turns: HashMap<Box<str>, i64>,
+    /// The batch served last, by queue and rank: the next lease begins after it.
+    pub(super) turns: HashMap<(Box<str>, u8), i64>,
 }
 
 /// How the answer is given once the commit is known.
