@@ -77,7 +77,7 @@ fn main_cf(root: &Path) -> String {
          inet_interfaces = 127.0.0.1\ninet_protocols = ipv4\nmyhostname = mx.test.example\nmydestination =\n\
          virtual_mailbox_domains = static:all\nvirtual_mailbox_maps = static:all\nvirtual_mailbox_base = /\n\
          virtual_transport = virtual\nvirtual_uid_maps = static:65534\nvirtual_gid_maps = static:65534\nvirtual_minimum_uid = 100\n\
-         virtual_mailbox_maps = static:{mail}/\nsmtpd_recipient_restrictions = permit\nsmtpd_relay_restrictions = permit\n\
+         virtual_mailbox_maps = static:{mail}/\nsmtpd_recipient_restrictions = permit\nsmtpd_relay_restrictions = reject_unauth_destination\n\
          smtputf8_enable = yes\nmaillog_file = {root}/queue/maillog\nmaillog_file_prefixes = {root}\nmessage_size_limit = 0\nmailbox_size_limit = 0\nvirtual_mailbox_limit = 0\n",
         mail = Path::new(&root.to_string()).join("mail").display(),
     )
