@@ -54,14 +54,27 @@ struct Entry {
 
 impl std::fmt::Debug for Contents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Contents").field("dkim_dir", &self.dkim_dir).finish_non_exhaustive()
+        f.debug_struct("Contents")
+            .field("dkim_dir", &self.dkim_dir)
+            .finish_non_exhaustive()
     }
 }
 
 impl Contents {
     /// None yet. `ring` has the tracking keys, `dkim_dir` the signing keys.
-    pub fn new(store: Arc<dyn Store>, ring: Arc<ArcSwap<KeyRing>>, dkim_dir: PathBuf, bounce_domain: Option<Domain>) -> Self {
-        Self { store, ring, dkim_dir, bounce_domain, kept: Mutex::default() }
+    pub fn new(
+        store: Arc<dyn Store>,
+        ring: Arc<ArcSwap<KeyRing>>,
+        dkim_dir: PathBuf,
+        bounce_domain: Option<Domain>,
+    ) -> Self {
+        Self {
+            store,
+            ring,
+            dkim_dir,
+            bounce_domain,
+            kept: Mutex::default(),
+        }
     }
 
     /// The compiled content of a batch, if it is here.
@@ -83,7 +96,8 @@ impl Contents {
             return Ok(());
         }
         let bytes = self.store.content(head.id).await?;
-        let bytes = bytes.ok_or_else(|| LoadError::Final("the batch has no content in the store".to_owned()))?;
+        let bytes = bytes
+            .ok_or_else(|| LoadError::Final("the batch has no content in the store".to_owned()))?;
         let this = Arc::clone(self);
         // Compiling takes milliseconds, and keys are read from disk.
         let compiled = tokio::task::spawn_blocking(move || {
@@ -91,7 +105,9 @@ impl Contents {
             this.keep(head.id, prepared, bytes.len());
             Ok(())
         });
-        compiled.await.map_err(|error| LoadError::Final(error.to_string()))?
+        compiled
+            .await
+            .map_err(|error| LoadError::Final(error.to_string()))?
     }
 
     fn prepare(&self, head: &BatchHead, bytes: &[u8]) -> Result<Prepared, LoadError> {
@@ -106,13 +122,22 @@ impl Contents {
             .ring
             .load()
             .signer(host, Some(released.tracking_key))
-            .ok_or_else(|| LoadError::Keys(format!("tracking key {} is not in the key file", released.tracking_key)))?;
-        let tracker = Tracker::new(&released.tracker_base_url, signer).map_err(|error| text(&error))?;
+            .ok_or_else(|| {
+                LoadError::Keys(format!(
+                    "tracking key {} is not in the key file",
+                    released.tracking_key
+                ))
+            })?;
+        let tracker =
+            Tracker::new(&released.tracker_base_url, signer).map_err(|error| text(&error))?;
         let from_domain: Box<str> = released.spec.from.email.domain().into();
-        let keys = load_keys(&self.dkim_dir, &from_domain, &released.dkim_selectors).map_err(|error| {
-            let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-            LoadError::Keys(format!("{error}{source}"))
-        })?;
+        let keys =
+            load_keys(&self.dkim_dir, &from_domain, &released.dkim_selectors).map_err(|error| {
+                let source = std::error::Error::source(&error)
+                    .map(|source| format!(": {source}"))
+                    .unwrap_or_default();
+                LoadError::Keys(format!("{error}{source}"))
+            })?;
         let context = RenderContext {
             batch: head.id,
             released_at: head.release_at,
@@ -120,20 +145,38 @@ impl Contents {
             mode: head.tracking,
             proof: false,
         };
-        let bounce_domain = self.bounce_domain.as_ref().map_or(&*from_domain, Domain::as_str).into();
-        Ok(Prepared { content, context, keys, from_domain, bounce_domain })
+        let bounce_domain = self
+            .bounce_domain
+            .as_ref()
+            .map_or(&*from_domain, Domain::as_str)
+            .into();
+        Ok(Prepared {
+            content,
+            context,
+            keys,
+            from_domain,
+            bounce_domain,
+        })
     }
 
     fn keep(&self, batch: BatchId, prepared: Prepared, bytes: usize) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         while kept.bytes + bytes > BYTES_MAX && !kept.by_batch.is_empty() {
-            let oldest = kept.by_batch.iter().min_by_key(|(_, entry)| entry.used).map(|(batch, _)| *batch);
+            let oldest = kept
+                .by_batch
+                .iter()
+                .min_by_key(|(_, entry)| entry.used)
+                .map(|(batch, _)| *batch);
             if let Some(entry) = oldest.and_then(|batch| kept.by_batch.remove(&batch)) {
                 kept.bytes -= entry.bytes;
             }
         }
         kept.uses += 1;
-        let entry = Entry { prepared: Arc::new(prepared), bytes, used: kept.uses };
+        let entry = Entry {
+            prepared: Arc::new(prepared),
+            bytes,
+            used: kept.uses,
+        };
         kept.bytes += bytes;
         if let Some(before) = kept.by_batch.insert(batch, entry) {
             kept.bytes -= before.bytes;

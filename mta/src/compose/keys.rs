@@ -47,7 +47,11 @@ pub enum KeysError {
 /// # Errors
 /// When the directory cannot be read.
 pub fn domain_selectors(dir: &Path, domain: &str) -> Result<Vec<String>, KeysError> {
-    let failed = |source| KeysError::Read { domain: domain.to_owned(), selector: "*".to_owned(), source };
+    let failed = |source| KeysError::Read {
+        domain: domain.to_owned(),
+        selector: "*".to_owned(),
+        source,
+    };
     let entries = match fs::read_dir(dir.join(domain)) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -61,7 +65,9 @@ pub fn domain_selectors(dir: &Path, domain: &str) -> Result<Vec<String>, KeysErr
         }
     }
     if selectors.len() > SELECTORS_MAX {
-        return Err(KeysError::TooMany { domain: domain.to_owned() });
+        return Err(KeysError::TooMany {
+            domain: domain.to_owned(),
+        });
     }
     selectors.sort();
     Ok(selectors)
@@ -75,9 +81,16 @@ pub fn domain_selectors(dir: &Path, domain: &str) -> Result<Vec<String>, KeysErr
 pub fn load_keys(dir: &Path, domain: &str, selectors: &[String]) -> Result<Arc<[Key]>, KeysError> {
     let load = |selector: &String| {
         let path = dir.join(domain).join(format!("{selector}.pem"));
-        let pem = fs::read_to_string(path)
-            .map_err(|source| KeysError::Read { domain: domain.to_owned(), selector: selector.clone(), source })?;
-        Key::from_pem(selector, &pem).map_err(|source| KeysError::Key { domain: domain.to_owned(), selector: selector.clone(), source })
+        let pem = fs::read_to_string(path).map_err(|source| KeysError::Read {
+            domain: domain.to_owned(),
+            selector: selector.clone(),
+            source,
+        })?;
+        Key::from_pem(selector, &pem).map_err(|source| KeysError::Key {
+            domain: domain.to_owned(),
+            selector: selector.clone(),
+            source,
+        })
     };
     selectors.iter().map(load).collect()
 }
@@ -92,14 +105,33 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let domain = dir.path().join("brand.example");
         fs::create_dir(&domain).expect("a directory");
-        fs::write(domain.join("s2.pem"), generate(Algorithm::Ed25519).expect("a key")).expect("written");
+        fs::write(
+            domain.join("s2.pem"),
+            generate(Algorithm::Ed25519).expect("a key"),
+        )
+        .expect("written");
         fs::write(domain.join("s1.pem"), "nonsense").expect("written");
         fs::write(domain.join("notes.txt"), "").expect("written");
         let selectors = domain_selectors(dir.path(), "brand.example").expect("selectors");
         assert_eq!(selectors, ["s1", "s2"]);
-        assert_eq!(load_keys(dir.path(), "brand.example", &selectors[1..]).expect("keys").len(), 1);
-        assert!(matches!(load_keys(dir.path(), "brand.example", &selectors), Err(KeysError::Key { .. })));
-        assert!(matches!(load_keys(dir.path(), "brand.example", &["s3".to_owned()]), Err(KeysError::Read { .. })));
-        assert!(domain_selectors(dir.path(), "other.example").expect("none").is_empty());
+        assert_eq!(
+            load_keys(dir.path(), "brand.example", &selectors[1..])
+                .expect("keys")
+                .len(),
+            1
+        );
+        assert!(matches!(
+            load_keys(dir.path(), "brand.example", &selectors),
+            Err(KeysError::Key { .. })
+        ));
+        assert!(matches!(
+            load_keys(dir.path(), "brand.example", &["s3".to_owned()]),
+            Err(KeysError::Read { .. })
+        ));
+        assert!(
+            domain_selectors(dir.path(), "other.example")
+                .expect("none")
+                .is_empty()
+        );
     }
 }

@@ -35,7 +35,10 @@ pub struct Prepared {
 
 impl std::fmt::Debug for Prepared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Prepared").field("batch", &self.context.batch).field("keys", &self.keys).finish_non_exhaustive()
+        f.debug_struct("Prepared")
+            .field("batch", &self.context.batch)
+            .field("keys", &self.keys)
+            .finish_non_exhaustive()
     }
 }
 
@@ -58,20 +61,32 @@ impl Prepared {
     /// # Errors
     /// The reason, for people: this recipient cannot get this content.
     pub fn compose(&self, job: &Job, metrics: &Metrics) -> Result<(String, Body, bool), String> {
-        let mut message = self.content.render(&job.item.row, &self.context).map_err(|error| error.to_string())?;
+        let mut message = self
+            .content
+            .render(&job.item.row, &self.context)
+            .map_err(|error| error.to_string())?;
         let signed = message.sign(&self.from_domain, &self.keys, self.context.released_at);
         for key in self.keys.iter() {
             let algorithm = match key.algorithm() {
                 Algorithm::Rsa2048 => SignatureAlgorithm::RsaSha256,
                 Algorithm::Ed25519 => SignatureAlgorithm::Ed25519Sha256,
             };
-            let result = if signed.is_ok() { SignatureResult::Ok } else { SignatureResult::Failed };
+            let result = if signed.is_ok() {
+                SignatureResult::Ok
+            } else {
+                SignatureResult::Failed
+            };
             metrics.dkim_signatures.at(algorithm, result).inc();
         }
         signed.map_err(|error| error.to_string())?;
         let smtp_utf8 = !message.is_ascii();
-        let body = Body::new(vec![Bytes::from(message.into_bytes())]).map_err(|error| error.to_string())?;
-        Ok((reverse_path(job.item.message(), &self.bounce_domain), body, smtp_utf8))
+        let body = Body::new(vec![Bytes::from(message.into_bytes())])
+            .map_err(|error| error.to_string())?;
+        Ok((
+            reverse_path(job.item.message(), &self.bounce_domain),
+            body,
+            smtp_utf8,
+        ))
     }
 }
 
@@ -87,8 +102,13 @@ mod tests {
 
     #[test]
     fn a_reverse_path_is_an_address_and_names_the_message() {
-        let message = MessageId { batch: BatchId::from_bytes([255; 16]), index: u32::MAX };
-        let path: model::EmailAddress = reverse_path(message, "brand.example").parse().expect("an address");
+        let message = MessageId {
+            batch: BatchId::from_bytes([255; 16]),
+            index: u32::MAX,
+        };
+        let path: model::EmailAddress = reverse_path(message, "brand.example")
+            .parse()
+            .expect("an address");
         assert!(path.local_part().ends_with(&message.to_string()));
     }
 }

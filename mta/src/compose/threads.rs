@@ -36,12 +36,22 @@ impl Composer {
     ///
     /// # Errors
     /// When the system gives no threads.
-    pub fn start(tasks: &Tasks, contents: &Arc<Contents>, metrics: &Arc<Metrics>, queue: &mpsc::Sender<Event>) -> std::io::Result<Self> {
+    pub fn start(
+        tasks: &Tasks,
+        contents: &Arc<Contents>,
+        metrics: &Arc<Metrics>,
+        queue: &mpsc::Sender<Event>,
+    ) -> std::io::Result<Self> {
         let (requests, waiting) = sync_channel(WAITING_MAX);
         let waiting = Arc::new(Mutex::new(waiting));
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         for _ in 0..threads {
-            let (waiting, contents, metrics, queue) = (Arc::clone(&waiting), Arc::clone(contents), Arc::clone(metrics), queue.clone());
+            let (waiting, contents, metrics, queue) = (
+                Arc::clone(&waiting),
+                Arc::clone(contents),
+                Arc::clone(metrics),
+                queue.clone(),
+            );
             tasks.thread("compose", move || {
                 while let Some(request) = next(&waiting) {
                     compose(request, &contents, &metrics, &queue);
@@ -56,14 +66,22 @@ impl Composer {
     /// # Errors
     /// The request.
     pub fn send(&self, request: Request) -> Result<(), Box<Request>> {
-        self.requests.try_send(request).map_err(|error| match error {
-            TrySendError::Full(request) | TrySendError::Disconnected(request) => Box::new(request),
-        })
+        self.requests
+            .try_send(request)
+            .map_err(|error| match error {
+                TrySendError::Full(request) | TrySendError::Disconnected(request) => {
+                    Box::new(request)
+                }
+            })
     }
 }
 
 fn next(waiting: &Mutex<Receiver<Request>>) -> Option<Request> {
-    waiting.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
+    waiting
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .recv()
+        .ok()
 }
 
 fn compose(request: Request, contents: &Contents, metrics: &Metrics, queue: &mpsc::Sender<Event>) {
@@ -73,7 +91,12 @@ fn compose(request: Request, contents: &Contents, metrics: &Metrics, queue: &mps
         None => Fate::Returned(Returned::ContentGone),
         Some(prepared) => match prepared.compose(&job, metrics) {
             Err(reason) => Fate::Unmade(reason),
-            Ok((reverse_path, body, smtp_utf8)) => match to.try_send(Composed { job, reverse_path, body, smtp_utf8 }) {
+            Ok((reverse_path, body, smtp_utf8)) => match to.try_send(Composed {
+                job,
+                reverse_path,
+                body,
+                smtp_utf8,
+            }) {
                 Ok(()) => return,
                 // It closed meanwhile.
                 Err(_) => Fate::Returned(Returned::Closed),

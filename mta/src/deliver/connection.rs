@@ -60,10 +60,21 @@ struct Deadline {
 }
 
 /// Carries messages over a session until it ends.
-pub(super) async fn serve(deliver: &Deliver, plan: &mut Plan, established: Established, source: &Source) -> ConnEnd {
-    let label = deliver.metrics.destination(plan.policy.destination.as_str());
+pub(super) async fn serve(
+    deliver: &Deliver,
+    plan: &mut Plan,
+    established: Established,
+    source: &Source,
+) -> ConnEnd {
+    let label = deliver
+        .metrics
+        .destination(plan.policy.destination.as_str());
     let now = deliver.clock.instant();
-    let deadline = Deadline { stage: Stage::Idle, progress: 0, at: now + deliver.timeouts.idle };
+    let deadline = Deadline {
+        stage: Stage::Idle,
+        progress: 0,
+        at: now + deliver.timeouts.idle,
+    };
     let pacer = deliver.pacer(&plan.policy, plan.source);
     deliver.tell(Event::Ready(plan.conn)).await;
     let connection = Connection {
@@ -113,12 +124,18 @@ impl Connection<'_> {
         while let Some(spoken) = self.session.poll_event() {
             match spoken {
                 Spoken::BodyDue(id) => self.body_due(id).await,
-                Spoken::TransactionDone { id, outcome, .. } => self.transaction_done(id, outcome).await,
+                Spoken::TransactionDone { id, outcome, .. } => {
+                    self.transaction_done(id, outcome).await
+                }
                 Spoken::Closed(None) => return Some(ConnEnd::Planned),
                 Spoken::Closed(Some(error)) => {
                     tracing::debug!(host = %self.host, %error, "session ended");
                     // A peer may close when it likes; what matters is whether it takes anything.
-                    return Some(if self.delivered { ConnEnd::Planned } else { ConnEnd::Broken });
+                    return Some(if self.delivered {
+                        ConnEnd::Planned
+                    } else {
+                        ConnEnd::Broken
+                    });
                 }
                 // Once, before this loop.
                 Spoken::Ready | Spoken::HandshakeDue => {}
@@ -137,15 +154,26 @@ impl Connection<'_> {
         }
         if self.is_stopped() {
             if let Some(composed) = self.next.take() {
-                self.report(&composed.job, Fate::Returned(Returned::Stopped)).await;
+                self.report(&composed.job, Fate::Returned(Returned::Stopped))
+                    .await;
             }
             return;
         }
         let now = self.deliver.clock.instant();
-        let permit = self.pacer.lock().unwrap_or_else(PoisonError::into_inner).take(now);
+        let permit = self
+            .pacer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(now);
         if let Err(at) = permit {
-            let label = self.deliver.metrics.destination(self.plan.policy.destination.as_str());
-            self.deliver.metrics.throttled(&label, ThrottleReason::Rate).inc();
+            let label = self
+                .deliver
+                .metrics
+                .destination(self.plan.policy.destination.as_str());
+            self.deliver
+                .metrics
+                .throttled(&label, ThrottleReason::Rate)
+                .inc();
             self.permit_at = Some(at);
             return;
         }
@@ -155,25 +183,44 @@ impl Connection<'_> {
     }
 
     fn is_stopped(&self) -> bool {
-        let Some(Composed { job, .. }) = &self.next else { return false };
+        let Some(Composed { job, .. }) = &self.next else {
+            return false;
+        };
         !job.lease.allows_start(self.deliver.clock.instant())
             || self.deliver.view.permission(&job.item, job.leased_at) != Permission::Go
     }
 
     async fn begin(&mut self, composed: Composed, now: Instant) {
-        let Composed { job, reverse_path, body, smtp_utf8 } = composed;
+        let Composed {
+            job,
+            reverse_path,
+            body,
+            smtp_utf8,
+        } = composed;
         let recipient = job.item.row.email.as_str();
-        let envelope = Envelope { reverse_path: &reverse_path, recipients: &[recipient], smtp_utf8 };
+        let envelope = Envelope {
+            reverse_path: &reverse_path,
+            recipients: &[recipient],
+            smtp_utf8,
+        };
         let id = TxId(job.id.0);
         match self.session.begin(id, &envelope, body) {
             Ok(()) => {
                 self.messages += 1;
-                self.begun.push(Begun { id, job, began: now, started: false, dot_at: None });
+                self.begun.push(Begun {
+                    id,
+                    job,
+                    began: now,
+                    started: false,
+                    dot_at: None,
+                });
                 if self.messages >= self.plan.policy.limits.messages_per_connection {
                     self.quit();
                 }
             }
-            Err(BeginError::NotReady | BeginError::Busy) => self.report(&job, Fate::Returned(Returned::Closed)).await,
+            Err(BeginError::NotReady | BeginError::Busy) => {
+                self.report(&job, Fate::Returned(Returned::Closed)).await
+            }
             Err(BeginError::Exhausted) => {
                 self.report(&job, Fate::Returned(Returned::Closed)).await;
                 self.quit();
@@ -188,7 +235,9 @@ impl Connection<'_> {
     // ---- the content --------------------------------------------------------------------
 
     async fn body_due(&mut self, id: TxId) {
-        let Some(begun) = self.begun.iter_mut().find(|begun| begun.id == id) else { return };
+        let Some(begun) = self.begun.iter_mut().find(|begun| begun.id == id) else {
+            return;
+        };
         match self.deliver.recorder.start(&begun.job.item) {
             Ok(seq) => {
                 begun.started = true;
@@ -204,7 +253,9 @@ impl Connection<'_> {
     /// Lets content go whose start record is written, and with it the outcome before. False: the
     /// journal cannot be written, so nothing may leave.
     async fn release_due(&mut self) -> bool {
-        let Some((id, seq)) = self.due.take() else { return true };
+        let Some((id, seq)) = self.due.take() else {
+            return true;
+        };
         if let Err(error) = self.deliver.recorder.written(seq).await {
             tracing::warn!(%error, "the journal cannot be written, nothing is sent");
             self.abandon().await;
@@ -223,13 +274,17 @@ impl Connection<'_> {
         for begun in std::mem::take(&mut self.begun) {
             // Without a dot on the wire it is as if it had not begun; with one it is in doubt.
             if begun.dot_at.is_some() {
-                let finding = Finding::Ambiguous("the connection was given up after the final dot".to_owned());
-                self.record(&begun.job, finding, begun.dot_at, self.since(begun.began)).await;
+                let finding = Finding::Ambiguous(
+                    "the connection was given up after the final dot".to_owned(),
+                );
+                self.record(&begun.job, finding, begun.dot_at, self.since(begun.began))
+                    .await;
             } else {
                 if begun.started {
                     self.deliver.recorder.void(&begun.job.item);
                 }
-                self.report(&begun.job, Fate::Returned(Returned::JournalFull)).await;
+                self.report(&begun.job, Fate::Returned(Returned::JournalFull))
+                    .await;
             }
         }
         self.session.interrupted(Interruption::Disconnected);
@@ -241,7 +296,9 @@ impl Connection<'_> {
         if self.due.is_some_and(|(due, _)| due == id) {
             self.due = None;
         }
-        let Some(at) = self.begun.iter().position(|begun| begun.id == id) else { return };
+        let Some(at) = self.begun.iter().position(|begun| begun.id == id) else {
+            return;
+        };
         let begun = self.begun.swap_remove(at);
         let took = self.since(begun.began);
         let finding = match outcome {
@@ -256,28 +313,44 @@ impl Connection<'_> {
                 let reading = self.deliver.rules.load().classify(&reply);
                 Finding::Refused(reply, reading)
             }
-            Outcome::Ambiguous(error) => Finding::Ambiguous(format!("no reply after the final dot: {error}")),
+            Outcome::Ambiguous(error) => {
+                Finding::Ambiguous(format!("no reply after the final dot: {error}"))
+            }
             Outcome::NotStarted(error) => {
                 if begun.started {
                     self.deliver.recorder.void(&begun.job.item);
                 }
                 let text = format!("{}: {error}", self.host);
-                return self.report(&begun.job, Fate::Returned(Returned::Broken(text))).await;
+                return self
+                    .report(&begun.job, Fate::Returned(Returned::Broken(text)))
+                    .await;
             }
         };
-        self.deliver.metrics.smtp_stage_seconds.at(SmtpStage::Transaction).observe(took.as_secs_f64());
+        self.deliver
+            .metrics
+            .smtp_stage_seconds
+            .at(SmtpStage::Transaction)
+            .observe(took.as_secs_f64());
         self.record(&begun.job, finding, begun.dot_at, took).await;
     }
 
     async fn record(&self, job: &Job, finding: Finding, dot_at: Option<Timestamp>, took: Duration) {
         let delivered = matches!(finding, Finding::Delivered(_));
-        let mut attempt = decide(finding, &job.item, &job.policy, self.deliver.clock.now(), fastrand::f64());
+        let mut attempt = decide(
+            finding,
+            &job.item,
+            &job.policy,
+            self.deliver.clock.now(),
+            fastrand::f64(),
+        );
         attempt.dot_at = dot_at;
         attempt.detail.host = self.host.clone();
         attempt.detail.tls = self.tls.clone();
         attempt.detail.source = self.source.into();
         attempt.detail.transaction_ms = u32::try_from(took.as_millis()).unwrap_or(u32::MAX);
-        self.deliver.recorder.outcome(attempt, job.item.batch.release_at);
+        self.deliver
+            .recorder
+            .outcome(attempt, job.item.batch.release_at);
         self.report(job, Fate::Recorded { delivered }).await;
     }
 
@@ -317,7 +390,11 @@ impl Connection<'_> {
         let (stage, progress) = (self.session.waiting_for(), self.session.progress());
         if (stage, progress) != (self.deadline.stage, self.deadline.progress) {
             let at = self.deliver.clock.instant() + self.deliver.deadline(stage);
-            self.deadline = Deadline { stage, progress, at };
+            self.deadline = Deadline {
+                stage,
+                progress,
+                at,
+            };
         }
         self.deadline.at
     }
@@ -344,12 +421,16 @@ impl Connection<'_> {
             left.push(composed);
         }
         for composed in left {
-            self.report(&composed.job, Fate::Returned(Returned::Closed)).await;
+            self.report(&composed.job, Fate::Returned(Returned::Closed))
+                .await;
         }
     }
 
     fn since(&self, began: Instant) -> Duration {
-        self.deliver.clock.instant().saturating_duration_since(began)
+        self.deliver
+            .clock
+            .instant()
+            .saturating_duration_since(began)
     }
 }
 
@@ -358,8 +439,19 @@ fn unsendable(error: &BeginError, host: &str) -> Trouble {
     let (class, blame) = match error {
         BeginError::TooLarge { .. } => (Class::TooLarge, Blame::Content),
         BeginError::EightBit | BeginError::SmtpUtf8 => (Class::Protocol, Blame::Destination),
-        BeginError::Envelope(_) | BeginError::TooManyRecipients { .. } => (Class::Protocol, Blame::Us),
-        BeginError::NotReady | BeginError::Busy | BeginError::Exhausted => (Class::Other, Blame::Us),
+        BeginError::Envelope(_) | BeginError::TooManyRecipients { .. } => {
+            (Class::Protocol, Blame::Us)
+        }
+        BeginError::NotReady | BeginError::Busy | BeginError::Exhausted => {
+            (Class::Other, Blame::Us)
+        }
     };
-    Trouble { class, blame, text: error.to_string(), reply: None, host: host.into(), is_final: true }
+    Trouble {
+        class,
+        blame,
+        text: error.to_string(),
+        reply: None,
+        host: host.into(),
+        is_final: true,
+    }
 }

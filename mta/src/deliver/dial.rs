@@ -61,7 +61,12 @@ enum Failure {
 
 impl Deliver {
     /// A session with the first host of `route` that will have one.
-    pub(super) async fn dial(&self, route: &Route, policy: &Policy, source: &Source) -> Result<Established, Trouble> {
+    pub(super) async fn dial(
+        &self,
+        route: &Route,
+        policy: &Policy,
+        source: &Source,
+    ) -> Result<Established, Trouble> {
         let mut last = None;
         let mut tries = 0;
         for host in self.hosts_in_order(route) {
@@ -75,12 +80,20 @@ impl Deliver {
                     continue;
                 }
             };
-            for &address in addresses.iter().filter(|address| can_reach(source, **address)) {
+            for &address in addresses
+                .iter()
+                .filter(|address| can_reach(source, **address))
+            {
                 if tries >= ADDRESSES_MAX {
                     break;
                 }
                 tries += 1;
-                let target = Target { host: &host, address: SocketAddr::new(address, host.port), source, policy: policy.limits.tls };
+                let target = Target {
+                    host: &host,
+                    address: SocketAddr::new(address, host.port),
+                    source,
+                    policy: policy.limits.tls,
+                };
                 match self.open(&target).await {
                     Ok(established) => {
                         self.hosts.came_up(&target.key(), self.clock.instant());
@@ -100,7 +113,10 @@ impl Deliver {
     fn hosts_in_order(&self, route: &Route) -> Vec<Host> {
         let mut hosts = route.in_order(&mut fastrand::Rng::new());
         let now = self.clock.instant();
-        hosts.sort_by_key(|host| self.hosts.is_down(&format!("{}:{}", host.name, host.port), now));
+        hosts.sort_by_key(|host| {
+            self.hosts
+                .is_down(&format!("{}:{}", host.name, host.port), now)
+        });
         hosts
     }
 
@@ -120,10 +136,13 @@ impl Deliver {
             Err(Failure::TryPlain(why)) => {
                 tracing::info!(host = %target.host.name, %why, "TLS failed, going on in plaintext");
                 self.hosts.tls_broke(&target.key(), self.clock.instant());
-                let plain = self.establish(target, StartTls::Never).await.map_err(|failure| match failure {
-                    Failure::Session(error) => error,
-                    Failure::TryPlain(why) => SessionError::TlsFailed(why),
-                })?;
+                let plain = self
+                    .establish(target, StartTls::Never)
+                    .await
+                    .map_err(|failure| match failure {
+                        Failure::Session(error) => error,
+                        Failure::TryPlain(why) => SessionError::TlsFailed(why),
+                    })?;
                 self.metrics.tls.at(TlsResult::FallenBack).inc();
                 Ok(plain)
             }
@@ -147,7 +166,11 @@ impl Deliver {
         self.metrics.tls.at(result).inc();
     }
 
-    async fn establish(&self, target: &Target<'_>, starttls: StartTls) -> Result<Established, Failure> {
+    async fn establish(
+        &self,
+        target: &Target<'_>,
+        starttls: StartTls,
+    ) -> Result<Established, Failure> {
         let started = self.clock.instant();
         let stream = self.connect(target).await.map_err(Failure::Session)?;
         self.measure(SmtpStage::Connect, started);
@@ -163,7 +186,12 @@ impl Deliver {
             }
             match session.poll_event() {
                 Some(Event::Ready) => {
-                    return Ok(Established { wire, session, host: target.label(), tls });
+                    return Ok(Established {
+                        wire,
+                        session,
+                        host: target.label(),
+                        tls,
+                    });
                 }
                 Some(Event::HandshakeDue) => {
                     let started = self.clock.instant();
@@ -173,12 +201,23 @@ impl Deliver {
                             session.tls_established();
                             self.measure(SmtpStage::Tls, started);
                         }
-                        Err(why) if starttls == StartTls::Opportunistic => return Err(Failure::TryPlain(why)),
+                        Err(why) if starttls == StartTls::Opportunistic => {
+                            return Err(Failure::TryPlain(why));
+                        }
                         Err(why) => return Err(Failure::Session(SessionError::TlsFailed(why))),
                     }
                 }
+                Some(Event::Closed(Some(error)))
+                    if starttls == StartTls::Opportunistic && is_lost_at_starttls(&error) =>
+                {
+                    return Err(Failure::TryPlain(error.to_string()));
+                }
                 Some(Event::Closed(error)) => {
-                    return Err(Failure::Session(error.unwrap_or(SessionError::Disconnected { stage: Stage::Greeting })));
+                    return Err(Failure::Session(error.unwrap_or(
+                        SessionError::Disconnected {
+                            stage: Stage::Greeting,
+                        },
+                    )));
                 }
                 // Nothing was begun.
                 Some(Event::BodyDue(_) | Event::TransactionDone { .. }) => {}
@@ -200,31 +239,61 @@ impl Deliver {
     }
 
     async fn connect(&self, target: &Target<'_>) -> Result<TcpStream, SessionError> {
-        let failed = |kind| SessionError::Io { stage: Stage::Greeting, kind };
+        let failed = |kind| SessionError::Io {
+            stage: Stage::Greeting,
+            kind,
+        };
         let io = |error: std::io::Error| failed(error.kind());
-        let socket = if target.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(io)?;
+        let socket = if target.address.is_ipv4() {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        }
+        .map_err(io)?;
         if let Some(bind) = target.source.bind {
             socket.bind(SocketAddr::new(bind, 0)).map_err(io)?;
         }
         let connecting = timeout(self.timeouts.connect, socket.connect(target.address));
-        let stream = connecting.await.map_err(|_| SessionError::TimedOut { stage: Stage::Greeting })?.map_err(io)?;
+        let stream = connecting
+            .await
+            .map_err(|_| SessionError::TimedOut {
+                stage: Stage::Greeting,
+            })?
+            .map_err(io)?;
         // A flight is one write; waiting for more to send would only delay it.
         stream.set_nodelay(true).map_err(io)?;
         Ok(stream)
     }
 
     async fn handshake(&self, wire: Wire, target: &Target<'_>) -> Result<(Wire, Box<str>), String> {
-        let config = if target.policy == TlsPolicy::RequireVerified { &self.tls.verified } else { &self.tls.any };
+        let config = if target.policy == TlsPolicy::RequireVerified {
+            &self.tls.verified
+        } else {
+            &self.tls.any
+        };
         let name = match target.host.name.parse::<IpAddr>() {
             Ok(address) => ServerName::IpAddress(address.into()),
-            Err(_) => ServerName::try_from(target.host.name.to_string()).map_err(|error| error.to_string())?,
+            Err(_) => ServerName::try_from(target.host.name.to_string())
+                .map_err(|error| error.to_string())?,
         };
-        let plain = wire.stream.into_plain().ok_or_else(|| "STARTTLS within TLS".to_owned())?;
+        let plain = wire
+            .stream
+            .into_plain()
+            .ok_or_else(|| "STARTTLS within TLS".to_owned())?;
         let connecting = TlsConnector::from(Arc::clone(config)).connect(name, plain);
-        let stream = timeout(self.timeouts.starttls, connecting).await.map_err(|_| "timed out".to_owned())?.map_err(|error| error.to_string())?;
+        let stream = timeout(self.timeouts.starttls, connecting)
+            .await
+            .map_err(|_| "timed out".to_owned())?
+            .map_err(|error| error.to_string())?;
         let (_, connection) = stream.get_ref();
-        let version = connection.protocol_version().and_then(|version| version.as_str()).unwrap_or("TLS");
-        let cipher = connection.negotiated_cipher_suite().and_then(|suite| suite.suite().as_str()).unwrap_or_default();
+        let version = connection
+            .protocol_version()
+            .and_then(|version| version.as_str())
+            .unwrap_or("TLS");
+        let cipher = connection
+            .negotiated_cipher_suite()
+            .and_then(|suite| suite.suite().as_str())
+            .unwrap_or_default();
         let label = format!("{version} {cipher}").into();
         Ok((Wire::new(Stream::Tls(Box::new(stream))), label))
     }
@@ -248,7 +317,10 @@ impl Deliver {
 
     pub(super) fn measure(&self, stage: SmtpStage, started: Instant) {
         let took = self.clock.instant().saturating_duration_since(started);
-        self.metrics.smtp_stage_seconds.at(stage).observe(took.as_secs_f64());
+        self.metrics
+            .smtp_stage_seconds
+            .at(stage)
+            .observe(took.as_secs_f64());
     }
 
     fn trouble(&self, error: &SessionError, target: &Target<'_>) -> Trouble {
@@ -257,37 +329,71 @@ impl Deliver {
                 let reading = self.rules.load().classify(reply);
                 (reading.class, reading.blame, Some(reply.clone()))
             }
-            SessionError::TlsNotOffered | SessionError::TlsFailed(_) | SessionError::PlaintextAfterStartTls => {
-                (Class::TlsFailure, Blame::Destination, None)
+            SessionError::TlsNotOffered
+            | SessionError::TlsFailed(_)
+            | SessionError::PlaintextAfterStartTls => (Class::TlsFailure, Blame::Destination, None),
+            SessionError::TlsRefused(reply) => {
+                (Class::TlsFailure, Blame::Destination, Some(reply.clone()))
             }
-            SessionError::TlsRefused(reply) => (Class::TlsFailure, Blame::Destination, Some(reply.clone())),
-            SessionError::Syntax(_) | SessionError::UnexpectedReply { .. } => (Class::Protocol, Blame::Destination, None),
-            SessionError::Disconnected { .. } | SessionError::TimedOut { .. } | SessionError::Io { .. } => {
-                (Class::ConnectFailure, Blame::Destination, None)
+            SessionError::Syntax(_) | SessionError::UnexpectedReply { .. } => {
+                (Class::Protocol, Blame::Destination, None)
             }
+            SessionError::Disconnected { .. }
+            | SessionError::TimedOut { .. }
+            | SessionError::Io { .. } => (Class::ConnectFailure, Blame::Destination, None),
             SessionError::Hello(_) => (Class::Other, Blame::Us, None),
         };
         let text = format!("{}: {error}", target.label());
-        Trouble { class, blame, text, reply, host: target.label(), is_final: false }
+        Trouble {
+            class,
+            blame,
+            text,
+            reply,
+            host: target.label(),
+            is_final: false,
+        }
     }
+}
+
+/// The connection broke between our STARTTLS and the handshake.
+fn is_lost_at_starttls(error: &SessionError) -> bool {
+    matches!(
+        error,
+        SessionError::Disconnected {
+            stage: Stage::StartTls
+        } | SessionError::TimedOut {
+            stage: Stage::StartTls
+        } | SessionError::Io {
+            stage: Stage::StartTls,
+            ..
+        }
+    )
 }
 
 fn is_about_tls(error: &SessionError) -> bool {
     matches!(
         error,
-        SessionError::TlsNotOffered | SessionError::TlsFailed(_) | SessionError::TlsRefused(_) | SessionError::PlaintextAfterStartTls
+        SessionError::TlsNotOffered
+            | SessionError::TlsFailed(_)
+            | SessionError::TlsRefused(_)
+            | SessionError::PlaintextAfterStartTls
     )
 }
 
 fn can_reach(source: &Source, address: IpAddr) -> bool {
-    source.bind.is_none_or(|bind| bind.is_ipv4() == address.is_ipv4())
+    source
+        .bind
+        .is_none_or(|bind| bind.is_ipv4() == address.is_ipv4())
 }
 
 fn no_address(source: &Source) -> Trouble {
     Trouble {
         class: Class::ConnectFailure,
         blame: Blame::Destination,
-        text: format!("no host has an address that source {} can reach", source.name),
+        text: format!(
+            "no host has an address that source {} can reach",
+            source.name
+        ),
         reply: None,
         host: "".into(),
         is_final: false,

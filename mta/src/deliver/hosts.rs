@@ -27,7 +27,9 @@ impl HostMemory {
     }
 
     pub(super) fn has_no_tls(&self, host: &str, now: Instant) -> bool {
-        self.known(host).no_tls_until.is_some_and(|until| until > now)
+        self.known(host)
+            .no_tls_until
+            .is_some_and(|until| until > now)
     }
 
     pub(super) fn went_down(&self, host: &str, now: Instant) {
@@ -45,7 +47,12 @@ impl HostMemory {
     }
 
     fn known(&self, host: &str) -> Known {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(host).copied().unwrap_or_default()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(host)
+            .copied()
+            .unwrap_or_default()
     }
 
     fn change(&self, host: &str, now: Instant, change: impl FnOnce(&mut Known)) {

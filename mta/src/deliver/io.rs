@@ -22,14 +22,22 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self {
             Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Tls(stream) => Pin::new(&mut **stream).poll_read(cx, buffer),
         }
     }
 
-    fn poll_write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         match self {
             Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
             Self::Tls(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, slices),
@@ -64,7 +72,11 @@ pub(super) struct Wire {
 
 impl Wire {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, buffer: vec![0; READ].into_boxed_slice(), unflushed: false }
+        Self {
+            stream,
+            buffer: vec![0; READ].into_boxed_slice(),
+            unflushed: false,
+        }
     }
 
     /// Moves bytes both ways until some were read, or all that was to be written is. `false` means
@@ -73,7 +85,11 @@ impl Wire {
         std::future::poll_fn(|cx| self.poll_turn(session, cx)).await
     }
 
-    fn poll_turn(&mut self, session: &mut ClientSession, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+    fn poll_turn(
+        &mut self,
+        session: &mut ClientSession,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<bool>> {
         let wrote = self.poll_writes(session, cx)?;
         let mut buffer = ReadBuf::new(&mut self.buffer);
         match self.stream.poll_read(cx, &mut buffer) {
@@ -89,12 +105,19 @@ impl Wire {
     }
 
     /// Writes what there is to write; tells whether that made any progress.
-    fn poll_writes(&mut self, session: &mut ClientSession, cx: &mut Context<'_>) -> io::Result<bool> {
+    fn poll_writes(
+        &mut self,
+        session: &mut ClientSession,
+        cx: &mut Context<'_>,
+    ) -> io::Result<bool> {
         let mut wrote = false;
         while session.wants_write() {
             let mut slices = [IoSlice::new(&[]); SLICES];
             let count = session.transmit(&mut slices);
-            match self.stream.poll_write(cx, slices.get(..count).unwrap_or_default()) {
+            match self
+                .stream
+                .poll_write(cx, slices.get(..count).unwrap_or_default())
+            {
                 Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(Ok(written)) => {
                     session.advance(written);

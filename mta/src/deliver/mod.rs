@@ -38,6 +38,10 @@ const QUIT: Duration = Duration::from_secs(5);
 /// Permits kept per destination and source; idle ones go first.
 const PACERS_MAX: usize = 50_000;
 
+/// A destination as one source, by its index, sees it.
+type PacerKey = (Destination, usize);
+type SharedPacer = Arc<Mutex<Pacer>>;
+
 /// What connections share.
 #[derive(Debug)]
 pub struct Deliver {
@@ -53,7 +57,7 @@ pub struct Deliver {
     hosts: HostMemory,
     queue: mpsc::Sender<Event>,
     started: Instant,
-    pacers: Mutex<HashMap<(Destination, usize), Arc<Mutex<Pacer>>>>,
+    pacers: Mutex<HashMap<PacerKey, SharedPacer>>,
 }
 
 /// What [`Deliver`] is made of.
@@ -125,7 +129,9 @@ impl Deliver {
     }
 
     async fn carry(&self, plan: &mut Plan) -> ConnEnd {
-        let Some(source) = self.sources.get(plan.source) else { return ConnEnd::Planned };
+        let Some(source) = self.sources.get(plan.source) else {
+            return ConnEnd::Planned;
+        };
         let dialled = tokio::select! {
             dialled = self.dial(&plan.route, &plan.policy, source) => dialled,
             () = plan.quit.cancelled() => return ConnEnd::Planned,
@@ -137,17 +143,27 @@ impl Deliver {
     }
 
     /// The permits of a destination as one source sees it, shared by its connections.
-    fn pacer(&self, policy: &Policy, source: usize) -> Arc<Mutex<Pacer>> {
+    fn pacer(&self, policy: &Policy, source: usize) -> SharedPacer {
         let mut pacers = self.pacers.lock().unwrap_or_else(PoisonError::into_inner);
         if pacers.len() >= PACERS_MAX {
             let now = self.clock.instant();
-            let in_use = |pacer: &Arc<Mutex<Pacer>>| {
-                Arc::strong_count(pacer) > 1 || pacer.lock().unwrap_or_else(PoisonError::into_inner).free_at(now) > now
+            let in_use = |pacer: &SharedPacer| {
+                Arc::strong_count(pacer) > 1
+                    || pacer
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .free_at(now)
+                        > now
             };
             pacers.retain(|_, pacer| in_use(pacer));
         }
         let key = (policy.destination.clone(), source);
-        let made = || Arc::new(Mutex::new(Pacer::exhausted(policy.limits.rate, self.started)));
+        let made = || {
+            Arc::new(Mutex::new(Pacer::exhausted(
+                policy.limits.rate,
+                self.started,
+            )))
+        };
         Arc::clone(pacers.entry(key).or_insert_with(made))
     }
 

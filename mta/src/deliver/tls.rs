@@ -40,23 +40,42 @@ impl TlsConfigs {
     /// See [`TlsSetupError`].
     pub fn new(ca_file: Option<&std::path::Path>) -> Result<Self, TlsSetupError> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = || ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
+        let builder = || {
+            ClientConfig::builder_with_provider(Arc::clone(&provider))
+                .with_safe_default_protocol_versions()
+        };
         let any = builder()?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(AnyCertificate(Arc::clone(&provider))))
             .with_no_client_auth();
         let roots = ca_file.map(read_roots).transpose()?.unwrap_or_default();
-        let verifier = rustls_platform_verifier::Verifier::new_with_extra_roots(roots, Arc::clone(&provider))?;
-        let verified = builder()?.dangerous().with_custom_certificate_verifier(Arc::new(verifier)).with_no_client_auth();
-        Ok(Self { any: Arc::new(any), verified: Arc::new(verified) })
+        let verifier =
+            rustls_platform_verifier::Verifier::new_with_extra_roots(roots, Arc::clone(&provider))?;
+        let verified = builder()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        Ok(Self {
+            any: Arc::new(any),
+            verified: Arc::new(verified),
+        })
     }
 }
 
 fn read_roots(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, TlsSetupError> {
-    let wrong = |detail: String| TlsSetupError::Roots { path: path.display().to_string(), detail };
+    let wrong = |detail: String| TlsSetupError::Roots {
+        path: path.display().to_string(),
+        detail,
+    };
     let found = CertificateDer::pem_file_iter(path).map_err(|error| wrong(error.to_string()))?;
-    let roots = found.collect::<Result<Vec<_>, _>>().map_err(|error| wrong(error.to_string()))?;
-    if roots.is_empty() { Err(wrong("none found".to_owned())) } else { Ok(roots) }
+    let roots = found
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| wrong(error.to_string()))?;
+    if roots.is_empty() {
+        Err(wrong("none found".to_owned()))
+    } else {
+        Ok(roots)
+    }
 }
 
 /// Takes any certificate. The handshake's signature is checked all the same: the peer must hold
@@ -76,12 +95,32 @@ impl ServerCertVerifier for AnyCertificate {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(&self, message: &[u8], cert: &CertificateDer<'_>, dss: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
-    fn verify_tls13_signature(&self, message: &[u8], cert: &CertificateDer<'_>, dss: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use model::{BatchId, LotNumber, Partition, Place, Priority, Row, Timestamp, TrackingMode};
 use service::config::AmbiguousPolicy;
 use service::config::shaping::Limits;
-use store::{BatchHead, LeasedRange, LeasedRecipient, RangeRef};
+use store::{BatchHead, RangeRef};
 
 use super::job::{Item, Policy};
 use crate::shaping::Destination;
@@ -67,31 +67,5 @@ pub(crate) fn policy() -> Policy {
         limits: Limits::default(),
         ambiguous: AmbiguousPolicy::Retry,
         ambiguous_after: Duration::from_secs(1_800),
-    }
-}
-
-/// A range with these recipients, all of which may be started.
-pub(crate) fn range(id: u64, queue: &str, emails: &[&str]) -> LeasedRange {
-    let items = emails.iter().enumerate().map(|(at, email)| {
-        let offset = u32::try_from(at).expect("few");
-        LeasedRecipient {
-            place: Place {
-                lot: LotNumber(u32::try_from(id).expect("few")),
-                position: u16::try_from(at).expect("few"),
-            },
-            offset,
-            row: row(offset, email),
-            attempts: 0,
-            maybe_started: false,
-            ambiguous_before: false,
-        }
-    });
-    LeasedRange {
-        range: range_ref(id),
-        batch: Arc::new(head(u8::try_from(id).expect("few"))),
-        queue: queue.into(),
-        items: items.collect(),
-        window: store::WINDOW,
-        expires_at: Timestamp::from_millis(0),
     }
 }

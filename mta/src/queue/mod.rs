@@ -11,6 +11,8 @@ pub mod decide;
 pub(crate) mod fixtures;
 pub mod job;
 mod lane;
+#[cfg(test)]
+mod simulation;
 mod state;
 mod target;
 

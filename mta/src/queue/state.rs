@@ -288,6 +288,12 @@ impl QueueState {
         self.tick_ranges(now, &mut out);
         self.tick_contents(now, &mut out);
         self.held.retain(|_, until| *until > now.instant);
+        // What was withdrawn may have left lanes empty; one that is being looked up is kept.
+        self.lanes
+            .retain(|_, lane| !lane.is_empty() || matches!(lane.way, Way::Asked));
+        for dest in self.dests.values_mut() {
+            dest.lanes.retain(|name| self.lanes.contains_key(name));
+        }
         self.dests.retain(|_, dest| !dest.is_idle(now.instant));
         let with_work = self
             .dests
@@ -432,7 +438,10 @@ impl QueueState {
         let policy = self.policy_of(waiting);
         let attempt = decide(finding, &waiting.item, &policy, now.wall, self.random.f64());
         let (attempt, released_at) = (Box::new(attempt), waiting.item.batch.release_at);
-        out.push(Action::Record { attempt, released_at });
+        out.push(Action::Record {
+            attempt,
+            released_at,
+        });
         if let Some(range) = self.ranges.get_mut(&waiting.item.range) {
             range.waiting = range.waiting.saturating_sub(1);
         }

@@ -3,10 +3,12 @@ use service::clock::SystemClock;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+type Hosts = Vec<(u16, &'static str)>;
+
 /// DNS as a table; what is not in it does not exist.
 #[derive(Default)]
 struct Table {
-    mx: HashMap<&'static str, Result<Vec<(u16, &'static str)>, DnsError>>,
+    mx: HashMap<&'static str, Result<Hosts, DnsError>>,
     addresses: HashMap<&'static str, Vec<&'static str>>,
     asked: Mutex<u32>,
 }

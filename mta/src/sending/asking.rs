@@ -87,8 +87,16 @@ impl Asker {
             let event = match question {
                 Question::Look => Event::Backlog(self.look().await),
                 Question::Lease(wants) => {
-                    let request = LeaseRequest { node: self.node, now: self.clock.now(), ttl: self.ttl, wants };
-                    let ranges = self.timed("lease", self.store.lease(request)).await.unwrap_or_default();
+                    let request = LeaseRequest {
+                        node: self.node,
+                        now: self.clock.now(),
+                        ttl: self.ttl,
+                        wants,
+                    };
+                    let ranges = self
+                        .timed("lease", self.store.lease(request))
+                        .await
+                        .unwrap_or_default();
                     Event::Leased { ranges, asked_at }
                 }
             };
@@ -102,7 +110,13 @@ impl Asker {
         let mut found: Vec<Backlog> = Vec::new();
         for _ in 0..PAGES {
             let after = self.after.take();
-            let page = self.timed("backlog", self.store.backlog(self.clock.now(), after.as_deref(), QUEUES)).await?;
+            let page = self
+                .timed(
+                    "backlog",
+                    self.store
+                        .backlog(self.clock.now(), after.as_deref(), QUEUES),
+                )
+                .await?;
             let is_last = page.len() < QUEUES as usize;
             let last = page.last().map(|backlog| backlog.queue.clone());
             found.extend(page);
@@ -117,14 +131,28 @@ impl Asker {
     async fn renew(self, mut renewals: mpsc::Receiver<()>) {
         while renewals.recv().await.is_some() {
             let asked_at = self.clock.instant();
-            let held = self.timed("renew", self.store.renew(self.node, self.clock.now(), self.ttl)).await;
-            if self.queue.send(Event::Renewed { held, asked_at }).await.is_err() {
+            let held = self
+                .timed(
+                    "renew",
+                    self.store.renew(self.node, self.clock.now(), self.ttl),
+                )
+                .await;
+            if self
+                .queue
+                .send(Event::Renewed { held, asked_at })
+                .await
+                .is_err()
+            {
                 return;
             }
         }
     }
 
-    async fn timed<T>(&self, op: &'static str, asked: impl Future<Output = Result<T, StoreError>>) -> Option<T> {
+    async fn timed<T>(
+        &self,
+        op: &'static str,
+        asked: impl Future<Output = Result<T, StoreError>>,
+    ) -> Option<T> {
         let started: Instant = self.clock.instant();
         let answer = asked.await;
         let took = self.clock.instant().saturating_duration_since(started);
@@ -141,7 +169,9 @@ impl Asker {
 }
 
 /// Asks until there is an answer.
-pub(super) async fn until_answered<T, F: Future<Output = Result<T, StoreError>>>(ask: impl Fn() -> F) -> T {
+pub(super) async fn until_answered<T, F: Future<Output = Result<T, StoreError>>>(
+    ask: impl Fn() -> F,
+) -> T {
     let mut told = false;
     loop {
         match ask().await {

@@ -60,7 +60,13 @@ struct Wiring {
 
 impl Executor {
     pub(super) fn new(parts: Parts) -> Self {
-        Self { parts, unsent: VecDeque::new(), at_once: Vec::new(), conns: HashMap::new(), drained: false }
+        Self {
+            parts,
+            unsent: VecDeque::new(),
+            at_once: Vec::new(),
+            conns: HashMap::new(),
+            drained: false,
+        }
     }
 
     /// Tells the process that sending cannot go on.
@@ -109,7 +115,10 @@ impl Executor {
     }
 
     fn now(&self) -> Now {
-        Now { instant: self.parts.clock.instant(), wall: self.parts.clock.now() }
+        Now {
+            instant: self.parts.clock.instant(),
+            wall: self.parts.clock.now(),
+        }
     }
 
     fn apply(&mut self, events: Vec<Event>) {
@@ -158,26 +167,56 @@ impl Executor {
             }
             Action::Ask(wants) => {
                 if !self.parts.asking.ask(Question::Lease(wants)) {
-                    self.at_once.push(Event::Leased { ranges: Vec::new(), asked_at: self.parts.clock.instant() });
+                    self.at_once.push(Event::Leased {
+                        ranges: Vec::new(),
+                        asked_at: self.parts.clock.instant(),
+                    });
                 }
             }
             Action::Renew => {
                 if !self.parts.asking.renew() {
-                    self.at_once.push(Event::Renewed { held: None, asked_at: self.parts.clock.instant() });
+                    self.at_once.push(Event::Renewed {
+                        held: None,
+                        asked_at: self.parts.clock.instant(),
+                    });
                 }
             }
-            Action::Register { range, batch, places, window } => {
-                self.unsent.push_back(ShipCommand::Register { range, batch, places, window });
+            Action::Register {
+                range,
+                batch,
+                places,
+                window,
+            } => {
+                self.unsent.push_back(ShipCommand::Register {
+                    range,
+                    batch,
+                    places,
+                    window,
+                });
             }
             Action::Release(release) => self.unsent.push_back(ShipCommand::Release(release)),
             Action::Resolve(domain) => self.resolve(domain),
             Action::LoadContent(head) => self.load(head),
-            Action::Open { conn, route, policy, source } => {
+            Action::Open {
+                conn,
+                route,
+                policy,
+                source,
+            } => {
                 let (jobs, receiver) = mpsc::channel(CHANNEL);
                 let quit = CancellationToken::new();
-                let plan = Plan { conn, route, policy, source, jobs: receiver, quit: quit.clone() };
+                let plan = Plan {
+                    conn,
+                    route,
+                    policy,
+                    source,
+                    jobs: receiver,
+                    quit: quit.clone(),
+                };
                 self.conns.insert(conn, Wiring { jobs, quit });
-                self.parts.tasks.spawn("smtp", Arc::clone(&self.parts.deliver).run(plan));
+                self.parts
+                    .tasks
+                    .spawn("smtp", Arc::clone(&self.parts.deliver).run(plan));
             }
             Action::Send(job) => self.send(job),
             Action::Close(conn) => {
@@ -185,7 +224,10 @@ impl Executor {
                     wiring.quit.cancel();
                 }
             }
-            Action::Record { attempt, released_at } => self.parts.recorder.outcome(*attempt, released_at),
+            Action::Record {
+                attempt,
+                released_at,
+            } => self.parts.recorder.outcome(*attempt, released_at),
             Action::Drained => self.drained = true,
         }
     }
@@ -195,7 +237,8 @@ impl Executor {
         let to = self.conns.get(&job.conn).map(|wiring| wiring.jobs.clone());
         let sent = to.is_some_and(|to| self.parts.composer.send(Request { job, to }).is_ok());
         if !sent {
-            self.at_once.push(Event::Report(id, Fate::Returned(Returned::Closed)));
+            self.at_once
+                .push(Event::Report(id, Fate::Returned(Returned::Closed)));
         }
     }
 
@@ -203,7 +246,11 @@ impl Executor {
         let (resolver, queue) = (Arc::clone(&self.parts.resolver), self.parts.queue.clone());
         self.parts.tasks.spawn("resolve", async move {
             let answer = resolver.route(&domain).await;
-            if queue.send(Event::Resolved { domain, answer }).await.is_err() {
+            if queue
+                .send(Event::Resolved { domain, answer })
+                .await
+                .is_err()
+            {
                 tracing::debug!("the queue has ended before a lookup");
             }
         });

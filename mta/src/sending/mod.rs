@@ -113,15 +113,26 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let tls = TlsConfigs::new(deps.smtp.ca_file.as_deref())?;
     let dns = SystemDns::new(&deps.dns.nameservers).map_err(StartError::Dns)?;
     let routes = deps.shaping.routes.clone();
-    let resolver =
-        Arc::new(Resolver::new(Arc::new(dns), deps.clock.clone(), routes, deps.smtp.port, deps.smtp.allow_private_mx.clone()));
+    let resolver = Arc::new(Resolver::new(
+        Arc::new(dns),
+        deps.clock.clone(),
+        routes,
+        deps.smtp.port,
+        deps.smtp.allow_private_mx.clone(),
+    ));
     let journal = deps.journal.clone();
-    let starts = tokio::task::spawn_blocking(move || recover(&journal)).await.map_err(std::io::Error::other)??;
+    let starts = tokio::task::spawn_blocking(move || recover(&journal))
+        .await
+        .map_err(std::io::Error::other)??;
 
     let (queue, events) = mpsc::channel(EVENTS_MAX);
     let (ship, commands) = mpsc::channel(COMMANDS_MAX);
     let view = Arc::new(ControlView::new(now));
-    let recorder = Arc::new(Recorder::new(deps.journal.clone(), Arc::clone(&deps.metrics), failed.clone()));
+    let recorder = Arc::new(Recorder::new(
+        deps.journal.clone(),
+        Arc::clone(&deps.metrics),
+        failed.clone(),
+    ));
     let contents = Arc::new(Contents::new(
         Arc::clone(&deps.store),
         Arc::clone(&deps.ring),
@@ -177,7 +188,10 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let tasks = deps.tasks.clone();
     // The end of the process waits for the whole of it, the beginning included.
     let hold = deps.shutdown.hold(Stage::Transactions);
-    tasks.spawn("sending", begin(deps, ship, starts, view, queue, executor, hold));
+    tasks.spawn(
+        "sending",
+        begin(deps, ship, starts, view, queue, executor, hold),
+    );
     Ok(SendingHandle { failed })
 }
 
@@ -214,9 +228,17 @@ async fn begin(
             return;
         }
     };
-    let follower = asking::Follower { store: Arc::clone(&deps.store), view, clock: deps.clock.clone(), queue };
+    let follower = asking::Follower {
+        store: Arc::clone(&deps.store),
+        view,
+        clock: deps.clock.clone(),
+        queue,
+    };
     let shutdown = deps.shutdown.clone();
-    deps.tasks.spawn("control", async move { follower.run(cursor, &shutdown).await });
+    deps.tasks.spawn(
+        "control",
+        async move { follower.run(cursor, &shutdown).await },
+    );
     deps.tasks.spawn("ship", shipper.run());
     executor.run(Event::Leased { ranges, asked_at }).await;
     drop(hold);
@@ -225,9 +247,16 @@ async fn begin(
 /// The sources of the pool in use: index and weight. Choosing a pool per batch comes with the
 /// limits that need it.
 fn sources(pools: &[Pool], smtp: &Smtp) -> Vec<(usize, u32)> {
-    let Some(pool) = pools.iter().find(|pool| pool.name == "default").or(pools.first()) else {
+    let Some(pool) = pools
+        .iter()
+        .find(|pool| pool.name == "default")
+        .or(pools.first())
+    else {
         return vec![(0, 1)];
     };
     let index = |name: &str| smtp.sources.iter().position(|source| source.name == name);
-    pool.sources.iter().filter_map(|member| Some((index(&member.name)?, member.weight))).collect()
+    pool.sources
+        .iter()
+        .filter_map(|member| Some((index(&member.name)?, member.weight)))
+        .collect()
 }

@@ -32,17 +32,39 @@ pub(super) struct Moves {
 }
 
 impl Ledger {
-    pub(super) fn register(&mut self, range: RangeRef, batch: BatchId, places: Vec<(Place, u32)>, window: u32) {
-        let mut items: Vec<_> = places.into_iter().map(|(place, offset)| (offset, place, false)).collect();
+    pub(super) fn register(
+        &mut self,
+        range: RangeRef,
+        batch: BatchId,
+        places: Vec<(Place, u32)>,
+        window: u32,
+    ) {
+        let mut items: Vec<_> = places
+            .into_iter()
+            .map(|(place, offset)| (offset, place, false))
+            .collect();
         items.sort_unstable();
-        self.places.extend(items.iter().map(|(_, place, _)| ((batch, *place), range)));
-        self.ranges.insert(range, Entry { batch, items, low: 0, window });
+        self.places
+            .extend(items.iter().map(|(_, place, _)| ((batch, *place), range)));
+        self.ranges.insert(
+            range,
+            Entry {
+                batch,
+                items,
+                low: 0,
+                window,
+            },
+        );
     }
 
     /// Notes that a recipient has reported; the fact goes with the next shipment.
     pub(super) fn report(&mut self, batch: BatchId, place: Place) {
-        let Some(range) = self.places.get(&(batch, place)) else { return };
-        let Some(entry) = self.ranges.get_mut(range) else { return };
+        let Some(range) = self.places.get(&(batch, place)) else {
+            return;
+        };
+        let Some(entry) = self.ranges.get_mut(range) else {
+            return;
+        };
         if let Some(item) = entry.items.iter_mut().find(|(_, of, _)| *of == place) {
             item.2 = true;
             self.moved.insert(*range);
@@ -53,8 +75,14 @@ impl Ledger {
     pub(super) fn moves(&mut self) -> Moves {
         let mut moves = Moves::default();
         for range in &self.moved {
-            let Some(entry) = self.ranges.get_mut(range) else { continue };
-            while entry.items.get(entry.low).is_some_and(|(_, _, reported)| *reported) {
+            let Some(entry) = self.ranges.get_mut(range) else {
+                continue;
+            };
+            while entry
+                .items
+                .get(entry.low)
+                .is_some_and(|(_, _, reported)| *reported)
+            {
                 entry.low += 1;
             }
             match (entry.items.get(entry.low), entry.items.last()) {
@@ -82,7 +110,9 @@ impl Ledger {
 
     /// The range is another's, or was handed back.
     pub(super) fn forget(&mut self, range: RangeRef) {
-        let Some(entry) = self.ranges.remove(&range) else { return };
+        let Some(entry) = self.ranges.remove(&range) else {
+            return;
+        };
         for (_, place, _) in entry.items {
             let key = (entry.batch, place);
             if self.places.get(&key) == Some(&range) {
@@ -102,7 +132,10 @@ mod tests {
     const BATCH: BatchId = BatchId::from_bytes([1; 16]);
 
     fn place(position: u16) -> Place {
-        Place { lot: LotNumber(0), position }
+        Place {
+            lot: LotNumber(0),
+            position,
+        }
     }
 
     fn ledger(items: u16) -> Ledger {
@@ -119,7 +152,13 @@ mod tests {
             ledger.report(BATCH, place(at));
         }
         let moves = ledger.moves();
-        assert_eq!(moves, Moves { windows: vec![(range_ref(1), 3 + WINDOW)], finished: vec![] });
+        assert_eq!(
+            moves,
+            Moves {
+                windows: vec![(range_ref(1), 3 + WINDOW)],
+                finished: vec![]
+            }
+        );
         ledger.arrived(&moves);
         ledger.report(BATCH, place(6));
         assert_eq!(ledger.moves(), Moves::default());
@@ -132,7 +171,13 @@ mod tests {
             .iter()
             .for_each(|at| ledger.report(BATCH, place(*at)));
         let moves = ledger.moves();
-        assert_eq!(moves, Moves { windows: vec![], finished: vec![range_ref(1)] });
+        assert_eq!(
+            moves,
+            Moves {
+                windows: vec![],
+                finished: vec![range_ref(1)]
+            }
+        );
         // Until it has arrived, it is told again.
         assert_eq!(ledger.moves(), moves);
         ledger.arrived(&moves);

@@ -61,7 +61,11 @@ impl Recorder {
     /// A recorder into `journal`. `fatal` is cancelled when an outcome could not be kept, after
     /// which nothing more may be sent.
     pub fn new(journal: Journal, metrics: Arc<Metrics>, fatal: CancellationToken) -> Self {
-        Self { journal, metrics, fatal }
+        Self {
+            journal,
+            metrics,
+            fatal,
+        }
     }
 
     /// Notes that the final dot of a message is about to leave.
@@ -69,13 +73,20 @@ impl Recorder {
     /// # Errors
     /// The journal has no room, or failed: do not send.
     pub fn start(&self, item: &Item) -> Result<Seq, AppendError> {
-        let record = StartRecord::Start { message: item.message(), place: item.place, number: item.attempt };
+        let record = StartRecord::Start {
+            message: item.message(),
+            place: item.place,
+            number: item.attempt,
+        };
         self.journal.append(RecordKind::Start, &record.to_bytes())
     }
 
     /// Takes a start back: the dot did not leave.
     pub fn void(&self, item: &Item) {
-        let record = StartRecord::Void { message: item.message(), number: item.attempt };
+        let record = StartRecord::Void {
+            message: item.message(),
+            number: item.attempt,
+        };
         // Lost, it only makes a later start more careful.
         if let Err(error) = self.journal.append(RecordKind::Start, &record.to_bytes()) {
             tracing::debug!(%error, message = %item.message(), "start not taken back");
@@ -115,9 +126,13 @@ impl Recorder {
         let outcome = outcome_of(attempt.result);
         let class = detail.class.map_or("", |class| class.as_str());
         let destination = self.metrics.destination(&detail.destination);
-        self.metrics.outcomes(outcome.as_str(), class, &destination).inc();
+        self.metrics
+            .outcomes(outcome.as_str(), class, &destination)
+            .inc();
         if attempt.result == AttemptResult::Delivered {
-            self.metrics.delivery_age_seconds.observe(attempt.at.since(released_at).as_secs_f64());
+            self.metrics
+                .delivery_age_seconds
+                .observe(attempt.at.since(released_at).as_secs_f64());
         }
         tracing::debug!(
             message = %attempt.message, batch = %attempt.message.batch, attempt = attempt.number, outcome = outcome.as_str(), class,
@@ -145,8 +160,18 @@ mod tests {
 
     #[test]
     fn a_start_reads_back() {
-        let message = MessageId { batch: BatchId::from_bytes([3; 16]), index: 7 };
-        let start = StartRecord::Start { message, place: Place { lot: LotNumber(1), position: 2 }, number: 3 };
+        let message = MessageId {
+            batch: BatchId::from_bytes([3; 16]),
+            index: 7,
+        };
+        let start = StartRecord::Start {
+            message,
+            place: Place {
+                lot: LotNumber(1),
+                position: 2,
+            },
+            number: 3,
+        };
         for record in [start, StartRecord::Void { message, number: 3 }] {
             assert_eq!(StartRecord::from_bytes(&record.to_bytes()), Some(record));
         }

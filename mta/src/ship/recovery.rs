@@ -31,7 +31,9 @@ impl Recovered {
     pub fn learn(&mut self, record: &Record) {
         match record.kind {
             RecordKind::Start => match StartRecord::from_bytes(&record.payload) {
-                Some(StartRecord::Start { message, number, .. }) => {
+                Some(StartRecord::Start {
+                    message, number, ..
+                }) => {
                     self.started.insert((message, number), record.seq);
                 }
                 Some(StartRecord::Void { message, number }) => {
@@ -60,7 +62,8 @@ impl Recovered {
 
     /// Forgets starts that nobody will report: another node has their recipients.
     pub fn keep_only(&mut self, mut is_ours: impl FnMut(MessageId, u8) -> bool) {
-        self.started.retain(|(message, number), _| is_ours(*message, *number));
+        self.started
+            .retain(|(message, number), _| is_ours(*message, *number));
     }
 
     /// How many there are.

@@ -11,8 +11,8 @@ use service::tasks::{Shutdown, Stage};
 use store::{LeasedRange, RangeRef, Release, Shipment, Shipped, Store, StoreError};
 use tokio::sync::mpsc;
 
-use super::ledger::{Ledger, Moves};
 use super::Recovered;
+use super::ledger::{Ledger, Moves};
 use crate::queue::Event;
 
 /// Records in one shipment: as many starts as outcomes.
@@ -80,7 +80,9 @@ pub struct Shipper {
 
 impl std::fmt::Debug for Shipper {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shipper").field("shipped", &self.shipped).finish_non_exhaustive()
+        f.debug_struct("Shipper")
+            .field("shipped", &self.shipped)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,7 +108,10 @@ impl Shipper {
     ///
     /// # Errors
     /// When the journal cannot be read.
-    pub async fn catch_up(&mut self, lease: Duration) -> std::io::Result<(Vec<LeasedRange>, Instant)> {
+    pub async fn catch_up(
+        &mut self,
+        lease: Duration,
+    ) -> std::io::Result<(Vec<LeasedRange>, Instant)> {
         let through = self.deps.journal.synced_through();
         while self.shipped < through {
             self.ship_some(false).await?;
@@ -114,7 +119,12 @@ impl Shipper {
         let (mut ranges, asked_at) = loop {
             let node = self.deps.journal.id();
             let asked_at = self.deps.clock.instant();
-            match self.deps.store.reclaim(node, self.deps.clock.now(), lease).await {
+            match self
+                .deps
+                .store
+                .reclaim(node, self.deps.clock.now(), lease)
+                .await
+            {
                 Ok(ranges) => break (ranges, asked_at),
                 Err(error) => self.store_failed("reclaim", &error).await,
             }
@@ -122,15 +132,23 @@ impl Shipper {
         let mut ours = std::collections::HashSet::new();
         for range in &mut ranges {
             for item in &mut range.items {
-                let message = model::MessageId { batch: range.batch.id, index: item.row.index };
+                let message = model::MessageId {
+                    batch: range.batch.id,
+                    index: item.row.index,
+                };
                 let number = item.attempts.saturating_add(1);
                 item.maybe_started = self.starts.was_in_flight(message, number);
                 ours.insert((message, number));
             }
         }
-        self.starts.keep_only(|message, number| ours.contains(&(message, number)));
+        self.starts
+            .keep_only(|message, number| ours.contains(&(message, number)));
         if !ranges.is_empty() {
-            tracing::info!(ranges = ranges.len(), in_doubt = self.starts.len(), "took back the leases of the last run");
+            tracing::info!(
+                ranges = ranges.len(),
+                in_doubt = self.starts.len(),
+                "took back the leases of the last run"
+            );
         }
         Ok((ranges, asked_at))
     }
@@ -148,7 +166,10 @@ impl Shipper {
                 tokio::time::sleep(BACKOFF.1).await;
             }
             self.release_due().await;
-            self.deps.metrics.journal_pending_records.set(i64::try_from(self.deps.journal.pending_records()).unwrap_or(i64::MAX));
+            self.deps
+                .metrics
+                .journal_pending_records
+                .set(i64::try_from(self.deps.journal.pending_records()).unwrap_or(i64::MAX));
             let closing = self.deps.shutdown.clone().reached_close();
             tokio::select! {
                 () = self.something_to_do() => {}
@@ -156,7 +177,10 @@ impl Shipper {
             }
         }
         if !self.is_done() {
-            tracing::warn!(pending = self.deps.journal.pending_records(), "facts stay in the journal for the next start");
+            tracing::warn!(
+                pending = self.deps.journal.pending_records(),
+                "facts stay in the journal for the next start"
+            );
         }
         drop(hold);
     }
@@ -200,13 +224,19 @@ impl Shipper {
 
     fn command(&mut self, command: ShipCommand) {
         match command {
-            ShipCommand::Register { range, batch, places, window } => self.ledger.register(range, batch, places, window),
+            ShipCommand::Register {
+                range,
+                batch,
+                places,
+                window,
+            } => self.ledger.register(range, batch, places, window),
             ShipCommand::Release(release) => {
                 // Everything about the range has been appended; after a write its end is known.
                 if let Err(error) = self.deps.journal.write() {
                     tracing::warn!(%error, "journal not written before a range is handed back");
                 }
-                self.releases.push((self.deps.journal.written_through(), release));
+                self.releases
+                    .push((self.deps.journal.written_through(), release));
             }
             ShipCommand::Finish => self.finishing = true,
         }
@@ -216,7 +246,9 @@ impl Shipper {
     async fn ship_some(&mut self, tells_queue: bool) -> std::io::Result<()> {
         let pending = self.deps.journal.pending(self.shipped, RECORDS_MAX).await?;
         if pending.through <= self.shipped {
-            self.deps.journal.shipped(self.trimmable(), self.deps.clock.instant());
+            self.deps
+                .journal
+                .shipped(self.trimmable(), self.deps.clock.instant());
             return Ok(());
         }
         let facts = self.read(&pending.records);
@@ -244,8 +276,12 @@ impl Shipper {
             }
         };
         let took = self.deps.clock.instant().saturating_duration_since(started);
-        self.deps.metrics.store_seconds("ship").observe(took.as_secs_f64());
-        self.arrived(pending.through, &moves, shipped, tells_queue).await;
+        self.deps
+            .metrics
+            .store_seconds("ship")
+            .observe(took.as_secs_f64());
+        self.arrived(pending.through, &moves, shipped, tells_queue)
+            .await;
         Ok(())
     }
 
@@ -263,7 +299,9 @@ impl Shipper {
                     }
                     facts.push((record.seq, fact));
                 }
-                Err(error) => tracing::error!(seq = record.seq, %error, "a fact in the journal cannot be read and is not shipped"),
+                Err(error) => {
+                    tracing::error!(seq = record.seq, %error, "a fact in the journal cannot be read and is not shipped")
+                }
             }
         }
         facts
@@ -277,24 +315,45 @@ impl Shipper {
         }
         self.store_is_up = true;
         self.deps.metrics.store_up.set(1);
-        self.deps.journal.shipped(self.trimmable(), self.deps.clock.instant());
+        self.deps
+            .journal
+            .shipped(self.trimmable(), self.deps.clock.instant());
         self.ledger.arrived(moves);
         for range in &shipped.lost {
             self.ledger.forget(*range);
         }
         for message in &shipped.duplicates {
             tracing::warn!(%message, "delivered twice: a former holder's outcome came late");
-            self.deps.metrics.duplicates.at(DuplicateCause::LostNode).inc();
+            self.deps
+                .metrics
+                .duplicates
+                .at(DuplicateCause::LostNode)
+                .inc();
         }
         if shipped.unknown > 0 {
-            tracing::info!(count = shipped.unknown, "facts about messages that the store does not know");
+            tracing::info!(
+                count = shipped.unknown,
+                "facts about messages that the store does not know"
+            );
         }
         for batch in &shipped.completed {
             tracing::info!(%batch, "batch completed");
         }
-        let windows: Vec<_> = moves.windows.iter().filter(|(range, _)| !shipped.lost.contains(range)).copied().collect();
+        let windows: Vec<_> = moves
+            .windows
+            .iter()
+            .filter(|(range, _)| !shipped.lost.contains(range))
+            .copied()
+            .collect();
         if tells_queue && !(windows.is_empty() && shipped.lost.is_empty()) {
-            let told = self.deps.queue.send(Event::Shipped { windows, lost: shipped.lost }).await;
+            let told = self
+                .deps
+                .queue
+                .send(Event::Shipped {
+                    windows,
+                    lost: shipped.lost,
+                })
+                .await;
             if told.is_err() {
                 tracing::debug!("the queue has ended before shipping");
             }
@@ -303,17 +362,30 @@ impl Shipper {
 
     /// What the journal may forget: not the start of what is in flight.
     fn trimmable(&self) -> Seq {
-        let open = self.starts.oldest().map_or(Seq::MAX, |seq| seq.saturating_sub(1));
+        let open = self
+            .starts
+            .oldest()
+            .map_or(Seq::MAX, |seq| seq.saturating_sub(1));
         self.shipped.min(open)
     }
 
     async fn release_due(&mut self) {
-        let (due, later): (Vec<_>, Vec<_>) = self.releases.drain(..).partition(|(after, _)| *after <= self.shipped);
+        let (due, later): (Vec<_>, Vec<_>) = self
+            .releases
+            .drain(..)
+            .partition(|(after, _)| *after <= self.shipped);
         self.releases = later;
         for some in due.chunks(RELEASES_MAX) {
             let releases: Vec<Release> = some.iter().map(|(_, release)| release.clone()).collect();
-            match self.deps.store.release(releases, self.deps.clock.now()).await {
-                Ok(()) => some.iter().for_each(|(_, release)| self.ledger.forget(release.range)),
+            match self
+                .deps
+                .store
+                .release(releases, self.deps.clock.now())
+                .await
+            {
+                Ok(()) => some
+                    .iter()
+                    .for_each(|(_, release)| self.ledger.forget(release.range)),
                 Err(error) => {
                     self.releases.extend_from_slice(some);
                     self.store_failed("release", &error).await;

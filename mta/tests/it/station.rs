@@ -8,7 +8,10 @@ use arc_swap::ArcSwap;
 use content::dkim::{Algorithm, generate};
 use journal::{Journal, JournalConfig, RealDisk};
 use links::KeyRing;
-use model::{BatchId, Counters, JournalId, LotNumber, Partition, Priority, Row, Timestamp, TrackingMode};
+use model::{
+    BatchId, Counters, JournalId, LotNumber, Partition, Priority, Row, SuppressionReason,
+    Timestamp, TrackingMode,
+};
 use mta::classify::Rules;
 use mta::released::Released;
 use mta::sending::{SendingDeps, SendingHandle, start};
@@ -18,7 +21,10 @@ use service::config::{Config, Environment};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Tasks};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
-use store::{BatchHead, NewBatch, NewLot, RecipientQuery, RecipientRow, Store, SuppressionQuery};
+use store::{
+    BatchChange, BatchHead, ChangeOutcome, NewBatch, NewLot, RecipientQuery, RecipientRow, Store,
+    Suppression, SuppressionQuery,
+};
 use testkit::smtp_peer::SmtpPeer;
 
 /// How long a condition is waited for.
@@ -59,7 +65,27 @@ pub(crate) struct Running {
 impl Station {
     /// Everything goes to `peer`.
     pub(crate) async fn new(peer: &SmtpPeer) -> Self {
-        Self::with(&format!("{SHAPING}\n[mx]\n\"*\" = \"{}\"\n", peer.address()), "").await
+        Self::with(
+            &format!("{SHAPING}\n[mx]\n\"*\" = \"{}\"\n", peer.address()),
+            "",
+        )
+        .await
+    }
+
+    /// Everything goes to `peer`, with these keys in `[default]` and these sections in the
+    /// configuration.
+    pub(crate) async fn towards(peer: &SmtpPeer, config: &str, default: &str) -> Self {
+        let keys = |line: &&str| {
+            !default.contains(line.split('=').next().unwrap_or_default().trim())
+                || !line.contains('=')
+        };
+        let rest: Vec<_> = SHAPING.lines().filter(keys).collect();
+        let shaping = format!(
+            "{}\n{default}\n[mx]\n\"*\" = \"{}\"\n",
+            rest.join("\n"),
+            peer.address()
+        );
+        Self::with(&shaping, config).await
     }
 
     /// With this `shaping.toml` and these sections in the configuration.
@@ -67,17 +93,28 @@ impl Station {
         let dir = tempfile::tempdir().expect("a directory");
         let keys = dir.path().join("keys/brand.example");
         std::fs::create_dir_all(&keys).expect("a directory");
-        std::fs::write(keys.join("s1.pem"), generate(Algorithm::Ed25519).expect("a key")).expect("written");
+        std::fs::write(
+            keys.join("s1.pem"),
+            generate(Algorithm::Ed25519).expect("a key"),
+        )
+        .expect("written");
         let file = dir.path().join("hikyaku.toml");
         std::fs::write(&file, format!("[dkim]\ndir = \"keys\"\n{config}")).expect("written");
         let environment: Environment = std::iter::empty::<(String, String)>().collect();
-        let options = SqliteOptions { path: dir.path().join("test.db"), partitions: 1, role: Role::Mta };
+        let options = SqliteOptions {
+            path: dir.path().join("test.db"),
+            partitions: 1,
+            role: Role::Mta,
+        };
         Self {
             config: Config::load(Some(&file), &environment).expect("a configuration"),
-            shaping: ShapingFile::parse(Path::new("shaping.toml"), shaping).expect("a shaping file"),
+            shaping: ShapingFile::parse(Path::new("shaping.toml"), shaping)
+                .expect("a shaping file"),
             store: Arc::new(SqliteStore::open(options).await.expect("a store")),
             metrics: Arc::new(Metrics::new()),
-            ring: Arc::new(ArcSwap::from_pointee(KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring"))),
+            ring: Arc::new(ArcSwap::from_pointee(
+                KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring"),
+            )),
             dir,
         }
     }
@@ -86,24 +123,46 @@ impl Station {
     pub(crate) async fn submit(&self, to: &[String]) -> BatchId {
         let now = SystemClock.now();
         let id = BatchId::new(now, u128::from(fastrand::u64(..)));
-        let rows = to.iter().enumerate().map(|(index, email)| row(u32::try_from(index).expect("few"), email));
+        let rows = to
+            .iter()
+            .enumerate()
+            .map(|(index, email)| row(u32::try_from(index).expect("few"), email));
         let mut by_domain = std::collections::BTreeMap::<String, Vec<Row>>::new();
         for row in rows {
-            by_domain.entry(row.email.domain().to_owned()).or_default().push(row);
+            by_domain
+                .entry(row.email.domain().to_owned())
+                .or_default()
+                .push(row);
         }
-        let (single, mixed): (Vec<_>, Vec<_>) = by_domain.into_iter().partition(|(_, rows)| rows.len() > 1);
+        let (single, mixed): (Vec<_>, Vec<_>) =
+            by_domain.into_iter().partition(|(_, rows)| rows.len() > 1);
         let mixed: Vec<Row> = mixed.into_iter().flat_map(|(_, rows)| rows).collect();
-        let queues = single.into_iter().chain(std::iter::once((store::MIXED.to_owned(), mixed)));
+        let queues = single
+            .into_iter()
+            .chain(std::iter::once((store::MIXED.to_owned(), mixed)));
         let mut lots = Vec::new();
         for (queue, rows) in queues {
             for some in rows.chunks(store::LOT_ROWS) {
-                let number = LotNumber::new(Partition(0), u32::try_from(lots.len()).expect("few")).expect("a lot number");
-                lots.push(NewLot { number, queue: queue.as_str().into(), rows: some.to_vec() });
+                let number = LotNumber::new(Partition(0), u32::try_from(lots.len()).expect("few"))
+                    .expect("a lot number");
+                lots.push(NewLot {
+                    number,
+                    queue: queue.as_str().into(),
+                    rows: some.to_vec(),
+                });
             }
         }
         self.store.stage_lots(id, lots).await.expect("staged");
-        let batch = NewBatch { head: head(id, now), content: self.content().into(), accepted: to.len() as u64, rejected: 0 };
-        self.store.commit_batch(batch, now).await.expect("committed");
+        let batch = NewBatch {
+            head: head(id, now),
+            content: self.content().into(),
+            accepted: to.len() as u64,
+            rejected: 0,
+        };
+        self.store
+            .commit_batch(batch, now)
+            .await
+            .expect("committed");
         id
     }
 
@@ -127,7 +186,11 @@ impl Station {
     pub(crate) async fn start(&self) -> Running {
         let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
         let handle = start(self.deps(&tasks, &shutdown)).await.expect("started");
-        Running { handle, tasks, shutdown }
+        Running {
+            handle,
+            tasks,
+            shutdown,
+        }
     }
 
     fn deps(&self, tasks: &Tasks, shutdown: &Shutdown) -> SendingDeps {
@@ -152,8 +215,18 @@ impl Station {
     }
 
     pub(crate) async fn counters(&self, batch: BatchId) -> Counters {
-        let counters = self.store.batch(batch).await.expect("an answer").expect("a batch").counters;
-        assert_eq!(counters.accepted, counters.statuses(), "the sum of the statuses");
+        let counters = self
+            .store
+            .batch(batch)
+            .await
+            .expect("an answer")
+            .expect("a batch")
+            .counters;
+        assert_eq!(
+            counters.accepted,
+            counters.statuses(),
+            "the sum of the statuses"
+        );
         counters
     }
 
@@ -180,13 +253,50 @@ impl Station {
     }
 
     pub(crate) async fn row(&self, batch: BatchId, index: u32) -> RecipientRow {
-        let query = RecipientQuery { batch, from_index: index, limit: 1, status: None, opened: None, clicked: None, domain: None };
+        let query = RecipientQuery {
+            batch,
+            from_index: index,
+            limit: 1,
+            status: None,
+            opened: None,
+            clicked: None,
+            domain: None,
+        };
         let page = self.store.recipients(query).await.expect("an answer");
         page.items.into_iter().next().expect("a recipient")
     }
 
+    pub(crate) async fn change(&self, batch: BatchId, change: BatchChange) {
+        let outcome = self
+            .store
+            .change_batch(batch, change, SystemClock.now())
+            .await
+            .expect("an answer");
+        assert!(matches!(outcome, ChangeOutcome::Done { .. }), "{outcome:?}");
+    }
+
+    pub(crate) async fn suppress(&self, email: &str) {
+        let entry = Suppression {
+            email: email.to_owned(),
+            account: "default".to_owned(),
+            list: None,
+            reason: SuppressionReason::Manual,
+            source: "api".to_owned(),
+            created_at: SystemClock.now(),
+        };
+        self.store
+            .suppress(vec![entry], SystemClock.now())
+            .await
+            .expect("suppressed");
+    }
+
     pub(crate) async fn suppressed(&self) -> Vec<String> {
-        let query = SuppressionQuery { account: "default".into(), email: None, after: None, limit: 100 };
+        let query = SuppressionQuery {
+            account: "default".into(),
+            email: None,
+            after: None,
+            limit: 100,
+        };
         let page = self.store.suppressions(query).await.expect("an answer");
         page.items.into_iter().map(|entry| entry.email).collect()
     }
@@ -195,7 +305,10 @@ impl Station {
 impl Running {
     /// As SIGTERM does.
     pub(crate) async fn drain(self) {
-        self.shutdown.drain(PATIENCE).await.expect("drained in time");
+        self.shutdown
+            .drain(PATIENCE)
+            .await
+            .expect("drained in time");
         self.tasks.join().await.expect("no panic");
         assert!(!self.handle.has_failed());
     }

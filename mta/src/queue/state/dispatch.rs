@@ -403,6 +403,10 @@ impl QueueState {
             return;
         };
         conn.in_flight = conn.in_flight.saturating_sub(1);
+        if !matches!(fate, Fate::Recorded { .. }) {
+            // It was not begun, so the connection does not count it either.
+            conn.sent = conn.sent.saturating_sub(1);
+        }
         if let (Fate::Recorded { .. }, Some(dest)) = (fate, self.dests.get_mut(&conn.destination))
             && let Some(target) = dest.targets.get_mut(conn.target)
         {

@@ -325,14 +325,14 @@ impl QueueState {
 
     /// Until when the destination of (one of) a range's domains is left alone.
     fn held_until(&self, range: &Range, now: Instant) -> Option<Instant> {
-        let of = |name: &Box<str>| match self.lanes.get(name).map(|lane| &lane.way)? {
+        let of = |name: &str| match self.lanes.get(name).map(|lane| &lane.way)? {
             Way::Known { destination, .. } => self.dests.get(destination)?.hold_until,
             Way::Unknown | Way::Asked => None,
         };
         range
             .domains
             .iter()
-            .filter_map(of)
+            .filter_map(|name| of(name))
             .filter(|until| *until > now + PATIENCE)
             .max()
     }
