@@ -150,6 +150,21 @@ impl Service {
         String::from_utf8(page.to_vec()).expect("text")
     }
 
+    /// Returns when the store was asked for events this often.
+    pub(crate) async fn asked_for_events(&self, times: u64) {
+        let name = "hikyaku_store_seconds_count{op=\"events\"} ";
+        loop {
+            let page = self.metrics().await;
+            let count = page
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.parse().ok());
+            if count.is_some_and(|count: u64| count >= times) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Ends it and hands back its directory.
     pub(crate) async fn stop(self) -> Home {
         self.shutdown

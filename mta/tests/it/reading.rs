@@ -450,3 +450,44 @@ async fn a_reply_is_classified_and_a_report_has_rates() {
         (&json!(1), &json!(0.0))
     );
 }
+
+#[tokio::test]
+async fn events_are_streamed_until_the_process_ends() {
+    let service = Service::start().await;
+    let id = submitted(&service, 1).await;
+    let headers = [("accept", "text/event-stream")];
+    let (api, path) = (
+        service.api.clone(),
+        format!("/v1/events?batch={id}&types=batch.accepted,batch.paused"),
+    );
+    let whole = async { api.call(Method::GET, &path, &headers, Bytes::new()).await };
+    let told = async {
+        // The stream has told its first page when it asks for the next.
+        service.asked_for_events(2).await;
+        service.api.post(&format!("/v1/batches/{id}/pause")).await;
+        service.stop().await;
+    };
+    let (stream, ()) = tokio::join!(whole, told);
+    assert_eq!(stream.headers["content-type"], "text/event-stream");
+    let text = String::from_utf8(stream.bytes.to_vec()).expect("text");
+    let fields: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.split_once(": "))
+        .collect();
+    let kinds: Vec<_> = fields
+        .iter()
+        .filter(|(name, _)| *name == "event")
+        .map(|(_, kind)| *kind)
+        .collect();
+    assert_eq!(kinds, ["batch.accepted", "batch.paused"]);
+    let ids: Vec<_> = fields
+        .iter()
+        .filter(|(name, _)| *name == "id")
+        .map(|(_, id)| *id)
+        .collect();
+    assert_eq!(
+        ids.len(),
+        2,
+        "each page ends with the cursor after it: {text}"
+    );
+}

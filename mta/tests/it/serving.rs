@@ -189,10 +189,7 @@ async fn a_draining_process_keeps_no_long_poll() {
     };
     // The poll has begun when the store was asked a second time.
     let stop = async {
-        let asked = "hikyaku_store_seconds_count{op=\"events\"} 2";
-        while !service.metrics().await.contains(asked) {
-            tokio::task::yield_now().await;
-        }
+        service.asked_for_events(2).await;
         service.stop().await
     };
     let both = async { tokio::join!(poll, stop).0 };
