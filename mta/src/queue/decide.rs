@@ -12,6 +12,9 @@ use smtp::Reply;
 use super::job::{Item, Policy, Trouble};
 use crate::classify::{Action, Classification, suppression_for};
 
+/// What stands for a reply when the sender died.
+const IN_FLIGHT: &str = "the node that may have sent it died before it could tell";
+
 /// The longest text kept of a reply, in bytes.
 const REPLY_MAX: usize = 1_024;
 
@@ -22,8 +25,10 @@ pub enum Finding {
     Delivered(Reply),
     /// The peer refused.
     Refused(Reply, Classification),
-    /// The final dot left and no reply came, or may have left when its sender died.
+    /// The final dot left and no reply came.
     Ambiguous(String),
+    /// The final dot may have left when its sender died.
+    InFlight,
     /// Nothing could be sent to the destination: DNS, connection, TLS.
     Unreachable(Trouble),
     /// The message cannot be made.
@@ -81,7 +86,13 @@ pub fn decide(
                 ),
             }
         }
-        Finding::Ambiguous(text) => ambiguous(&mut detail, text, item, policy, now),
+        Finding::Ambiguous(text) => {
+            // Once more and no further: a peer that swallows every message would get it for days.
+            let again = !item.ambiguous_before;
+            ambiguous(&mut detail, &text, again, item, policy, now)
+        }
+        // Our own death says nothing about the peer. A second one must not cost a person the mail.
+        Finding::InFlight => ambiguous(&mut detail, IN_FLIGHT, true, item, policy, now),
         Finding::Unreachable(trouble) => {
             match &trouble.reply {
                 Some(reply) => describe(&mut detail, reply),
@@ -156,20 +167,20 @@ fn retry_or_expire(
 
 fn ambiguous(
     detail: &mut AttemptDetail,
-    text: String,
+    text: &str,
+    again: bool,
     item: &Item,
     policy: &Policy,
     now: Timestamp,
 ) -> AttemptResult {
-    detail.reply = bounded(&text);
+    detail.reply = bounded(text);
     (detail.class, detail.blame) = (Some(Class::ConnectFailure), Some(Blame::Destination));
     if policy.ambiguous == AmbiguousPolicy::AssumeDelivered {
         (detail.class, detail.blame) = (None, None);
         return AttemptResult::Delivered;
     }
     let retry_at = now + policy.ambiguous_after;
-    // Once more and no further: a peer that swallows every message would get it for days.
-    if item.ambiguous_before || retry_at >= expires_at(item, policy) {
+    if !again || retry_at >= expires_at(item, policy) {
         return AttemptResult::Failed;
     }
     AttemptResult::TemporaryError {
@@ -311,6 +322,11 @@ mod tests {
         assert_eq!(
             decide(Finding::Ambiguous("x".into()), &again, &policy(), NOW, 0.0).result,
             AttemptResult::Failed
+        );
+        assert_eq!(
+            decide(Finding::InFlight, &again, &policy(), NOW, 0.0).result,
+            once.result,
+            "a second death of ours does not end it"
         );
         let assume = Policy {
             ambiguous: AmbiguousPolicy::AssumeDelivered,

@@ -3,6 +3,7 @@
 use super::*;
 use crate::queue::job::{Item, Lease};
 use crate::queue::lane::Ending;
+use model::Priority;
 use store::MIXED;
 
 impl QueueState {
@@ -100,8 +101,7 @@ impl QueueState {
         }
         self.ranges.insert(id, range);
         for waiting in doubtful {
-            let text = "the node that may have sent it has not reported".to_owned();
-            self.end_waiting(&waiting, Finding::Ambiguous(text), now, out);
+            self.end_waiting(&waiting, Finding::InFlight, now, out);
         }
         self.tidy_range(id, now, out);
     }
@@ -109,8 +109,26 @@ impl QueueState {
     /// Puts a message behind the others of its domain, and has the domain looked up if need be.
     fn wait_in_lane(&mut self, waiting: Waiting) -> Box<str> {
         let name: Box<str> = waiting.item.row.email.domain().into();
-        self.lane(&name).push(waiting);
+        let is_urgent = waiting.item.batch.priority == Priority::Transactional;
+        let lane = self.lane(&name);
+        lane.push(waiting);
+        if is_urgent && let Way::Known { destination, .. } = &lane.way {
+            let destination = destination.clone();
+            self.goes_first(&destination, &name);
+        }
         name
+    }
+
+    /// Gives a domain the next turn at its destination.
+    fn goes_first(&mut self, destination: &Destination, name: &str) {
+        let Some(dest) = self.dests.get_mut(destination) else {
+            return;
+        };
+        if let Some(at) = dest.lanes.iter().position(|lane| **lane == *name)
+            && let Some(lane) = dest.lanes.remove(at)
+        {
+            dest.lanes.push_front(lane);
+        }
     }
 
     /// The lane of a domain, made and looked up where there was none.
