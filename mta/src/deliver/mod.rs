@@ -164,7 +164,13 @@ impl Deliver {
                 self.started,
             )))
         };
-        Arc::clone(pacers.entry(key).or_insert_with(made))
+        let pacer = Arc::clone(pacers.entry(key).or_insert_with(made));
+        let mut permits = pacer.lock().unwrap_or_else(PoisonError::into_inner);
+        if permits.rate() != policy.limits.rate {
+            permits.change(policy.limits.rate);
+        }
+        drop(permits);
+        pacer
     }
 
     /// Fails only when the queue is gone, and everything with it.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use model::{BatchId, Domain, Place};
+use model::{BatchId, Domain, Place, Priority};
 use store::RangeRef;
 
 use super::job::{Item, Lease};
@@ -93,8 +93,18 @@ impl Lane {
         &mut self.ranges[at].1
     }
 
-    /// Takes the next message that `may_go` lets through: the first of each range in turn.
+    /// Takes the next message that `may_go` lets through: transactional ones, then the first of
+    /// each range in turn.
     pub(super) fn take(&mut self, mut may_go: impl FnMut(&Item) -> bool) -> Option<Waiting> {
+        let is_urgent = |(_, waiting): &(RangeRef, VecDeque<Waiting>)| {
+            let first = waiting.front();
+            first.is_some_and(|first| first.item.batch.priority == Priority::Transactional)
+        };
+        if let Some(at) = self.ranges.iter().position(is_urgent)
+            && let Some(urgent) = self.ranges.remove(at)
+        {
+            self.ranges.push_front(urgent);
+        }
         for _ in 0..self.ranges.len() {
             let (range, mut waiting) = self.ranges.pop_front()?;
             let taken = match waiting.front() {
@@ -210,6 +220,25 @@ mod tests {
         lane.put_back(first);
         assert_eq!(order(&mut lane), [(1, 0), (2, 0), (1, 1), (1, 2)]);
         assert!(lane.is_empty());
+    }
+
+    #[test]
+    fn transactional_mail_goes_first() {
+        let mut lane = lane(&[(1, 0), (2, 0), (3, 0)]);
+        let mut head = (*item(1).batch).clone();
+        head.priority = Priority::Transactional;
+        let urgent = Item {
+            batch: Arc::new(head),
+            ..item(1)
+        };
+        lane.push(Waiting {
+            item: Arc::new(Item {
+                range: range_ref(4),
+                ..urgent
+            }),
+            broken: 0,
+        });
+        assert_eq!(order(&mut lane), [(4, 0), (1, 0), (2, 0), (3, 0)]);
     }
 
     #[test]

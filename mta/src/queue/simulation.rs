@@ -422,7 +422,11 @@ impl World {
         let now = self.now;
         let due = match result {
             AttemptResult::TemporaryError { retry_at, .. } => self.instant(retry_at).max(now),
-            _ => now,
+            AttemptResult::Delivered
+            | AttemptResult::Bounce
+            | AttemptResult::Failed
+            | AttemptResult::Suppressed(_)
+            | AttemptResult::Cancelled => now,
         };
         let person = &mut self.people[at];
         let leased = match person.standing {

@@ -109,6 +109,8 @@ pub enum Event {
     Closed(ConnId, ConnEnd),
     /// An entry of the control feed, already in the [`ControlView`].
     Control(Control),
+    /// `shaping.toml` was read again.
+    Shaping(Arc<ShapingFile>),
     /// No new transaction; everything is to be handed back.
     Drain,
 }
@@ -338,6 +340,7 @@ impl QueueState {
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),
+            Event::Shaping(shaping) => self.on_shaping(shaping),
             Event::Drain => self.on_drain(out),
         }
     }
@@ -387,15 +390,16 @@ impl QueueState {
                     route,
                     until: now.instant + ttl,
                 };
-                let config = &self.config;
+                let policy = Arc::new(policy(&self.config, destination.clone(), limits));
                 let dest = self.dests.entry(destination.clone()).or_insert_with(|| {
-                    Dest::new(
-                        Arc::new(policy(config, destination.clone(), limits)),
-                        &config.sources,
-                        self.started,
-                    )
+                    Dest::new(Arc::clone(&policy), &self.config.sources, self.started)
                 });
-                dest.lanes.push_back(domain.as_str().into());
+                if dest.policy.limits != policy.limits {
+                    dest.change(policy);
+                }
+                if !dest.lanes.iter().any(|lane| **lane == *domain.as_str()) {
+                    dest.lanes.push_back(domain.as_str().into());
+                }
                 self.dirty.insert(destination);
             }
             Err(trouble) => {
@@ -504,6 +508,20 @@ impl QueueState {
             Control::Suppressed(_) | Control::Unsuppressed { .. } => {}
             // The tracker's.
             Control::Archived(_) | Control::Unarchived(_) => {}
+        }
+    }
+
+    /// New limits hold from the next message on: every domain is placed anew.
+    fn on_shaping(&mut self, shaping: Arc<ShapingFile>) {
+        self.config.shaping = shaping;
+        for dest in self.dests.values_mut() {
+            dest.lanes.clear();
+        }
+        for lane in self.lanes.values_mut() {
+            if matches!(lane.way, Way::Known { .. }) {
+                lane.way = Way::Asked;
+                self.to_resolve.push_back(lane.domain.clone());
+            }
         }
     }
 

@@ -95,6 +95,14 @@ impl Dest {
         }
     }
 
+    /// Other limits hold from now on.
+    pub(super) fn change(&mut self, policy: Arc<Policy>) {
+        for target in &mut self.targets {
+            target.plan.change(policy.limits.rate);
+        }
+        self.policy = policy;
+    }
+
     /// Whether it is left alone at `now`.
     pub(super) fn is_held(&self, now: Instant) -> bool {
         self.hold_until.is_some_and(|until| until > now)

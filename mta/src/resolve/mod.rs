@@ -16,6 +16,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use model::{Blame, Class, Domain};
 use service::clock::SharedClock;
@@ -108,7 +109,7 @@ impl Route {
 pub struct Resolver {
     dns: Arc<dyn Dns>,
     clock: SharedClock,
-    routes: Routes,
+    routes: ArcSwap<Routes>,
     port: u16,
     allowed_private: Vec<IpNet>,
     mx: Cache<Result<Arc<Route>, Trouble>>,
@@ -136,12 +137,17 @@ impl Resolver {
         Self {
             dns,
             clock,
-            routes,
+            routes: ArcSwap::from_pointee(routes),
             port,
             allowed_private,
             mx: Cache::new(NAMES_MAX),
             addresses: Cache::new(NAMES_MAX),
         }
+    }
+
+    /// Other static routes hold from now on.
+    pub fn change_routes(&self, routes: Routes) {
+        self.routes.store(Arc::new(routes));
     }
 
     /// Where mail for `domain` goes, and for how long that is known.
@@ -150,7 +156,7 @@ impl Resolver {
     /// Final: the domain does not exist ([`Class::BadDomain`]), or takes no mail ([`Class::NoMx`]).
     /// Otherwise DNS could not be asked.
     pub async fn route(&self, domain: &Domain) -> Result<(Arc<Route>, Duration), Trouble> {
-        if let Some(route) = self.routes.of(domain) {
+        if let Some(route) = self.routes.load().of(domain) {
             let port = route.port.unwrap_or(self.port);
             let host = Host {
                 preference: 0,

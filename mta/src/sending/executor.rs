@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use model::Domain;
 use service::clock::SharedClock;
+use service::metrics::{LimitKind, Metrics, ThrottleReason};
 use service::tasks::{Shutdown, Stage, Tasks};
 use store::BatchHead;
 use tokio::sync::mpsc;
@@ -13,9 +14,10 @@ use tokio_util::sync::CancellationToken;
 use super::asking::{Asking, Question};
 use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
-use crate::queue::job::{ConnId, Fate, Job, Returned};
-use crate::queue::{Action, Event, Now, QueueState};
+use crate::queue::job::{ConnId, Fate, Job, Policy, Returned};
+use crate::queue::{Action, ConnEnd, Event, Now, QueueState};
 use crate::resolve::Resolver;
+use crate::shaping::Destination;
 use crate::ship::{Recorder, ShipCommand};
 
 /// Events taken in one turn.
@@ -36,6 +38,7 @@ pub(super) struct Parts {
     pub(super) deliver: Arc<Deliver>,
     pub(super) recorder: Arc<Recorder>,
     pub(super) clock: SharedClock,
+    pub(super) metrics: Arc<Metrics>,
     pub(super) tasks: Tasks,
     pub(super) shutdown: Shutdown,
     pub(super) failed: CancellationToken,
@@ -56,6 +59,7 @@ pub(super) struct Executor {
 struct Wiring {
     jobs: mpsc::Sender<Composed>,
     quit: CancellationToken,
+    destination: Destination,
 }
 
 impl Executor {
@@ -107,8 +111,11 @@ impl Executor {
     }
 
     async fn finish(self) {
+        let Parts { events, ship, .. } = self.parts;
+        // Whoever still has something to tell must not wait for an answer: shipping least of all.
+        drop(events);
         for command in self.unsent.into_iter().chain([ShipCommand::Finish]) {
-            if self.parts.ship.send(command).await.is_err() {
+            if ship.send(command).await.is_err() {
                 tracing::debug!("shipping has ended before the queue");
             }
         }
@@ -123,8 +130,16 @@ impl Executor {
 
     fn apply(&mut self, events: Vec<Event>) {
         for event in &events {
-            if let Event::Closed(conn, _) = event {
-                self.conns.remove(conn);
+            if let Event::Closed(conn, end) = event
+                && let Some(wiring) = self.conns.remove(conn)
+                && matches!(end, ConnEnd::Unreachable(_))
+            {
+                let label = self.parts.metrics.destination(wiring.destination.as_str());
+                let throttled = self
+                    .parts
+                    .metrics
+                    .throttled(&label, ThrottleReason::Backoff);
+                throttled.inc();
             }
         }
         let now = self.now();
@@ -213,7 +228,14 @@ impl Executor {
                     jobs: receiver,
                     quit: quit.clone(),
                 };
-                self.conns.insert(conn, Wiring { jobs, quit });
+                self.show_limits(&plan.policy);
+                let destination = plan.policy.destination.clone();
+                let wiring = Wiring {
+                    jobs,
+                    quit,
+                    destination,
+                };
+                self.conns.insert(conn, wiring);
                 self.parts
                     .tasks
                     .spawn("smtp", Arc::clone(&self.parts.deliver).run(plan));
@@ -229,6 +251,23 @@ impl Executor {
                 released_at,
             } => self.parts.recorder.outcome(*attempt, released_at),
             Action::Drained => self.drained = true,
+        }
+    }
+
+    /// Limits in force and configured; until limits adapt they are the same.
+    fn show_limits(&self, policy: &Policy) {
+        let (metrics, limits) = (&self.parts.metrics, &policy.limits);
+        let label = metrics.destination(policy.destination.as_str());
+        let values = [
+            (LimitKind::Connections, f64::from(limits.connections)),
+            (LimitKind::Rate, limits.rate.per_second()),
+            (
+                LimitKind::MessagesPerConnection,
+                f64::from(limits.messages_per_connection),
+            ),
+        ];
+        for (kind, value) in values {
+            metrics.limit(&label, kind, value, value);
         }
     }
 

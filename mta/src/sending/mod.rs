@@ -87,6 +87,8 @@ pub enum StartError {
 #[derive(Debug, Clone)]
 pub struct SendingHandle {
     failed: CancellationToken,
+    resolver: Arc<Resolver>,
+    queue: mpsc::Sender<Event>,
 }
 
 impl SendingHandle {
@@ -94,6 +96,15 @@ impl SendingHandle {
     /// has to end. Cancel-safe.
     pub async fn failed(&self) {
         self.failed.cancelled().await;
+    }
+
+    /// Limits and static routes of this file hold from the next message on. Once the queue has
+    /// ended, nothing happens.
+    pub async fn reload_shaping(&self, shaping: Arc<ShapingFile>) {
+        self.resolver.change_routes(shaping.routes.clone());
+        if self.queue.send(Event::Shaping(shaping)).await.is_err() {
+            tracing::debug!("the queue has ended before a reload");
+        }
     }
 
     /// Whether that has happened.
@@ -159,6 +170,11 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         ambiguous: deps.smtp.ambiguous,
         ambiguous_after: deps.smtp.ambiguous_after,
     };
+    let handle = SendingHandle {
+        failed: failed.clone(),
+        resolver: Arc::clone(&resolver),
+        queue: queue.clone(),
+    };
     let state = QueueState::new(config, Arc::clone(&view), fastrand::u64(..), now);
     let executor = Executor::new(Parts {
         state,
@@ -172,6 +188,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         deliver,
         recorder,
         clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
         tasks: deps.tasks.clone(),
         shutdown: deps.shutdown.clone(),
         failed: failed.clone(),
@@ -192,7 +209,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         "sending",
         begin(deps, ship, starts, view, queue, executor, hold),
     );
-    Ok(SendingHandle { failed })
+    Ok(handle)
 }
 
 /// What comes before the first message: the control feed's cursor, the facts of the last run, its

@@ -2,10 +2,12 @@
 //! looked at.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::{Class, Status};
+use service::config::shaping::ShapingFile;
 use smtp::ServerEvent;
 use store::BatchChange;
 use testkit::dns::{Behaviour, DnsServer, Zone};
@@ -372,4 +374,31 @@ fn a_kill_loses_nobody_and_doubles_no_more_than_were_in_flight() {
         second <= 3 * 4,
         "{second} second copies with 4 connections and 3 kills"
     );
+}
+
+#[tokio::test]
+async fn a_reload_moves_mail_to_where_the_operator_says() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let shaping = "[default]\nrate = \"unlimited\"\nretry = [\"200ms\"]\n[mx]\n\"*\" = ";
+    // Nobody listens on port 1.
+    let station = Station::with(&format!("{shaping}\"127.0.0.1:1\""), "").await;
+    let batch = station.submit(&people("x.example", 3)).await;
+    let running = station.start().await;
+    let counters = station
+        .until(batch, |counters| counters.temporary_error == 3)
+        .await;
+    assert_eq!(counters.open(), 3);
+    let row = station.row(batch, 0).await;
+    assert_eq!(row.class, Some(Class::ConnectFailure));
+    let text = format!("{shaping}\"{}\"", peer.address());
+    let file = ShapingFile::parse(std::path::Path::new("shaping.toml"), &text);
+    running
+        .handle
+        .reload_shaping(Arc::new(file.expect("a shaping file")))
+        .await;
+    assert_eq!(station.finished(batch).await.delivered, 3);
+    let metrics = station.metrics.render();
+    let throttled = "hikyaku_throttled_total{destination=\"127.0.0.1:1\",reason=\"backoff\"}";
+    assert!(metrics.contains(throttled), "{metrics}");
+    running.drain().await;
 }
