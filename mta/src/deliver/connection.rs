@@ -400,10 +400,22 @@ impl Connection<'_> {
     }
 
     fn late(&mut self) {
-        if self.session.waiting_for() == Stage::Idle && self.next.is_none() {
-            self.quit();
-        } else if self.session.waiting_for() != Stage::Idle {
-            self.session.interrupted(Interruption::TimedOut);
+        match self.session.waiting_for() {
+            // A message waits for its permit: the connection has a reason to be.
+            Stage::Idle if self.next.is_some() => {
+                self.deadline.at =
+                    self.deliver.clock.instant() + self.deliver.deadline(Stage::Idle);
+            }
+            Stage::Idle => self.quit(),
+            Stage::Greeting
+            | Stage::Ehlo
+            | Stage::StartTls
+            | Stage::Mail
+            | Stage::Rcpt
+            | Stage::Data
+            | Stage::DataBlock
+            | Stage::FinalDot
+            | Stage::Quit => self.session.interrupted(Interruption::TimedOut),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
 use crate::queue::job::{ConnId, Fate, Job, Policy, Returned};
 use crate::queue::{Action, ConnEnd, Event, Now, QueueState};
-use crate::resolve::Resolver;
+use crate::resolve::{Resolver, Route};
 use crate::shaping::Destination;
 use crate::ship::{Recorder, ShipCommand};
 
@@ -217,29 +217,7 @@ impl Executor {
                 route,
                 policy,
                 source,
-            } => {
-                let (jobs, receiver) = mpsc::channel(CHANNEL);
-                let quit = CancellationToken::new();
-                let plan = Plan {
-                    conn,
-                    route,
-                    policy,
-                    source,
-                    jobs: receiver,
-                    quit: quit.clone(),
-                };
-                self.show_limits(&plan.policy);
-                let destination = plan.policy.destination.clone();
-                let wiring = Wiring {
-                    jobs,
-                    quit,
-                    destination,
-                };
-                self.conns.insert(conn, wiring);
-                self.parts
-                    .tasks
-                    .spawn("smtp", Arc::clone(&self.parts.deliver).run(plan));
-            }
+            } => self.open(conn, route, policy, source),
             Action::Send(job) => self.send(job),
             Action::Close(conn) => {
                 if let Some(wiring) = self.conns.get(&conn) {
@@ -252,6 +230,28 @@ impl Executor {
             } => self.parts.recorder.outcome(*attempt, released_at),
             Action::Drained => self.drained = true,
         }
+    }
+
+    fn open(&mut self, conn: ConnId, route: Arc<Route>, policy: Arc<Policy>, source: usize) {
+        let (jobs, receiver) = mpsc::channel(CHANNEL);
+        let quit = CancellationToken::new();
+        self.show_limits(&policy);
+        let wiring = Wiring {
+            jobs,
+            quit: quit.clone(),
+            destination: policy.destination.clone(),
+        };
+        self.conns.insert(conn, wiring);
+        let plan = Plan {
+            conn,
+            route,
+            policy,
+            source,
+            jobs: receiver,
+            quit,
+        };
+        let run = Arc::clone(&self.parts.deliver).run(plan);
+        self.parts.tasks.spawn("smtp", run);
     }
 
     /// Limits in force and configured; until limits adapt they are the same.

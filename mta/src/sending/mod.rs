@@ -122,15 +122,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let failed = CancellationToken::new();
     let now = deps.clock.instant();
     let tls = TlsConfigs::new(deps.smtp.ca_file.as_deref())?;
-    let dns = SystemDns::new(&deps.dns.nameservers).map_err(StartError::Dns)?;
-    let routes = deps.shaping.routes.clone();
-    let resolver = Arc::new(Resolver::new(
-        Arc::new(dns),
-        deps.clock.clone(),
-        routes,
-        deps.smtp.port,
-        deps.smtp.allow_private_mx.clone(),
-    ));
+    let resolver = resolver(&deps)?;
     let journal = deps.journal.clone();
     let starts = tokio::task::spawn_blocking(move || recover(&journal))
         .await
@@ -163,19 +155,12 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         tls,
         queue: queue.clone(),
     }));
-    let config = QueueConfig {
-        lease: deps.lease,
-        shaping: Arc::clone(&deps.shaping),
-        sources: sources(&deps.pools, &deps.smtp),
-        ambiguous: deps.smtp.ambiguous,
-        ambiguous_after: deps.smtp.ambiguous_after,
-    };
     let handle = SendingHandle {
         failed: failed.clone(),
         resolver: Arc::clone(&resolver),
         queue: queue.clone(),
     };
-    let state = QueueState::new(config, Arc::clone(&view), fastrand::u64(..), now);
+    let state = QueueState::new(config(&deps), Arc::clone(&view), fastrand::u64(..), now);
     let executor = Executor::new(Parts {
         state,
         events,
@@ -210,6 +195,27 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         begin(deps, ship, starts, view, queue, executor, hold),
     );
     Ok(handle)
+}
+
+fn resolver(deps: &SendingDeps) -> Result<Arc<Resolver>, StartError> {
+    let dns = SystemDns::new(&deps.dns.nameservers).map_err(StartError::Dns)?;
+    Ok(Arc::new(Resolver::new(
+        Arc::new(dns),
+        deps.clock.clone(),
+        deps.shaping.routes.clone(),
+        deps.smtp.port,
+        deps.smtp.allow_private_mx.clone(),
+    )))
+}
+
+fn config(deps: &SendingDeps) -> QueueConfig {
+    QueueConfig {
+        lease: deps.lease,
+        shaping: Arc::clone(&deps.shaping),
+        sources: sources(&deps.pools, &deps.smtp),
+        ambiguous: deps.smtp.ambiguous,
+        ambiguous_after: deps.smtp.ambiguous_after,
+    }
 }
 
 /// What comes before the first message: the control feed's cursor, the facts of the last run, its

@@ -211,7 +211,7 @@ async fn tls_is_taken_with_any_certificate_and_left_where_it_is_broken() {
 }
 
 #[tokio::test]
-async fn greylisting_and_a_host_that_comes_up_late_cost_time_and_nothing_else() {
+async fn greylisting_costs_time_and_nothing_else() {
     let peer = SmtpPeer::start(Temper::accepting().greylisting(Duration::from_millis(300)))
         .await
         .expect("a peer");
@@ -324,12 +324,16 @@ async fn a_pause_holds_a_cancel_ends_and_a_suppression_spares() {
 }
 
 #[tokio::test]
-async fn ten_thousand_domains_in_mixed_lots() {
+async fn thousands_of_domains_in_mixed_lots() {
     let peer = SmtpPeer::start(Temper::accepting().keeping(Keep::PerRecipient(10_000)))
         .await
         .expect("a peer");
-    let station =
-        Station::towards(&peer, "", "connections = 8\nmessages_per_connection = 500").await;
+    let station = Station::towards(
+        &peer,
+        "",
+        "connections = 8\nmessages_per_connection = 500\nexpire = \"1h\"",
+    )
+    .await;
     let to: Vec<_> = (0..2_000).map(|n| format!("a@d{n}.example")).collect();
     let batch = station.submit(&to).await;
     let running = station.start().await;

@@ -37,7 +37,7 @@ const SHAPING: &str = r#"
     connections = 4
     messages_per_connection = 50
     retry = ["300ms", "600ms"]
-    expire = "2s"
+    expire = "5s"
 "#;
 
 /// The addresses `u0@domain` to `u(n-1)@domain`.

@@ -52,7 +52,11 @@ impl QueueState {
         out: &mut Vec<Action>,
     ) {
         self.asking = Asking::No;
-        let Some(backlog) = backlog else { return };
+        let Some(backlog) = backlog else {
+            // Asked again in its time, not at once.
+            self.more = false;
+            return;
+        };
         if self.draining {
             return;
         }
