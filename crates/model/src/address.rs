@@ -1,7 +1,9 @@
 //! Mail addresses, parsed once.
 //!
-//! The grammar is RFC 5321 section 4.1.2 (`Mailbox`) with RFC 6531's UTF-8, less what no
-//! provider delivers to: quoted local parts, address literals, comments, single-label domains.
+//! The grammar is RFC 5321 section 4.1.2 (`Mailbox`) with RFC 6531's UTF-8.
+//!
+//! DEVIATES: quoted local parts, address literals and single-label domains are refused. No provider
+//! that we know delivers to them, and in a list they are mistakes.
 
 use std::fmt;
 use std::str::FromStr;
