@@ -24,7 +24,7 @@ const HEAD_MAX: usize = 32 << 20;
 const HEADS_MEMORY: usize = 256 << 20;
 const PIECE: usize = 1 << 20;
 /// How many bodies are taken in at a time.
-const CALLS_MAX: usize = 64;
+const CALLS_MAX: usize = 256;
 /// Nothing may come for this long …
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// … and after it, no less than this on average: 64 MiB in an hour.

@@ -1,6 +1,6 @@
 //! What is synced and when, as the kernel sees it.
 
-use crate::harness::{Site, newsletter};
+use crate::harness::{Site, newsletter, peak_kib};
 use crate::sink::Sink;
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -115,14 +115,4 @@ async fn a_hundred_thousand_recipients_in_one_call_stay_small() -> Result<()> {
         (recipients, recipients as u64)
     );
     Ok(())
-}
-
-/// The most memory that a process ever had resident.
-fn peak_kib(pid: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .context("no VmHWM")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }

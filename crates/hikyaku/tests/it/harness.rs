@@ -173,6 +173,7 @@ impl Site {
             child,
             log: log_path,
             client: Client::new(self.api(), None),
+            key: String::new(),
         };
         until("ready", async || {
             if let Some(status) = service.child.try_wait()? {
@@ -189,7 +190,8 @@ impl Site {
         .await
         .with_context(|| service.log())?;
         let key = std::fs::read_to_string(self.dir.path().join("data/api-key"))?;
-        service.client = Client::new(self.api(), Some(key.trim().to_owned()));
+        key.trim().clone_into(&mut service.key);
+        service.client = Client::new(self.api(), Some(service.key.clone()));
         Ok(service)
     }
 
@@ -211,6 +213,8 @@ pub(crate) struct Service {
     child: Child,
     log: PathBuf,
     pub(crate) client: Client,
+    /// The key that `client` shows.
+    pub(crate) key: String,
 }
 
 impl Service {
@@ -296,6 +300,16 @@ impl Drop for Service {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// The most memory that a process ever had resident.
+pub(crate) fn peak_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("no VmHWM")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// Sends a signal by name to a process that a test started.

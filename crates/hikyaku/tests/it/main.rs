@@ -7,6 +7,7 @@
 )]
 
 mod apart;
+mod bad_input;
 mod commands;
 mod crash;
 mod demo;
@@ -15,5 +16,6 @@ mod durable;
 mod harness;
 mod postfix;
 mod prometheus;
+mod reload;
 mod sink;
 mod tidy;

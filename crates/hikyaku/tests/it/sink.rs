@@ -1,7 +1,7 @@
 //! A receiving server that remembers who got how many copies, and whether they were the same.
 
 use anyhow::Result;
-use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
+use testkit::smtp_peer::{Keep, Received, SmtpPeer, Temper};
 
 pub(crate) struct Sink(SmtpPeer);
 
@@ -14,6 +14,11 @@ impl Sink {
     /// Keeps the messages themselves.
     pub(crate) async fn keeping_messages() -> Result<Self> {
         Ok(Self(SmtpPeer::start(Temper::accepting()).await?))
+    }
+
+    /// The messages kept, in order.
+    pub(crate) fn messages(&self) -> Vec<Received> {
+        self.0.messages()
     }
 
     /// The tracked links in the messages kept, in order.
