@@ -51,6 +51,8 @@ pub struct Mta {
     addr: SocketAddr,
     config: Config,
     shared: Shared,
+    sending: SendingHandle,
+    tasks: Tasks,
 }
 
 /// What a reload replaces.
@@ -74,23 +76,26 @@ impl Mta {
         self.addr
     }
 
-    /// Reads the rules for replies and the tracking keys again. What has mistakes stays as it was,
-    /// and the log says why. Blocks on the disk for a moment.
+    /// Reads shaping, rules for replies and tracking keys again. If one of them has a mistake,
+    /// nothing changes, and the log says why. Blocks on the disk for a moment.
     pub fn reload(&self) {
-        match read_rules(&self.config) {
-            Ok(rules) => {
-                tracing::info!(rules = rules.len(), "the rules for replies were read again");
-                self.shared.rules.store(Arc::new(rules));
-            }
-            Err(error) => tracing::error!(%error, "the rules for replies stay as they were"),
-        }
-        match tracking_keys(&self.config) {
-            Ok(ring) => self.shared.tracking.store(Arc::new(ring)),
+        match Reloaded::read(&self.config) {
+            Ok(read) => self.take(read),
             Err(error) => tracing::error!(
                 error = format!("{error:#}"),
-                "the tracking keys stay as they were"
+                "shaping, rules and keys stay as they were"
             ),
         }
+    }
+
+    fn take(&self, read: Reloaded) {
+        self.shared.rules.store(Arc::new(read.rules));
+        self.shared.tracking.store(Arc::new(read.tracking));
+        let (sending, shaping) = (self.sending.clone(), Arc::new(read.shaping));
+        drop(self.tasks.spawn("reload", async move {
+            sending.reload_shaping(shaping).await;
+            tracing::info!("shaping, rules and keys were read again");
+        }));
     }
 }
 
@@ -109,8 +114,8 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     let files = tokio::task::spawn_blocking(move || Files::read(&read, fresh_id));
     let files = files.await.context("reading the files")??;
     let shared = Shared {
-        rules: Arc::new(ArcSwap::from_pointee(files.rules)),
-        tracking: Arc::new(ArcSwap::from_pointee(files.tracking)),
+        rules: Arc::new(ArcSwap::from_pointee(files.reloaded.rules)),
+        tracking: Arc::new(ArcSwap::from_pointee(files.reloaded.tracking)),
     };
     let journal = files.journal;
     let sending = sending::start(sending_deps(
@@ -118,11 +123,12 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         &deps,
         &shared,
         journal.clone(),
-        files.shaping,
+        files.reloaded.shaping,
     ));
     let sending = sending.await.context("sending")?;
     end_when_lost(&sending, &deps);
-    let api = api(config, &deps, files.keys, &shared, probes(journal, sending));
+    let probes = probes(journal, sending.clone());
+    let api = api(config, &deps, files.keys, &shared, probes);
     let router = router(Arc::new(api));
     server::serve(
         listener,
@@ -136,6 +142,8 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         addr,
         config: config.clone(),
         shared,
+        sending,
+        tasks: deps.tasks.clone(),
     })
 }
 
@@ -210,12 +218,27 @@ fn fresh_journal_id(deps: &Deps) -> anyhow::Result<JournalId> {
     ))
 }
 
-/// What is read, or made, at the start.
-struct Files {
-    keys: Keys,
+/// What is read at the start and again at a reload.
+struct Reloaded {
     rules: Rules,
     tracking: KeyRing,
     shaping: ShapingFile,
+}
+
+impl Reloaded {
+    fn read(config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            rules: read_rules(config)?,
+            tracking: tracking_keys(config)?,
+            shaping: ShapingFile::load(&config.shaping.file)?,
+        })
+    }
+}
+
+/// What is read, or made, at the start.
+struct Files {
+    keys: Keys,
+    reloaded: Reloaded,
     journal: Journal,
 }
 
@@ -226,9 +249,7 @@ impl Files {
             .with_context(|| format!("data_dir {}", data_dir.display()))?;
         Ok(Self {
             keys: Keys::load(&config.api.keys, &config.accounts, data_dir)?,
-            rules: read_rules(config)?,
-            tracking: tracking_keys(config)?,
-            shaping: ShapingFile::load(&config.shaping.file)?,
+            reloaded: Reloaded::read(config)?,
             journal: journal(config, fresh_id)?,
         })
     }
