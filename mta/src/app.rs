@@ -245,8 +245,7 @@ struct Files {
 impl Files {
     fn read(config: &Config, fresh_id: JournalId) -> anyhow::Result<Self> {
         let data_dir = &config.data_dir;
-        std::fs::create_dir_all(data_dir)
-            .with_context(|| format!("data_dir {}", data_dir.display()))?;
+        config.make_data_dir()?;
         Ok(Self {
             keys: Keys::load(&config.api.keys, &config.accounts, data_dir)?,
             reloaded: Reloaded::read(config)?,

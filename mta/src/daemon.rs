@@ -32,8 +32,7 @@ pub fn run(config: &Config, environment: &Environment) -> anyhow::Result<()> {
 
 async fn serve(config: &Config) -> anyhow::Result<()> {
     let mut signals = Signals::install()?;
-    std::fs::create_dir_all(&config.data_dir)
-        .with_context(|| format!("data_dir {}", config.data_dir.display()))?;
+    config.make_data_dir()?;
     let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
     let deps = Deps {
         store: open_store(&config.store).await?,

@@ -49,7 +49,7 @@ pub fn run(config: &Config, environment: &Environment) -> Result<(), DaemonError
 
 async fn serve(config: &Config) -> Result<(), DaemonError> {
     let mut signals = Signals::install()?;
-    std::fs::create_dir_all(&config.data_dir)?;
+    config.make_data_dir()?;
     let tasks = Tasks::new();
     let shutdown = Shutdown::new();
     let deps = Deps {

@@ -83,8 +83,7 @@ impl Running {
     /// Starts both.
     pub(crate) async fn start(config: &Config) -> Result<Self> {
         let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
-        std::fs::create_dir_all(&config.data_dir)
-            .with_context(|| format!("data_dir {}", config.data_dir.display()))?;
+        config.make_data_dir()?;
         let (store, metrics) = (
             mta::daemon::open_store(&config.store).await?,
             Arc::new(Metrics::new()),

@@ -121,6 +121,23 @@ impl Config {
         Mistakes::none_in(mistakes).map(|()| config)
     }
 
+    /// Makes `data_dir`, for its owner alone: names and addresses of people lie in it. One that is
+    /// there keeps its mode.
+    ///
+    /// # Errors
+    /// When it cannot be made; the error names it.
+    pub fn make_data_dir(&self) -> std::io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let dir = &self.data_dir;
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir);
+        made.map_err(|error| {
+            std::io::Error::new(error.kind(), format!("data_dir {}: {error}", dir.display()))
+        })
+    }
+
     /// Like [`Config::load`], and reads the shaping file and whatever `others` check, even when the
     /// first file already has mistakes: one run shows everything. Needs no network.
     ///
