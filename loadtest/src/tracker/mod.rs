@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use links::{Flags, KeyRing, Kind, Token};
 use model::{BatchId, TrackingMode};
+use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,7 +27,8 @@ const MOST: u64 = 20_000_000;
 /// A process that uses less than this share of a CPU is at rest.
 const REST: f64 = 0.02;
 const REST_WINDOW: Duration = Duration::from_millis(500);
-const REST_PATIENCE: Duration = Duration::from_secs(120);
+/// For a backlog of hits to be handed on.
+const REST_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Which hits are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -92,6 +94,8 @@ struct Measured {
     answered: Answered,
     /// While it was asked, and until it was at rest again.
     cpu: Option<(Duration, Duration)>,
+    /// From the last answer until it was at rest.
+    resting: Duration,
 }
 
 /// Measures and prints the report.
@@ -251,7 +255,9 @@ impl Measured {
         self.answered.add(&answered);
         if let (Some(pid), Some(before)) = (pid, before) {
             let loaded = process::usage(pid)?.since(&before).cpu();
+            let asked = SystemClock.instant();
             at_rest(pid).await?;
+            self.resting += SystemClock.instant().duration_since(asked);
             let settled = process::usage(pid)?.since(&before).cpu();
             let (sum_loaded, sum_settled) = self.cpu.unwrap_or_default();
             self.cpu = Some((sum_loaded + loaded, sum_settled + settled));
@@ -329,6 +335,15 @@ fn table(tracker: &Measured, bare: &Measured) -> Table {
         let both = a.zip(b).map_or("–".to_owned(), |(a, b)| ratio(a, b));
         table.row([name.to_owned(), text(a), text(b), both]);
     }
+    if tracker.cpu.is_some() {
+        let resting = |of: &Measured| format!("{:.1}", of.resting.as_secs_f64());
+        table.row([
+            "from the last answer until at rest, s".to_owned(),
+            resting(tracker),
+            resting(bare),
+            "–".to_owned(),
+        ]);
+    }
     table
 }
 
@@ -348,6 +363,7 @@ mod tests {
             }
             measured.answered.took = Duration::from_secs(took);
             measured.cpu = cpu;
+            measured.resting = Duration::from_millis(1500);
             measured
         };
         let cpu = (Duration::from_millis(20), Duration::from_millis(30));
@@ -359,6 +375,7 @@ mod tests {
             "| p50, ms | 0.10 | 0.10 | 1.00 |",
             "| CPU per hit while asked, µs | 20.0 | – | – |",
             "| CPU per hit until at rest, µs | 30.0 | – | – |",
+            "| from the last answer until at rest, s | 1.5 | 1.5 | – |",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
