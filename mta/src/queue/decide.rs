@@ -197,7 +197,7 @@ fn describe(detail: &mut AttemptDetail, reply: &Reply) {
     detail.reply = bounded(&reply.to_string());
 }
 
-/// At most [`REPLY_MAX`] bytes, printable, whole characters.
+/// At most 1,024 bytes, printable, whole characters.
 pub fn bounded(text: &str) -> Box<str> {
     let clean = |c: char| if c.is_control() { ' ' } else { c };
     let mut kept = String::with_capacity(text.len().min(REPLY_MAX));
