@@ -172,7 +172,7 @@ pub enum Fact {
 }
 
 impl Fact {
-    /// The version of the stored form, first byte of [`Fact::to_bytes`].
+    /// The version of the stored form, first byte of what [`Fact::write_to`] writes.
     pub const FORM: u8 = 1;
 
     /// The message it is about.

@@ -1,6 +1,6 @@
 //! The embedded engine: one file, opened by an MTA and a tracker together.
 //!
-//! One thread per process writes, with group commit ([`writer`]); a few connections read. The
+//! One thread per process writes, with group commit (`writer`); a few connections read. The
 //! file is in WAL mode with `synchronous=FULL`: what is answered is synced. A second MTA on the
 //! same file is refused. All partitions are in the one file, so a step over several is one step.
 
