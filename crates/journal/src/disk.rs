@@ -69,7 +69,7 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// Writes some of `bytes` at `offset`; the number written may be smaller.
     ///
     /// # Errors
-    /// `StorageFull` or `QuotaExceeded` when there is no room.
+    /// `StorageFull`, `QuotaExceeded` or `FileTooLarge` when there is no room.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
 
     /// Reads into `into` from `offset`; 0 at the end.
@@ -129,7 +129,10 @@ pub(crate) fn read_full_at(file: &dyn DiskFile, into: &mut [u8], offset: u64) ->
 pub(crate) fn is_no_space(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            // A limit of the process (`ulimit -f`); segments stay far below what file systems take.
+            | io::ErrorKind::FileTooLarge
     )
 }
 

@@ -13,6 +13,7 @@ mod crash;
 mod demo;
 mod dns;
 mod durable;
+mod full_disk;
 mod harness;
 mod postfix;
 mod prometheus;

@@ -7,7 +7,12 @@ pub(crate) struct Sink(SmtpPeer);
 
 impl Sink {
     pub(crate) async fn start() -> Result<Self> {
-        let temper = Temper::accepting().keeping(Keep::PerRecipient(1_000_000));
+        Self::tempered(Temper::accepting()).await
+    }
+
+    /// With a temper of its own, and the same memory.
+    pub(crate) async fn tempered(temper: Temper) -> Result<Self> {
+        let temper = temper.keeping(Keep::PerRecipient(1_000_000));
         Ok(Self(SmtpPeer::start(temper).await?))
     }
 
