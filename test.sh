@@ -70,19 +70,16 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
 [ "$check_only" = 1 ] && exit 0
 
-step "build"
-# One profile: the tests run the same executables that `cargo build` makes.
-cargo build --workspace --bins --locked
-
-step "sample configuration"
-target/debug/hikyaku check-config config/hikyaku.toml
-
 step "tests"
 if cargo nextest --version >/dev/null 2>&1; then
   cargo nextest run --workspace --locked
 else
   cargo test --workspace --locked --quiet
 fi
+
+step "sample configuration"
+# The executable that the tests above ran.
+target/debug/hikyaku check-config config/hikyaku.toml
 
 step "documentation tests"
 cargo test --workspace --doc --locked --quiet
