@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::{Shipment, Store, StoreError};
 
-/// The most facts in one shipment.
-const BATCH: usize = 500;
-/// How long a hit waits for others to go with it.
+/// The most facts in one shipment. Large, since what a lot costs the store does not grow with the
+/// hits on it; bounded, since others wait for the store's writer meanwhile.
+const BATCH: usize = 4_000;
+/// How long a hit waits for others to go with it; a full shipment does not wait.
 const LINGER: Duration = Duration::from_millis(50);
 /// How often the gauges are set while nothing happens.
 const IDLE: Duration = Duration::from_secs(1);
@@ -105,14 +106,22 @@ impl<S: Store + ?Sized> Shipper<S> {
         }
     }
 
-    /// Waits until there is something to ship and a little longer, so that it goes in company.
+    /// Waits until there is something to ship and a little longer, so that it goes in company;
+    /// not at all when a full shipment is there.
     async fn wait(&self, after: Seq) -> Phase {
+        // The last but one of a full shipment: `readable` waits for what follows it.
+        let full = after.saturating_add(Seq::try_from(BATCH - 1).unwrap_or(Seq::MAX));
         let something = async {
             if self.journal.readable(after).await.is_err() {
                 // A journal that has failed gives nothing new; what it had was shipped.
                 std::future::pending::<()>().await;
             }
-            tokio::time::sleep(LINGER).await;
+            tokio::select! {
+                biased;
+                // A failure cuts the company short: what is there goes.
+                _full = self.journal.readable(full) => {}
+                () = tokio::time::sleep(LINGER) => {}
+            }
         };
         tokio::select! {
             () = self.shutdown.reached(Stage::Journal) => self.last_sync().await,
@@ -213,6 +222,63 @@ impl<S: Store + ?Sized> Shipper<S> {
             let counter = self.metrics.journal_dropped.at(label);
             counter.inc_by(dropped.saturating_sub(*before));
             *before = dropped;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use journal::{JournalConfig, RealDisk};
+    use model::{JournalId, Timestamp};
+    use service::clock::Manual;
+    use store::sqlite::{Role, SqliteOptions, SqliteStore};
+
+    /// How long a shipper waits with so many records in its journal.
+    async fn waits(records: usize) -> Duration {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = JournalConfig {
+            sync_interval: None,
+            ..JournalConfig::new(dir.path(), "tracker", JournalId::from_bytes([1; 16]))
+        };
+        let journal = Journal::open(&config, Arc::new(RealDisk)).expect("opens");
+        for _ in 0..records {
+            journal.append(RecordKind::Open, b"x").expect("appended");
+        }
+        journal.sync().expect("synced");
+        let options = SqliteOptions {
+            path: dir.path().join("hikyaku.db"),
+            partitions: 1,
+            role: Role::Tracker,
+        };
+        let shipper = Shipper {
+            journal,
+            clock: Arc::new(Manual::at(Timestamp::from_millis(1))),
+            metrics: Arc::new(Metrics::new()),
+            shutdown: Shutdown::new(),
+            reported: Reported::default(),
+            store: Arc::new(SqliteStore::open(options).await.expect("a store")),
+        };
+        // From here on nothing but timers is waited for, and these cost no time.
+        tokio::time::pause();
+        let began = tokio::time::Instant::now();
+        assert_eq!(shipper.wait(0).await, Phase::Running);
+        let waited = began.elapsed();
+        tokio::time::resume();
+        waited
+    }
+
+    #[tokio::test]
+    async fn a_full_shipment_leaves_at_once_and_a_hit_waits_for_company() {
+        // The timer of tokio counts whole milliseconds, and may add one.
+        let close = |waited: Duration, to: Duration| waited.saturating_sub(to).as_millis() <= 2;
+        assert!(close(waits(BATCH).await, Duration::ZERO));
+        for (records, expected) in [(BATCH - 1, LINGER), (1, LINGER), (0, IDLE)] {
+            let waited = waits(records).await;
+            assert!(
+                waited >= expected && close(waited, expected),
+                "{records}: {waited:?}"
+            );
         }
     }
 }
