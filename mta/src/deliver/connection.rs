@@ -115,7 +115,10 @@ impl Connection<'_> {
             }
             self.wait().await;
         };
+        // First, or what is given back would be handed to this connection again.
+        self.deliver.tell(Event::Closing(self.plan.conn)).await;
         self.give_back().await;
+        self.wire.hang_up().await;
         end
     }
 

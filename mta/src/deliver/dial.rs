@@ -210,9 +210,11 @@ impl Deliver {
                 Some(Event::Closed(Some(error)))
                     if starttls == StartTls::Opportunistic && is_lost_at_starttls(&error) =>
                 {
+                    wire.hang_up().await;
                     return Err(Failure::TryPlain(error.to_string()));
                 }
                 Some(Event::Closed(error)) => {
+                    wire.hang_up().await;
                     return Err(Failure::Session(error.unwrap_or(
                         SessionError::Disconnected {
                             stage: Stage::Greeting,
@@ -281,10 +283,14 @@ impl Deliver {
             .into_plain()
             .ok_or_else(|| "STARTTLS within TLS".to_owned())?;
         let connecting = TlsConnector::from(Arc::clone(config)).connect(name, plain);
-        let stream = timeout(self.timeouts.starttls, connecting)
-            .await
-            .map_err(|_| "timed out".to_owned())?
-            .map_err(|error| error.to_string())?;
+        let connected = timeout(self.timeouts.starttls, connecting.into_fallible()).await;
+        let stream = match connected.map_err(|_| "timed out".to_owned())? {
+            Ok(stream) => stream,
+            Err((error, plain)) => {
+                Wire::new(Stream::Plain(plain)).hang_up().await;
+                return Err(error.to_string());
+            }
+        };
         let (_, connection) = stream.get_ref();
         let version = connection
             .protocol_version()

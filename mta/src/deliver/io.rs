@@ -3,16 +3,20 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use smtp::ClientSession;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
 /// Slices handed to the kernel in one write.
 const SLICES: usize = 16;
 /// What is read at a time: the replies to a whole flight fit many times.
 const READ: usize = 16 * 1024;
+/// How long the peer is given to close its side.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// A connection's bytes.
 #[derive(Debug)]
@@ -68,6 +72,8 @@ pub(super) struct Wire {
     buffer: Box<[u8]>,
     /// TLS holds bytes that it has not written.
     unflushed: bool,
+    /// The peer has closed, or the connection is lost.
+    gone: bool,
 }
 
 impl Wire {
@@ -76,13 +82,31 @@ impl Wire {
             stream,
             buffer: vec![0; READ].into_boxed_slice(),
             unflushed: false,
+            gone: false,
         }
     }
 
     /// Moves bytes both ways until some were read, or all that was to be written is. `false` means
     /// that the peer has closed. Cancel-safe: what was moved is noted in the session.
     pub(super) async fn turn(&mut self, session: &mut ClientSession) -> io::Result<bool> {
-        std::future::poll_fn(|cx| self.poll_turn(session, cx)).await
+        let moved = std::future::poll_fn(|cx| self.poll_turn(session, cx)).await;
+        self.gone |= !matches!(moved, Ok(true));
+        moved
+    }
+
+    /// Closes, and waits a moment for the peer to close too: until then the peer counts this
+    /// connection among those that are open, so the next one would be one too many.
+    pub(super) async fn hang_up(mut self) {
+        if self.gone {
+            return;
+        }
+        let parted = match &mut self.stream {
+            Stream::Plain(stream) => timeout(FAREWELL, part(stream, &mut self.buffer)).await,
+            Stream::Tls(stream) => timeout(FAREWELL, part(&mut **stream, &mut self.buffer)).await,
+        };
+        if !matches!(parted, Ok(Ok(()))) {
+            tracing::trace!(?parted, "a connection ended without the peer's farewell");
+        }
     }
 
     fn poll_turn(
@@ -135,4 +159,14 @@ impl Wire {
         }
         Ok(wrote)
     }
+}
+
+/// Closes our side, then reads what is left until the peer has closed its own.
+async fn part(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    stream.shutdown().await?;
+    while stream.read(buffer).await? > 0 {}
+    Ok(())
 }

@@ -105,6 +105,8 @@ pub enum Event {
     Ready(ConnId),
     /// What became of a message.
     Report(JobId, Fate),
+    /// A connection takes no more messages and is about to be gone.
+    Closing(ConnId),
     /// A connection is gone; all its messages have been reported, or will be.
     Closed(ConnId, ConnEnd),
     /// An entry of the control feed, already in the [`ControlView`].
@@ -338,6 +340,7 @@ impl QueueState {
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
             Event::Ready(conn) => self.on_ready(conn),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
+            Event::Closing(conn) => self.on_closing(conn),
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),
             Event::Shaping(shaping) => self.on_shaping(shaping),

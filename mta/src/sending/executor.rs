@@ -283,8 +283,13 @@ impl Executor {
 
     fn resolve(&self, domain: Domain) {
         let (resolver, queue) = (Arc::clone(&self.parts.resolver), self.parts.queue.clone());
+        let shutdown = self.parts.shutdown.clone();
         self.parts.tasks.spawn("resolve", async move {
-            let answer = resolver.route(&domain).await;
+            let answer = tokio::select! {
+                answer = resolver.route(&domain) => answer,
+                // Nobody needs it any more, and a dead name server takes its time.
+                () = shutdown.begun() => return,
+            };
             if queue
                 .send(Event::Resolved { domain, answer })
                 .await

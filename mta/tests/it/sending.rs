@@ -406,3 +406,43 @@ async fn a_reload_moves_mail_to_where_the_operator_says() {
     assert!(metrics.contains(throttled), "{metrics}");
     running.drain().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_receiver_never_counts_more_connections_than_the_limit() {
+    for tls in [false, true] {
+        let certificate = SelfSigned::new(&["mx.other.example"]).expect("a certificate");
+        let temper = Temper::accepting().keeping(Keep::Nothing);
+        let temper = if tls {
+            temper.with_tls(&certificate)
+        } else {
+            temper
+        };
+        let peer = SmtpPeer::start(temper).await.expect("a peer");
+        let limits = "connections = 3\nmessages_per_connection = 2\nexpire = \"1h\"";
+        let station = Station::towards(&peer, "", limits).await;
+        let batch = station.submit(&people("x.example", 300)).await;
+        let running = station.start().await;
+        assert_eq!(station.finished(batch).await.delivered, 300);
+        running.drain().await;
+        let counts = peer.counts();
+        assert!(counts.connections >= 150, "{counts:?}");
+        assert_eq!(counts.peak, 3, "{counts:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_does_not_wait_for_dead_name_servers() {
+    let zone = Zone::new().behave("silent.example", Behaviour::Silent);
+    let dns = DnsServer::start(zone).await.expect("a DNS server");
+    let (shaping, config) = by_dns(&dns, 25);
+    let station = Station::with(&shaping, &config).await;
+    let batch = station.submit(&["a@silent.example".to_owned()]).await;
+    let running = station.start().await;
+    while dns.queries("silent.example") == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // The question alone is patient for ten seconds.
+    let drained = tokio::time::timeout(Duration::from_secs(4), running.drain()).await;
+    assert!(drained.is_ok(), "the drain waited for DNS");
+    assert_eq!(station.counters(batch).await.queued, 1);
+}

@@ -46,6 +46,8 @@ struct Dialogue {
     shared: Arc<Shared>,
     from: SocketAddr,
     number: u64,
+    /// Counted among those that are open.
+    open: bool,
     messages: u64,
     mail_at: Instant,
     ahead: u64,
@@ -74,6 +76,7 @@ impl Connection {
                 shared,
                 from,
                 number,
+                open: true,
                 messages: 0,
                 mail_at: Instant::now(),
                 ahead: 0,
@@ -94,7 +97,11 @@ impl Connection {
 
     async fn serve(&mut self, mut stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        match self.dialogue.talk(&mut stream).await? {
+        let end = self.dialogue.talk(&mut stream).await?;
+        if end != End::Upgrade {
+            self.dialogue.closes();
+        }
+        match end {
             End::Close => close(&mut stream).await,
             End::Reset => stream.set_zero_linger(),
             End::Upgrade => self.serve_tls(stream).await,
@@ -115,7 +122,9 @@ impl Connection {
         };
         self.dialogue.count(|counts| counts.tls += 1);
         self.dialogue.session.tls_established();
-        match self.dialogue.talk(&mut stream).await? {
+        let end = self.dialogue.talk(&mut stream).await?;
+        self.dialogue.closes();
+        match end {
             End::Close | End::Upgrade => close(&mut stream).await,
             End::Reset => stream.get_ref().0.set_zero_linger(),
         }
@@ -124,7 +133,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.dialogue.count(|counts| counts.open -= 1);
+        self.dialogue.closes();
     }
 }
 
@@ -297,6 +306,14 @@ impl Dialogue {
             let more = ahead - self.ahead;
             self.ahead = ahead;
             self.count(|counts| counts.sent_ahead += more);
+        }
+    }
+
+    /// Counts the connection as no longer open, before the client can see that it is: whoever
+    /// waits for the end of one before the next never has more than one.
+    fn closes(&mut self) {
+        if std::mem::take(&mut self.open) {
+            self.count(|counts| counts.open -= 1);
         }
     }
 

@@ -46,7 +46,7 @@ pub struct Received {
 pub struct Counts {
     /// Connections accepted.
     pub connections: u64,
-    /// Connections open now.
+    /// Connections open now: accepted, and not closed from here.
     pub open: u64,
     /// Most connections open at a time.
     pub peak: u64,

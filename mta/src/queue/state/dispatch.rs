@@ -305,6 +305,12 @@ impl QueueState {
         self.dirty.insert(conn.destination.clone());
     }
 
+    pub(super) fn on_closing(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.closing = true;
+        }
+    }
+
     pub(super) fn on_closed(&mut self, id: ConnId, end: &ConnEnd, now: Now, out: &mut Vec<Action>) {
         let Some(conn) = self.conns.remove(&id) else {
             return;
