@@ -125,12 +125,16 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<ChangeOutcome>;
 
     /// What was changed by anyone after `after`, in order, at most 1,000; `None`: nothing, only
-    /// the cursor of this moment. One round trip; a node asks at least every 250 ms.
+    /// the cursor of this moment. One round trip; a node asks at least every 250 ms. The feed is
+    /// kept for a day: where it no longer reaches back to `after`, the page says
+    /// [`reset`](ControlPage::reset).
     async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage>;
 
-    /// Returns when something may have changed that [`Store::control`] or [`Store::events`]
-    /// would tell, or after `at_most`. Cancel-safe. May return early.
-    async fn changed(&self, at_most: std::time::Duration);
+    /// Returns when a feed has something after the place `after`, or when `at_most` has passed.
+    /// What came between the reading that gave the place and this call ends it at once, so
+    /// nothing is missed. A place that is none of this store's ends it too: reading there says
+    /// so. Cancel-safe. May return early.
+    async fn changed(&self, after: FeedPlace<'_>, at_most: std::time::Duration);
 
     /// Adds suppressions (replacing those of the same account, address and list), with events.
     async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()>;

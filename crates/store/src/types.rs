@@ -246,9 +246,22 @@ pub enum ChangeOutcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlCursor(pub Vec<u64>);
 
+/// A place in a feed that is waited at ([`Store::changed`](crate::Store::changed)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeedPlace<'a> {
+    /// In the control feed.
+    Control(&'a ControlCursor),
+    /// Among the events: the `next` of a page, whatever it was asked for.
+    Events(&'a str),
+}
+
 /// A page of the control feed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlPage {
+    /// What came after the cursor is no longer known in full, or the cursor is of another store:
+    /// whoever follows must not believe what it leased or learned before it asked. `items` is
+    /// empty and `next` is of this moment.
+    pub reset: bool,
     /// In order.
     pub items: Vec<Control>,
     /// Where to go on.

@@ -14,7 +14,7 @@ use futures_util::stream;
 use model::units::parse_duration;
 use model::{Event, EventKind};
 use serde::Serialize;
-use store::{EventPage, EventQuery, StoreError};
+use store::{EventPage, EventQuery, FeedPlace, StoreError};
 
 use super::Api;
 use super::auth::CanRead;
@@ -140,12 +140,12 @@ async fn poll(api: &Api, mut query: EventQuery, wait: Duration) -> Answer<EventP
         if !page.events.is_empty() || left.is_zero() || api.shutdown.has_begun() {
             return Ok(page);
         }
-        // What was looked through and did not match is not looked through again.
-        query.after = Some(page.next);
         tokio::select! {
-            () = api.store.changed(left) => {}
+            () = api.store.changed(FeedPlace::Events(&page.next), left) => {}
             () = api.shutdown.begun() => {}
         }
+        // What was looked through and did not match is not looked through again.
+        query.after = Some(page.next);
     }
 }
 

@@ -80,6 +80,13 @@ impl ControlView {
         }))
     }
 
+    /// Forgets everything: what was leased before `now` is to be leased again, since nobody can say
+    /// what was changed meanwhile.
+    pub fn forget(&self, now: Instant) {
+        let mut both = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        (both.old, both.new) = (Generation::new(now), Generation::new(now));
+    }
+
     /// Takes an entry of the feed.
     pub fn learn(&self, control: &Control, now: Instant) {
         let mut both = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -226,6 +233,18 @@ mod tests {
         assert!(both.new.entries() + both.old.entries() <= 2 * GENERATION_ENTRIES);
         drop(both);
         // The complaint is forgotten here, so who was leased before is not sent to.
+        assert_eq!(view.permission(&item, start), Permission::Stale);
+        assert_eq!(view.permission(&item, now), Permission::Go);
+    }
+
+    #[test]
+    fn after_a_gap_in_the_feed_everything_is_leased_again() {
+        let start = SystemClock.instant();
+        let view = ControlView::new(start);
+        let item = item(1);
+        view.learn(&Control::Paused(item.batch.id), start);
+        let now = start + Duration::from_secs(1);
+        view.forget(now);
         assert_eq!(view.permission(&item, start), Permission::Stale);
         assert_eq!(view.permission(&item, now), Permission::Go);
     }

@@ -10,7 +10,7 @@ use model::JournalId;
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage};
-use store::{Backlog, Control, ControlCursor, LeaseRequest, Store, StoreError, Want};
+use store::{Backlog, Control, ControlCursor, FeedPlace, LeaseRequest, Store, StoreError, Want};
 use tokio::sync::mpsc;
 
 use super::SendingDeps;
@@ -209,6 +209,12 @@ impl Follower {
             match self.store.control(Some(cursor.clone())).await {
                 Ok(page) => {
                     cursor = page.next;
+                    if page.reset {
+                        tracing::warn!(
+                            "the control feed was not followed for too long; what is leased is leased again"
+                        );
+                        self.view.forget(self.clock.instant());
+                    }
                     let more = !page.items.is_empty();
                     if !self.take(page.items).await {
                         return;
@@ -222,7 +228,9 @@ impl Follower {
                     tokio::time::sleep(AGAIN).await;
                 }
             }
-            self.store.changed(CONTROL_AGE).await;
+            self.store
+                .changed(FeedPlace::Control(&cursor), CONTROL_AGE)
+                .await;
         }
     }
 

@@ -243,7 +243,7 @@ impl Station {
                 if so(&counters) {
                     return counters;
                 }
-                self.store.changed(Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
         match tokio::time::timeout(PATIENCE, waiting).await {

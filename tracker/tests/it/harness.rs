@@ -125,7 +125,7 @@ impl Place {
                 if enough(&last) {
                     return;
                 }
-                self.store.changed(Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
         let in_time = tokio::time::timeout(PATIENCE, reached).await;

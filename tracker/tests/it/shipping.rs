@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use store::{
     AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
-    ControlPage, EventPage, EventQuery, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewLot,
-    Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store,
-    StoreError, Suppression, SuppressionQuery, Totals,
+    ControlPage, EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, MessageStory,
+    NewBatch, NewLot, Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment,
+    Shipped, Store, StoreError, Suppression, SuppressionQuery, Totals,
 };
 
 /// A real store behind a network that fails: before the call, or after it, when only the answer is
@@ -114,8 +114,8 @@ impl Store for Faulty {
     async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
         self.inner.control(after).await
     }
-    async fn changed(&self, at_most: Duration) {
-        self.inner.changed(at_most).await;
+    async fn changed(&self, after: FeedPlace<'_>, at_most: Duration) {
+        self.inner.changed(after, at_most).await;
     }
     async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()> {
         self.inner.suppress(entries, now).await

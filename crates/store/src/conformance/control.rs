@@ -2,7 +2,10 @@
 
 use super::Fixture;
 use super::support::*;
-use crate::{BatchChange, ChangeOutcome, Control, Release, Result, Store, Suppression};
+use crate::{
+    BatchChange, ChangeOutcome, Control, ControlCursor, EventQuery, FeedPlace, Release, Result,
+    Store, Suppression,
+};
 use model::{AttemptResult, BatchId, BatchState, Priority, Status, SuppressionReason, Timestamp};
 use std::time::Duration;
 
@@ -496,7 +499,23 @@ pub async fn the_control_feed_tells_everything_in_order(fixture: &dyn Fixture) -
     Ok(())
 }
 
-/// Whoever waits is woken by a change of this process, and of another one.
+/// The place after every event.
+async fn newest_event(store: &dyn Store) -> Result<String> {
+    let mut query = EventQuery {
+        limit: 1_000,
+        ..EventQuery::default()
+    };
+    loop {
+        let page = store.events(query.clone()).await?;
+        if page.events.is_empty() {
+            return Ok(page.next);
+        }
+        query.after = Some(page.next);
+    }
+}
+
+/// Whoever waits at a place is woken by what comes after it, of this process and of another one;
+/// also when it came before the waiting began.
 pub async fn a_change_wakes_whoever_waits(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;
     let elsewhere = fixture.another().await;
@@ -504,27 +523,76 @@ pub async fn a_change_wakes_whoever_waits(fixture: &dyn Fixture) -> Result<()> {
         .submit(&*store, T0)
         .await?;
     let long = Duration::from_secs(30);
-    for waiting in [&store, &elsewhere] {
-        // A change between the reading and the waiting may be missed: change until it is seen.
-        let changing = async {
-            for n in 0.. {
-                let what = if n % 2 == 0 {
-                    BatchChange::Archive
-                } else {
-                    BatchChange::Unarchive
-                };
-                store.change_batch(batch, what, T0).await?;
-                waiting.changed(Duration::from_millis(10)).await;
-            }
-            Ok(())
-        };
-        tokio::select! {
-            woken = tokio::time::timeout(long, waiting.changed(long * 2)) => assert!(woken.is_ok()),
-            failed = changing => return failed,
-        }
+    let soon = Duration::from_secs(10);
+    let woken = async |waiting: &dyn Store, place: FeedPlace<'_>| {
+        tokio::time::timeout(soon, waiting.changed(place, long))
+            .await
+            .unwrap_or_else(|_| panic!("not woken at {place:?}"));
+    };
+    for waiting in [&*store, &*elsewhere] {
+        let control = waiting.control(None).await?.next;
+        let events = newest_event(waiting).await?;
+        // What came before the waiting.
+        change(&*store, batch, BatchChange::Pause, T0).await?;
+        woken(waiting, FeedPlace::Control(&control)).await;
+        woken(waiting, FeedPlace::Events(&events)).await;
+        // What comes while it waits: whether it waits already, nobody can say, and it is the same.
+        let page = waiting.control(Some(control)).await?;
+        let (resumed, ()) = tokio::join!(
+            change(&*store, batch, BatchChange::Resume, T0),
+            woken(waiting, FeedPlace::Control(&page.next))
+        );
+        resumed?;
     }
-    tokio::time::timeout(long, store.changed(Duration::from_millis(1)))
+    // Nothing comes: it does not wait for ever, and it is not woken by the other feed.
+    let control = store.control(None).await?.next;
+    let waiting = store.changed(FeedPlace::Control(&control), Duration::from_millis(300));
+    let began = tokio::time::Instant::now();
+    tokio::time::timeout(long, waiting)
         .await
         .expect("it does not wait for ever");
+    assert!(began.elapsed() >= Duration::from_millis(250));
+    // A place that is none is told by reading, so nobody waits there.
+    for nowhere in ["", "nowhere", "e1-9000000000000"] {
+        woken(&*store, FeedPlace::Events(nowhere)).await;
+    }
+    Ok(())
+}
+
+/// Whoever followed the control feed up to a place that it no longer reaches back to is told so,
+/// and goes on from now.
+pub async fn a_feed_that_was_trimmed_says_so(fixture: &dyn Fixture) -> Result<()> {
+    const DAY: Duration = Duration::from_hours(24);
+    let store = fixture.mta().await;
+    let start = store.control(None).await?.next;
+    let some = |first: u32, count: u32| -> Vec<_> {
+        (first..first + count)
+            .map(|n| entry(&format!("n{n}@x.example"), None, SuppressionReason::Manual))
+            .collect()
+    };
+    store.suppress(some(0, 10), T0).await?;
+    let followed = store.control(Some(start.clone())).await?;
+    assert_eq!((followed.reset, followed.items.len()), (false, 10));
+    // A node whose clock is behind does not make a hole.
+    store.suppress(some(10, 300), T0 + DAY).await?;
+    store.suppress(some(310, 10), T0 + DAY / 2).await?;
+    store.suppress(some(320, 300), T0 + DAY * 2).await?;
+    store.suppress(some(620, 300), T0 + DAY * 3).await?;
+    for place in [start, followed.next] {
+        let page = store.control(Some(place)).await?;
+        assert_eq!((page.reset, page.items.len()), (true, 0));
+        let next = store.control(Some(page.next)).await?;
+        assert_eq!((next.reset, next.items.len()), (false, 0));
+    }
+    let now = store.control(None).await?.next;
+    store.suppress(some(920, 1), T0 + DAY * 3).await?;
+    let page = store.control(Some(now)).await?;
+    assert_eq!((page.reset, page.items.len()), (false, 1));
+    // A place of another store.
+    let beyond = ControlCursor(page.next.0.iter().map(|place| place + 1_000).collect());
+    for foreign in [beyond, ControlCursor(Vec::new())] {
+        let page = store.control(Some(foreign)).await?;
+        assert_eq!((page.reset, page.items.len()), (true, 0));
+    }
     Ok(())
 }

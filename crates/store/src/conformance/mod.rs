@@ -85,6 +85,7 @@ macro_rules! conformance_tests {
             changes_that_make_no_sense_are_impossible
             the_control_feed_tells_everything_in_order
             a_change_wakes_whoever_waits
+            a_feed_that_was_trimmed_says_so
             events_are_told_once_each_and_never_change
             events_of_a_recipient_keep_their_order
             events_say_what_the_contract_says

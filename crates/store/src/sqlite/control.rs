@@ -3,6 +3,7 @@
 //! Must not change a recipient but through the books.
 
 use super::books::Books;
+use super::feeds::{self, Feed};
 use super::ids::{self, BatchNo};
 use super::range::{cancel_range, ranges};
 use super::record::{BatchRecord, By, read_counters, record};
@@ -31,39 +32,58 @@ pub(super) fn append(connection: &Connection, item: &Control, now: Timestamp) ->
         .prepare_cached("INSERT INTO control (at, item) VALUES (?1, ?2)")?
         .execute(params![now.millis(), text])?;
     if connection.last_insert_rowid() % TRIM == 0 {
-        connection
-            .prepare_cached("DELETE FROM control WHERE at<?1")?
-            .execute([now.millis() - KEPT])?;
+        trim(connection, now.millis() - KEPT)?;
     }
+    Ok(())
+}
+
+/// Forgets the items before the first that is not older than `oldest`: clocks of nodes differ, and
+/// a feed with a hole would not show that something is missing.
+fn trim(connection: &Connection, oldest: i64) -> Result<()> {
+    connection
+        .prepare_cached(
+            "DELETE FROM control WHERE id < (SELECT COALESCE(MIN(id), 0) FROM control WHERE at>=?1)",
+        )?
+        .execute([oldest])?;
     Ok(())
 }
 
 /// Reads the feed after a cursor.
 pub(super) fn page(connection: &Connection, after: Option<ControlCursor>) -> Result<ControlPage> {
-    let Some(after) = after.and_then(|cursor| cursor.0.first().copied()) else {
-        let last: i64 = connection
-            .prepare_cached(
-                "SELECT COALESCE((SELECT seq FROM sqlite_sequence WHERE name='control'), 0)",
-            )?
-            .query_row([], |row| row.get(0))?;
-        let next = ControlCursor(vec![ids::nat(last)]);
-        return Ok(ControlPage {
-            items: Vec::new(),
-            next,
-        });
+    let last = feeds::last(connection, Feed::Control)?;
+    let of_now = |reset| ControlPage {
+        reset,
+        items: Vec::new(),
+        next: ControlCursor(vec![ids::nat(last)]),
+    };
+    let Some(cursor) = after else {
+        return Ok(of_now(false));
+    };
+    let after = match cursor.0.as_slice() {
+        [after] if *after <= ids::nat(last) => *after,
+        _ => return Ok(of_now(true)),
     };
     let mut sql = connection
         .prepare_cached("SELECT id, item FROM control WHERE id>?1 ORDER BY id LIMIT ?2")?;
     let mut rows = sql.query([ids::int(after), PAGE])?;
     let (mut items, mut next) = (Vec::new(), after);
     while let Some(row) = rows.next()? {
-        next = ids::nat(row.get(0)?);
+        let id = ids::nat(row.get(0)?);
+        if id != next + 1 {
+            // Numbers have no gaps: what stood here was trimmed.
+            return Ok(of_now(true));
+        }
+        next = id;
         let text: String = row.get(1)?;
         let item = serde_json::from_str(&text)
             .map_err(|error| StoreError::Damaged(format!("control item {next}: {error}")))?;
         items.push(item);
     }
+    if items.is_empty() && after < ids::nat(last) {
+        return Ok(of_now(true));
+    }
     Ok(ControlPage {
+        reset: false,
         items,
         next: ControlCursor(vec![next]),
     })

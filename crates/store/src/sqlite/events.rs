@@ -5,6 +5,7 @@
 //! Must not change anything.
 
 use super::cache::Lot;
+use super::feeds::{self, Feed};
 use super::ids::{self, LotId};
 use super::readers::Reading;
 use super::record::{By, record};
@@ -14,7 +15,7 @@ use model::{
     Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, Hit, HitKind, MessageId, Row,
     Timestamp, partition_hash,
 };
-use rusqlite::{OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,12 +24,23 @@ use std::sync::Arc;
 const ORDINAL_BITS: u32 = 20;
 const ORDINALS: i64 = (1 << ORDINAL_BITS) - 1;
 
-/// Reads a cursor: the sequence number of the last event told.
-fn read_cursor(text: &str) -> Result<i64> {
+/// Reads a cursor: the sequence number of the last event told. Only what [`write_cursor`] writes.
+pub(super) fn read_cursor(text: &str) -> Result<i64> {
     let number = text
         .strip_prefix("e1-")
-        .and_then(|number| number.parse().ok());
-    number.ok_or_else(|| StoreError::Refused("not a cursor of this store".into()))
+        .and_then(|number| number.parse().ok())
+        .filter(|number| *number >= 0 && write_cursor(*number) == text);
+    number.ok_or_else(|| StoreError::Refused("is no cursor of events".into()))
+}
+
+/// The sequence number after which there is no event yet.
+pub(super) fn end(connection: &Connection) -> Result<i64> {
+    let last = feeds::last(connection, Feed::Events)?;
+    Ok(if last == 0 {
+        0
+    } else {
+        last << ORDINAL_BITS | ORDINALS
+    })
 }
 
 fn write_cursor(seq: i64) -> String {
@@ -46,14 +58,21 @@ struct Telling<'a> {
 /// Events after a cursor.
 pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPage> {
     let after = query.after.as_deref().map_or(Ok(0), read_cursor)?;
+    let end = end(reading.connection)?;
+    if after > end {
+        return Err(StoreError::Refused(
+            "is beyond the newest event: a cursor of another store".into(),
+        ));
+    }
     let batch = match query.batch {
         None => None,
         Some(id) => match record(reading.connection, By::Id(id.to_bytes()))? {
             Some(batch) => Some(batch.no),
+            // Should it come to be, its events will come after this moment.
             None => {
                 return Ok(EventPage {
                     events: Vec::new(),
-                    next: write_cursor(after),
+                    next: write_cursor(end),
                 });
             }
         },
@@ -64,10 +83,6 @@ pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPag
         .iter()
         .fold(0_i64, |mask, kind| mask | 1 << kind.code());
     let mask = if mask == 0 { i64::MAX } else { mask };
-    let last: i64 = reading
-        .connection
-        .prepare_cached("SELECT COALESCE(MAX(id), 0) FROM event")?
-        .query_row([], |row| row.get(0))?;
     let mut sql = reading.connection.prepare_cached(
         "SELECT id, recorded_at, data FROM event WHERE id>=?1 AND (kinds & ?2)<>0 AND (?3 IS NULL OR batch IN (0, ?3)) ORDER BY id",
     )?;
@@ -97,11 +112,6 @@ pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPag
             events.extend(telling.tell(seq, recorded_at, event)?);
         }
     }
-    let end = after.max(if last == 0 {
-        0
-    } else {
-        last << ORDINAL_BITS | ORDINALS
-    });
     Ok(EventPage {
         events,
         next: write_cursor(end),
@@ -399,6 +409,17 @@ mod tests {
     #[test]
     fn a_cursor_reads_back() {
         assert_eq!(read_cursor(&write_cursor(77)), Ok(77));
-        assert!(read_cursor("77").is_err());
+        for text in [
+            "",
+            "77",
+            "e1-",
+            "e1--1",
+            "e1-+1",
+            "e1-01",
+            "e2-1",
+            "e1-9223372036854775808",
+        ] {
+            assert!(read_cursor(text).is_err(), "{text}");
+        }
     }
 }

@@ -9,6 +9,7 @@ mod cache;
 mod control;
 mod db;
 mod events;
+mod feeds;
 mod ids;
 mod lease;
 mod range;
@@ -23,9 +24,9 @@ mod writer;
 
 use crate::{
     AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
-    ControlPage, EventPage, EventQuery, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewLot,
-    Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store,
-    StoreError, Suppression, SuppressionQuery, Totals,
+    ControlPage, EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, MessageStory,
+    NewBatch, NewLot, Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment,
+    Shipped, Store, StoreError, Suppression, SuppressionQuery, Totals,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -128,7 +129,7 @@ impl SqliteStore {
             stage::abandon_leftovers(&mut connection)?;
         }
         let cache = Arc::new(Cache::new());
-        let changes = Arc::new(watch::Sender::new(0));
+        let changes = Arc::new(watch::Sender::new(writer::Written::default()));
         let (writer, thread) = writer::start(connection, cache.clone(), changes.clone())?;
         Ok(Self {
             partitions,
@@ -147,27 +148,17 @@ impl SqliteStore {
             .ok_or_else(|| StoreError::Unavailable("closed".into()))
     }
 
-    /// What is newest in the feeds that [`Store::changed`] tells of.
-    async fn newest(&self) -> Result<(i64, i64)> {
-        self.readers
-            .read(|reading| {
-                let mut sql = reading.connection.prepare_cached(
-                    "SELECT COALESCE((SELECT MAX(id) FROM control), 0), COALESCE((SELECT MAX(id) FROM event), 0)",
-                )?;
-                Ok(sql.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?)
-            })
-            .await
-    }
-
-    /// Returns when another process changed something.
-    async fn changed_elsewhere(&self) {
-        let before = self.newest().await;
+    /// Returns when the file has something after `place`, whoever wrote it.
+    async fn changed_in_file(&self, place: feeds::Place) {
         loop {
-            tokio::time::sleep(POLL).await;
-            let now = self.newest().await;
-            if now.is_err() || now != before {
+            let ahead = self
+                .readers
+                .read(move |reading| feeds::is_ahead(reading.connection, place));
+            // A store that does not answer is a change: reading tells.
+            if ahead.await.unwrap_or(true) {
                 return;
             }
+            tokio::time::sleep(POLL).await;
         }
     }
 }
@@ -279,13 +270,18 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn changed(&self, at_most: Duration) {
+    async fn changed(&self, after: FeedPlace<'_>, at_most: Duration) {
+        let Some(place) = feeds::Place::of(after) else {
+            return;
+        };
+        // First listen, then look: what comes in between is heard.
         let mut here = self.changes.subscribe();
+        let before = *here.borrow_and_update();
         tokio::select! {
             () = tokio::time::sleep(at_most) => {}
             // The sender lives as long as the store: an error cannot come.
-            _changed = here.changed() => {}
-            () = self.changed_elsewhere() => {}
+            _changed = here.wait_for(|now| place.moved(before, *now)) => {}
+            () = self.changed_in_file(place) => {}
         }
     }
 

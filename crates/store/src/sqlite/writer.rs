@@ -53,8 +53,15 @@ struct Request {
 #[derive(Clone)]
 pub(super) struct Writer(mpsc::Sender<Request>);
 
-/// Counts the commits that changed what others follow.
-pub(super) type Changes = watch::Sender<u64>;
+/// Counts the commits that added to what others follow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) control: u64,
+    pub(super) events: u64,
+}
+
+/// Tells of commits.
+pub(super) type Changes = watch::Sender<Written>;
 
 /// Starts the thread.
 pub(super) fn start(
@@ -219,7 +226,10 @@ impl Loop {
         };
         tracing::trace!(requests = done, ok = outcome.is_ok(), "committed");
         if outcome.is_ok() && changed.any() {
-            self.changes.send_modify(|count| *count += 1);
+            self.changes.send_modify(|written| {
+                written.control += u64::from(changed.control);
+                written.events += u64::from(changed.events);
+            });
         }
         for answer in answers {
             answer(outcome.clone());
