@@ -1,3 +1,5 @@
+//! What a load of requests counts, against the bare server.
+
 use anyhow::Result;
 use bytes::Bytes;
 use loadtest::counterpart::Counterpart;

@@ -1,3 +1,5 @@
+//! The sink as a process of its own.
+
 use anyhow::{Result, ensure};
 use loadtest::counterpart::Counterpart;
 use loadtest::process;

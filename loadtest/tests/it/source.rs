@@ -1,3 +1,5 @@
+//! The source against a service that says what the real one would.
+
 use crate::service::Service;
 use anyhow::Result;
 use loadtest::batch::Shape;

@@ -174,10 +174,11 @@ fn but(change: impl FnOnce(&mut Value)) -> Value {
     changed
 }
 
-#[tokio::test]
-async fn what_is_wrong_with_a_batch_refuses_the_call_and_names_the_field() {
-    let service = Service::start().await;
-    let cases = [
+/// A submission, and the status, code and error that it is refused with.
+type Refusal = (Value, u16, &'static str, &'static str);
+
+fn refusals() -> Vec<Refusal> {
+    vec![
         (
             but(|b| b["subjct"] = json!("x")),
             422,
@@ -266,8 +267,13 @@ async fn what_is_wrong_with_a_batch_refuses_the_call_and_names_the_field() {
             "invalid_field",
             "/recipients/1/metadata invalid_field",
         ),
-    ];
-    for (submitted, status, code, error) in cases {
+    ]
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_batch_refuses_the_call_and_names_the_field() {
+    let service = Service::start().await;
+    for (submitted, status, code, error) in refusals() {
         let reply = service.api.submit(&submitted).await;
         assert_eq!(
             reply.problem(),

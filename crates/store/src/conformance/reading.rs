@@ -2,45 +2,18 @@
 
 use super::Fixture;
 use super::support::*;
-use crate::{BatchQuery, EventQuery, RecipientQuery, Result, Suppression, SuppressionQuery};
+use crate::{BatchQuery, EventQuery, RecipientQuery, Result, Store, Suppression, SuppressionQuery};
 use model::{
-    Actor, AttemptResult, BatchState, Blame, Class, EnhancedCode, Event, EventKind, HitKind,
-    MessageId, Status, SuppressionReason, Timestamp,
+    Actor, AttemptResult, BatchId, BatchState, Blame, Class, EnhancedCode, Event, EventKind,
+    HitKind, MessageId, Status, SuppressionReason, Timestamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
 /// By cursor every event comes once, whatever the page size; later readings tell the same.
 pub async fn events_are_told_once_each_and_never_change(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;
-    let mut node = Node::new(1);
-    assert_eq!(
-        store
-            .events(EventQuery {
-                limit: 10,
-                ..EventQuery::default()
-            })
-            .await?
-            .events,
-        []
-    );
-    let batch = Spec::new(1, people(30, "x.example"))
-        .submit(&*store, T0)
-        .await?;
-    let mut other = Spec::new(2, people(5, "y.example"));
-    other.head.account = "other".into();
-    let other = other.submit(&*store, T0).await?;
-    let leased = node.lease(&*store, T0, "x.example", 30).await?;
-    let facts = outcomes(&leased, AttemptResult::Delivered, T0);
-    for some in facts.chunks(7) {
-        node.report(&*store, some.to_vec(), T0 + secs(1)).await?;
-    }
-    let leased = node.lease(&*store, T0, "y.example", 5).await?;
-    node.report(
-        &*store,
-        outcomes(&leased, later(T0 + secs(60)), T0),
-        T0 + secs(2),
-    )
-    .await?;
+    assert_eq!(all_events(&*store).await?, []);
+    let (batch, other) = two_accounts(&*store).await?;
     let all = all_events(&*store).await?;
     assert_eq!(all.len(), 3 + 30 + 2 + 5);
     assert_eq!(
@@ -122,6 +95,26 @@ pub async fn events_are_told_once_each_and_never_change(fixture: &dyn Fixture) -
         .await?;
     assert_eq!(kinds(&new.events), ["batch.accepted", "batch.started"]);
     Ok(())
+}
+
+/// Thirty delivered recipients of one account, five deferred ones of another.
+async fn two_accounts(store: &dyn Store) -> Result<(BatchId, BatchId)> {
+    let mut node = Node::new(1);
+    let batch = Spec::new(1, people(30, "x.example"))
+        .submit(store, T0)
+        .await?;
+    let mut other = Spec::new(2, people(5, "y.example"));
+    other.head.account = "other".into();
+    let other = other.submit(store, T0).await?;
+    let leased = node.lease(store, T0, "x.example", 30).await?;
+    let facts = outcomes(&leased, AttemptResult::Delivered, T0);
+    for some in facts.chunks(7) {
+        node.report(store, some.to_vec(), T0 + secs(1)).await?;
+    }
+    let leased = node.lease(store, T0, "y.example", 5).await?;
+    let deferred = outcomes(&leased, later(T0 + secs(60)), T0);
+    node.report(store, deferred, T0 + secs(2)).await?;
+    Ok((batch, other))
 }
 
 /// What happened to one recipient is told in the order in which the store learned it.
@@ -486,7 +479,7 @@ pub async fn batches_are_listed_newest_first(fixture: &dyn Fixture) -> Result<()
         }
         spec.submit(&*store, T0).await?;
     }
-    let list = async |query: BatchQuery| -> Result<Vec<model::BatchId>> {
+    let list = async |query: BatchQuery| -> Result<Vec<BatchId>> {
         let (mut found, mut query) = (Vec::new(), query);
         loop {
             let page = store.batches(query.clone()).await?;

@@ -6,6 +6,7 @@
 
 use super::control;
 use super::ids::{self, BatchNo, LotId};
+use super::map;
 use super::record::{
     BatchRecord, By, counter_ids, load_counters, read_counters, record, save_record,
 };
@@ -14,7 +15,7 @@ use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, versio
 use crate::transition::{self, Applied, Cell};
 use crate::{BatchHead, Control, Result, StoreError};
 use model::{
-    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Seq, Status, Timestamp,
+    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq, Status, Timestamp,
 };
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -24,6 +25,8 @@ use std::sync::Arc;
 const RETRY_ROWS: usize = crate::LOT_ROWS;
 /// Events in one block: what a page of events has to unpack.
 const BLOCK_EVENTS: usize = 1_000;
+/// Chunks of index maps kept in a step: 1.5 MB.
+const MAPS: usize = 256;
 
 /// What a step changed that others follow.
 #[derive(Debug, Clone, Copy, Default)]
@@ -42,6 +45,8 @@ impl Changed {
 struct LotBook {
     cells: Vec<u8>,
     dirty: bool,
+    /// Whether some of its recipients have a tracking mode of their own; none: not asked yet.
+    overrides: Option<bool>,
     log: Vec<LogEntry>,
 }
 
@@ -72,6 +77,8 @@ pub(super) struct Books<'s, 'c> {
     lots: HashMap<LotId, Option<LotBook>>,
     counters: HashMap<i64, Counters>,
     batches: HashMap<BatchNo, Option<BatchRecord>>,
+    /// Chunks of index maps.
+    maps: HashMap<i64, Vec<u8>>,
     retries: BTreeMap<RetryKey, Vec<Ref>>,
     events: Vec<Pending>,
     /// Batches whose counters moved.
@@ -86,6 +93,7 @@ impl<'s, 'c> Books<'s, 'c> {
             lots: HashMap::new(),
             counters: HashMap::new(),
             batches: HashMap::new(),
+            maps: HashMap::new(),
             retries: BTreeMap::new(),
             events: Vec::new(),
             touched: BTreeSet::new(),
@@ -127,11 +135,43 @@ impl<'s, 'c> Books<'s, 'c> {
                 free.insert(cells.map(|cells| LotBook {
                     cells,
                     dirty: false,
+                    overrides: None,
                     log: Vec::new(),
                 }))
             }
         };
         Ok(book.as_mut())
+    }
+
+    /// Whether some recipients of the lot have a tracking mode of their own.
+    pub(super) fn overrides(&mut self, lot: LotId) -> Result<bool> {
+        if let Some(known) = self.lot(lot)?.and_then(|book| book.overrides) {
+            return Ok(known);
+        }
+        let found = self
+            .step
+            .connection
+            .prepare_cached("SELECT overrides FROM lot WHERE id=?1")?
+            .query_row([lot], |row| row.get(0))?;
+        if let Some(book) = self.lot(lot)? {
+            book.overrides = Some(found);
+        }
+        Ok(found)
+    }
+
+    /// Where an index stands; `None` when it was rejected or never given.
+    pub(super) fn place_of(&mut self, batch: BatchNo, index: u32) -> Result<Option<Place>> {
+        let id = ids::map_id(batch, index);
+        if let Some(chunk) = self.maps.get(&id) {
+            return Ok(map::place_in(chunk, index));
+        }
+        let chunk = map::chunk(self.step.connection, id)?.unwrap_or_default();
+        let place = map::place_in(&chunk, index);
+        if self.maps.len() >= MAPS {
+            self.maps.clear();
+        }
+        self.maps.insert(id, chunk);
+        Ok(place)
     }
 
     /// The cell of a recipient; `None` when there is none at that place.

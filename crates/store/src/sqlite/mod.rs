@@ -12,6 +12,7 @@ mod events;
 mod feeds;
 mod ids;
 mod lease;
+mod map;
 mod range;
 mod read;
 mod readers;

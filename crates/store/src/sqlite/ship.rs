@@ -5,7 +5,7 @@
 //! that an ordinary outcome touches. Must not decide: `transition` does.
 
 use super::books::{Books, RetryKey};
-use super::ids::{self, LotId, MAP_CHUNK, MAP_ENTRY};
+use super::ids::{self, LotId};
 use super::range;
 use super::record::{BatchRecord, By, record};
 use super::stage::is_mixed;
@@ -239,31 +239,9 @@ fn address_of(books: &Books<'_, '_>, lot: LotId, position: u16) -> Result<Option
     Ok(row.map(|row| row.email.normalised()))
 }
 
-/// Where an index stands; `None` when it was rejected or never given.
-pub(super) fn place_of(connection: &Connection, batch: i64, index: u32) -> Result<Option<Place>> {
-    let at = usize::try_from(index % MAP_CHUNK).unwrap_or(0) * MAP_ENTRY;
-    let chunk: Option<Vec<u8>> = connection
-        .prepare_cached("SELECT data FROM index_map WHERE id=?1")?
-        .query_row([ids::map_id(batch, index)], |row| row.get(0))
-        .optional()?;
-    Ok(chunk.and_then(|chunk| read_place(chunk.get(at..at + MAP_ENTRY)?)))
-}
-
-/// Reads an entry of the index map.
-pub(super) fn read_place(entry: &[u8]) -> Option<Place> {
-    match *entry {
-        [0xff, 0xff, 0xff, 0xff, 0xff, 0xff] => None,
-        [a, b, c, d, e, f] => Some(Place {
-            lot: LotNumber(u32::from_le_bytes([a, b, c, d])),
-            position: u16::from_le_bytes([e, f]),
-        }),
-        _ => None,
-    }
-}
-
 fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit) -> Result<bool> {
     let MessageId { index, .. } = hit.message;
-    let Some(place) = place_of(books.step.connection, batch.no, index)? else {
+    let Some(place) = books.place_of(batch.no, index)? else {
         return Ok(false);
     };
     let lot = ids::lot_id(batch.no, place.lot);
@@ -318,7 +296,7 @@ fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit)
 
 /// The most restrictive of the batch's and the recipient's mode; off when archived.
 fn tracking_of(
-    books: &Books<'_, '_>,
+    books: &mut Books<'_, '_>,
     batch: &BatchRecord,
     lot: LotId,
     position: u16,
@@ -326,12 +304,7 @@ fn tracking_of(
     if batch.archived {
         return Ok(TrackingMode::Off);
     }
-    let overrides: bool = books
-        .step
-        .connection
-        .prepare_cached("SELECT overrides FROM lot WHERE id=?1")?
-        .query_row([lot], |row| row.get(0))?;
-    if !overrides {
+    if !books.overrides(lot)? {
         return Ok(batch.tracking);
     }
     let found = books.step.cache.lot(books.step.connection, lot)?;
