@@ -10,9 +10,14 @@ use model::units::Rate;
 /// The most moments remembered per pacer: what a second holds beyond this is spread over parts of it.
 const LOG_MAX: u32 = 1_024;
 
+/// A second here is this much longer: the destination counts what arrives, and a command that took
+/// longer on its way than one a second later would fall into the other's second.
+const ON_THE_WAY: Duration = Duration::from_millis(50);
+
 /// Permits for one rate.
 ///
-/// A rate per second may burst: any N at once, but no window of a second holds more than N. A rate
+/// A rate per second may burst: any N at once, but no window of a second holds more than N, there
+/// neither. A rate
 /// per minute, hour or day is spread evenly, so that `100/h` never means a hundred in one breath.
 #[derive(Debug, Clone)]
 pub struct Pacer {
@@ -111,7 +116,7 @@ fn shape(rate: Rate) -> (usize, Duration) {
             // Rounded up: a part too short by a nanosecond would let one too many in.
             (
                 (count / parts) as usize,
-                per / parts + Duration::from_nanos(u64::from(parts > 1)),
+                (per + ON_THE_WAY) / parts + Duration::from_nanos(u64::from(parts > 1)),
             )
         }
     }
@@ -122,6 +127,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use service::clock::{Clock, SystemClock};
+
+    const SECOND: Duration = Duration::from_millis(1_050);
 
     fn rate(text: &str) -> Rate {
         text.parse().expect("a rate")
@@ -134,7 +141,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(second.take(start), Ok(()));
         }
-        assert_eq!(second.take(start), Err(start + Duration::from_secs(1)));
+        assert_eq!(second.take(start), Err(start + SECOND));
         let mut hour = Pacer::new(rate("360/h"));
         assert_eq!(hour.reserve(start), start);
         assert_eq!(hour.reserve(start), start + Duration::from_secs(10));
@@ -145,7 +152,7 @@ mod tests {
     fn a_restart_does_not_double_a_rate() {
         let start = SystemClock.instant();
         let mut pacer = Pacer::exhausted(rate("3/s"), start);
-        assert_eq!(pacer.take(start), Err(start + Duration::from_secs(1)));
+        assert_eq!(pacer.take(start), Err(start + SECOND));
         let mut pacer = Pacer::exhausted(rate("6/m"), start);
         assert_eq!(pacer.take(start), Err(start + Duration::from_secs(10)));
         assert_eq!(Pacer::exhausted(Rate::Unlimited, start).take(start), Ok(()));
@@ -160,8 +167,8 @@ mod tests {
         }
         pacer.change(rate("2/s"));
         assert_eq!(
-            pacer.take(start + Duration::from_millis(999)),
-            Err(start + Duration::from_secs(1))
+            pacer.take(start + Duration::from_secs(1)),
+            Err(start + SECOND)
         );
         pacer.change(Rate::Unlimited);
         assert_eq!(pacer.take(start), Ok(()));
@@ -183,7 +190,7 @@ mod tests {
                     }
                     taken.push_back(now);
                 }
-                while taken.front().is_some_and(|&at: &Instant| now - at >= Duration::from_secs(1)) {
+                while taken.front().is_some_and(|&at: &Instant| now - at >= SECOND) {
                     taken.pop_front();
                 }
                 prop_assert!(taken.len() <= count as usize, "{} in a second", taken.len());
@@ -196,7 +203,7 @@ mod tests {
             let mut pacer = Pacer::new(Rate::Limited { count, per: Duration::from_secs(1) });
             let slots: Vec<_> = (0..asks).map(|_| pacer.reserve(now)).collect();
             for pair in slots.windows(count as usize + 1) {
-                prop_assert!(pair[count as usize] - pair[0] >= Duration::from_secs(1));
+                prop_assert!(pair[count as usize] - pair[0] >= SECOND);
             }
         }
     }
