@@ -155,10 +155,9 @@ impl Connection<'_> {
         if self.quitting || self.next.is_none() || !self.session.can_begin() {
             return;
         }
-        if self.is_stopped() {
+        if let Some(why) = self.stopped() {
             if let Some(composed) = self.next.take() {
-                self.report(&composed.job, Fate::Returned(Returned::Stopped))
-                    .await;
+                self.report(&composed.job, Fate::Returned(why)).await;
             }
             return;
         }
@@ -185,12 +184,16 @@ impl Connection<'_> {
         }
     }
 
-    fn is_stopped(&self) -> bool {
-        let Some(Composed { job, .. }) = &self.next else {
-            return false;
-        };
-        !job.lease.allows_start(self.deliver.clock.instant())
+    /// Why the composed message must not begin, if so.
+    fn stopped(&self) -> Option<Returned> {
+        let Composed { job, .. } = self.next.as_ref()?;
+        if !job.lease.allows_start(self.deliver.clock.instant())
             || self.deliver.view.permission(&job.item, job.leased_at) != Permission::Go
+        {
+            return Some(Returned::Stopped);
+        }
+        // Said here, the peer hears nothing of it; at the start record the session would be lost.
+        (!self.deliver.recorder.has_room()).then_some(Returned::JournalFull)
     }
 
     async fn begin(&mut self, composed: Composed, now: Instant) {

@@ -672,6 +672,7 @@ impl World {
     }
 
     fn release(&mut self, release: &Release) {
+        self.soon(Event::HandedBack(vec![release.range]), 50);
         let Some(range) = self.ranges.remove(&release.range) else {
             return;
         };

@@ -87,6 +87,8 @@ pub enum Event {
         /// Ranges that are no longer held.
         lost: Vec<RangeRef>,
     },
+    /// The store has these ranges back.
+    HandedBack(Vec<RangeRef>),
     /// DNS has answered, or has not.
     Resolved {
         /// About whom.
@@ -221,6 +223,8 @@ pub struct QueueState {
     lanes: HashMap<Box<str>, Lane>,
     dests: HashMap<Destination, Dest>,
     ranges: HashMap<RangeRef, Range>,
+    /// Ranges whose lease ran out here and that the store does not have back yet.
+    overdue: HashSet<RangeRef>,
     batches: HashMap<BatchId, BatchState>,
     conns: HashMap<ConnId, Conn>,
     jobs: HashMap<JobId, Out>,
@@ -256,6 +260,7 @@ impl QueueState {
             lanes: HashMap::new(),
             dests: HashMap::new(),
             ranges: HashMap::new(),
+            overdue: HashSet::new(),
             batches: HashMap::new(),
             conns: HashMap::new(),
             jobs: HashMap::new(),
@@ -336,6 +341,11 @@ impl QueueState {
             Event::Leased { ranges, asked_at } => self.on_leased(ranges, asked_at, now, out),
             Event::Renewed { held, asked_at } => self.on_renewed(held, asked_at, out),
             Event::Shipped { windows, lost } => self.on_shipped(&windows, &lost, out),
+            Event::HandedBack(ranges) => {
+                for range in ranges {
+                    self.overdue.remove(&range);
+                }
+            }
             Event::Resolved { domain, answer } => self.on_resolved(&domain, answer, now, out),
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
             Event::Ready(conn) => self.on_ready(conn),

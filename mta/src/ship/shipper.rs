@@ -346,17 +346,14 @@ impl Shipper {
             .copied()
             .collect();
         if tells_queue && !(windows.is_empty() && shipped.lost.is_empty()) {
-            let told = self
-                .deps
-                .queue
-                .send(Event::Shipped {
-                    windows,
-                    lost: shipped.lost,
-                })
-                .await;
-            if told.is_err() {
-                tracing::debug!("the queue has ended before shipping");
-            }
+            let lost = shipped.lost;
+            self.tell(Event::Shipped { windows, lost }).await;
+        }
+    }
+
+    async fn tell(&self, event: Event) {
+        if self.deps.queue.send(event).await.is_err() {
+            tracing::debug!("the queue has ended before shipping");
         }
     }
 
@@ -383,9 +380,11 @@ impl Shipper {
                 .release(releases, self.deps.clock.now())
                 .await
             {
-                Ok(()) => some
-                    .iter()
-                    .for_each(|(_, release)| self.ledger.forget(release.range)),
+                Ok(()) => {
+                    let ranges: Vec<_> = some.iter().map(|(_, release)| release.range).collect();
+                    ranges.iter().for_each(|range| self.ledger.forget(*range));
+                    self.tell(Event::HandedBack(ranges)).await;
+                }
                 Err(error) => {
                     self.releases.extend_from_slice(some);
                     self.store_failed("release", &error).await;

@@ -3,6 +3,7 @@
 mod disk;
 mod harness;
 mod intake;
+mod outage;
 mod reading;
 mod sending;
 mod serving;

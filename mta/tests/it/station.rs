@@ -52,6 +52,10 @@ pub(crate) struct Station {
     shaping: ShapingFile,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) metrics: Arc<Metrics>,
+    /// How long a lease holds.
+    pub(crate) lease: Duration,
+    /// The most that the journal takes; none: its default.
+    pub(crate) journal_bytes: Option<u64>,
     ring: Arc<ArcSwap<KeyRing>>,
 }
 
@@ -106,8 +110,11 @@ impl Station {
             partitions: 1,
             role: Role::Mta,
         };
+        let config = Config::load(Some(&file), &environment).expect("a configuration");
         Self {
-            config: Config::load(Some(&file), &environment).expect("a configuration"),
+            lease: config.store.lease,
+            journal_bytes: None,
+            config,
             shaping: ShapingFile::parse(Path::new("shaping.toml"), shaping)
                 .expect("a shaping file"),
             store: Arc::new(SqliteStore::open(options).await.expect("a store")),
@@ -195,7 +202,8 @@ impl Station {
 
     fn deps(&self, tasks: &Tasks, shutdown: &Shutdown) -> SendingDeps {
         let fresh = JournalId::new(SystemClock.now(), u128::from(fastrand::u64(..)));
-        let journal = JournalConfig::new(self.dir.path().join("journal"), "mta", fresh);
+        let mut journal = JournalConfig::new(self.dir.path().join("journal"), "mta", fresh);
+        journal.max_bytes = self.journal_bytes.unwrap_or(journal.max_bytes);
         SendingDeps {
             store: Arc::clone(&self.store),
             journal: Journal::open(&journal, Arc::new(RealDisk)).expect("a journal"),
@@ -210,7 +218,7 @@ impl Station {
             rules: Arc::new(ArcSwap::from_pointee(Rules::shipped())),
             ring: Arc::clone(&self.ring),
             dkim_dir: self.config.dkim.dir.clone(),
-            lease: self.config.store.lease,
+            lease: self.lease,
         }
     }
 

@@ -1,6 +1,7 @@
 //! How much to lease: no more than can be started in half a minute, from several queues at once.
 
 use super::*;
+use crate::queue::lane::Ending;
 use model::units::Rate;
 use store::MIXED;
 
@@ -41,6 +42,24 @@ impl QueueState {
         }
     }
 
+    /// Whether a lease runs out, or has run out and is not settled. Until then nothing is leased:
+    /// this node would get its own range as one whose holder is gone, with everybody in the window
+    /// in doubt, and knows better.
+    fn has_overdue(&self, now: Instant) -> bool {
+        let unsettled = |id| match self.ranges.get(id) {
+            // On its way back behind its facts.
+            None => true,
+            // A peer that takes as long again to reply does not hold up everybody else.
+            Some(range) => now < range.lease.until() + self.config.lease,
+        };
+        let ends = |(id, range): (&RangeRef, &Range)| {
+            !range.lease.allows_start(now)
+                && range.ending != Some(Ending::Lost)
+                && !self.overdue.contains(id)
+        };
+        self.overdue.iter().any(unsettled) || self.ranges.iter().any(ends)
+    }
+
     pub(super) fn is_paused(&self, now: Instant) -> bool {
         self.paused_until.is_some_and(|until| until > now)
     }
@@ -66,7 +85,7 @@ impl QueueState {
             self.look_at = self.look_at.min(at);
         }
         let wants = self.wants(&backlog, now.instant);
-        if wants.is_empty() {
+        if wants.is_empty() || self.has_overdue(now.instant) {
             self.more = false;
             return;
         }

@@ -6,6 +6,9 @@ use crate::queue::lane::Ending;
 use model::Priority;
 use store::MIXED;
 
+/// Between tries to renew when the store did not answer.
+const RENEW_AGAIN: Duration = Duration::from_secs(1);
+
 impl QueueState {
     pub(super) fn on_leased(
         &mut self,
@@ -242,8 +245,9 @@ impl QueueState {
         self.tidy_range(id, now, out);
     }
 
-    /// Another node has the range now, or may have: nothing more of it starts here.
+    /// Another node has the range now: nothing more of it starts here.
     fn lose_range(&mut self, id: RangeRef, out: &mut Vec<Action>) {
+        self.overdue.remove(&id);
         self.withdraw_range(id);
         let Some(range) = self.ranges.get_mut(&id) else {
             return;
@@ -264,14 +268,17 @@ impl QueueState {
         out: &mut Vec<Action>,
     ) {
         self.renewing = false;
-        let Some(held) = held else { return };
+        let Some(held) = held else {
+            self.renew_at = self.renew_at.min(asked_at + RENEW_AGAIN);
+            return;
+        };
         let held: HashSet<_> = held.into_iter().collect();
         let until = asked_at + self.config.lease;
         let mut lost = Vec::new();
         for (id, range) in &self.ranges {
             if held.contains(id) {
                 range.lease.extend(until);
-            } else if range.leased_at < asked_at {
+            } else if range.leased_at < asked_at && !self.overdue.contains(id) {
                 lost.push(*id);
             }
         }
@@ -317,11 +324,11 @@ impl QueueState {
     }
 
     pub(super) fn tick_ranges(&mut self, now: Now, out: &mut Vec<Action>) {
-        let mut lost = Vec::new();
+        let mut over = Vec::new();
         let mut late = Vec::new();
         for (id, range) in &self.ranges {
-            if range.ending.is_none() && range.lease.until() <= now.instant {
-                lost.push(*id);
+            if range.ending != Some(Ending::Lost) && range.lease.until() <= now.instant {
+                over.push(*id);
             } else if range.waiting > 0
                 && range.ending.is_none()
                 && now.instant >= range.leased_at + PATIENCE
@@ -333,8 +340,12 @@ impl QueueState {
                 }
             }
         }
-        for id in lost {
-            self.lose_range(id, out);
+        for id in over {
+            // Others may take it now. If nobody does before its facts are in the store, it is
+            // handed back there with nobody in doubt.
+            if self.overdue.insert(id) {
+                self.return_range(id, None, now, out);
+            }
         }
         for (id, until) in late {
             self.return_range(id, Some(until), now, out);
