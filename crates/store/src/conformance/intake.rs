@@ -129,6 +129,29 @@ pub async fn a_commit_can_be_repeated(fixture: &dyn Fixture) -> Result<()> {
     Ok(())
 }
 
+/// Whoever got no answer stages again; the same lot is there once, and another is not taken for it.
+pub async fn staging_can_be_repeated(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(600, "x.example"));
+    let lots = spec.lots(store.partitions());
+    let first = lots.iter().take(1).cloned().collect();
+    store.stage_lots(spec.head.id, first).await?;
+    for _ in 0..2 {
+        store.stage_lots(spec.head.id, lots.clone()).await?;
+    }
+    let mut others = lots;
+    for lot in &mut others {
+        lot.rows.reverse();
+    }
+    let other = store.stage_lots(spec.head.id, others).await;
+    assert!(matches!(other, Err(StoreError::Refused(_))), "{other:?}");
+    store.commit_batch(spec.committed(), T0).await?;
+    assert_eq!(checked(&*store, spec.head.id).await?.counters.queued, 600);
+    let leased = Node::new(1).lease(&*store, T0, "x.example", 1_000).await?;
+    assert_eq!(sorted(emails(&leased)), sorted(spec.emails));
+    Ok(())
+}
+
 /// `accepted` is the sum of the rows staged, or nothing is committed.
 pub async fn a_commit_that_does_not_add_up_is_refused(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;

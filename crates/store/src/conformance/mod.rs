@@ -45,6 +45,7 @@ macro_rules! conformance_tests {
             what_was_left_staged_is_thrown_away
             a_commit_shows_everything_at_once
             a_commit_can_be_repeated
+            staging_can_be_repeated
             a_commit_that_does_not_add_up_is_refused
             all_rejected_is_completed_at_once
             mail_waits_for_its_release_time

@@ -63,6 +63,9 @@ pub(super) fn stage(step: &Step<'_>, batch: BatchId, lots: Vec<PackedLot>) -> Re
     let no = staged_no(step.connection, batch)?;
     for lot in lots {
         let id = ids::lot_id(no, lot.number);
+        if is_staged(step.connection, id, &lot)? {
+            continue;
+        }
         step.connection
             .prepare_cached("INSERT INTO lot (id, queue, count, overrides, hashes, packed) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
             .execute(params![id, lot.queue, lot.count, lot.overrides, hashes(&lot.emails), lot.packed])?;
@@ -80,6 +83,22 @@ pub(super) fn stage(step: &Step<'_>, batch: BatchId, lots: Vec<PackedLot>) -> Re
             .execute(params![no, lot.number.partition().0, lot.queue, lot.count, lot.number.0])?;
     }
     Ok(())
+}
+
+/// Whether this lot is staged already: whoever got no answer asks again.
+fn is_staged(connection: &Connection, id: ids::LotId, lot: &PackedLot) -> Result<bool> {
+    let found: Option<(String, Vec<u8>)> = connection
+        .prepare_cached("SELECT queue, packed FROM lot WHERE id=?1")?
+        .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    match found {
+        None => Ok(false),
+        Some((queue, packed)) if *queue == *lot.queue && packed == lot.packed => Ok(true),
+        Some(_) => Err(StoreError::Refused(format!(
+            "lot {} was staged with other recipients",
+            lot.number.0
+        ))),
+    }
 }
 
 /// Addresses are hashed without their account, which is known only at the commit.
