@@ -69,7 +69,14 @@ pub(crate) fn network(address: IpAddr) -> String {
 /// The user agent, printable and at most 256 bytes; empty when there is none.
 pub(crate) fn user_agent(headers: &HeaderMap) -> String {
     let bytes = headers.get(USER_AGENT).map(|value| value.as_bytes());
-    let text = String::from_utf8_lossy(bytes.unwrap_or_default());
+    let bytes = bytes.unwrap_or_default();
+    let printable_ascii = |byte: &u8| matches!(byte, b' '..=b'~');
+    if bytes.iter().all(printable_ascii) {
+        // All but a few: nothing has to be looked at character by character.
+        let kept = bytes.get(..MAX_USER_AGENT).unwrap_or(bytes);
+        return String::from_utf8_lossy(kept).into_owned();
+    }
+    let text = String::from_utf8_lossy(bytes);
     let printable = text.chars().map(|c| {
         let invisible = c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
         if invisible { ' ' } else { c }

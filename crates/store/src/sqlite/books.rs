@@ -15,7 +15,8 @@ use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, versio
 use crate::transition::{self, Applied, Cell};
 use crate::{BatchHead, Control, Result, StoreError};
 use model::{
-    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq, Status, Timestamp,
+    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq, Status,
+    Timestamp,
 };
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -419,9 +419,9 @@ mod tests {
     use crate::{BatchHead, LeaseRequest, NewBatch, Want};
     use model::{LotNumber, Partition, Priority, Row, TrackingMode};
 
-    const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+    pub(super) const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 
-    fn lot(number: u32, count: u32) -> NewLot {
+    pub(super) fn lot(number: u32, count: u32) -> NewLot {
         let row = |index| Row {
             index: number * count + index,
             email: format!("n{index}@x.example").parse().unwrap(),
@@ -439,7 +439,7 @@ mod tests {
         }
     }
 
-    fn batch(id: BatchId, accepted: u64) -> NewBatch {
+    pub(super) fn batch(id: BatchId, accepted: u64) -> NewBatch {
         let head = BatchHead {
             id,
             account: "acme".into(),

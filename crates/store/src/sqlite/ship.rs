@@ -15,8 +15,8 @@ use crate::form::Ref;
 use crate::transition::{self, Applied};
 use crate::{Result, Shipment, Shipped};
 use model::{
-    Attempt, AttemptResult, BatchId, BatchState, Fact, Hit, HitKind, JournalId, LotNumber,
-    MessageId, Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode, Verdict,
+    Attempt, AttemptResult, BatchId, BatchState, Fact, Hit, HitKind, JournalId, MessageId, Place,
+    Seq, Status, SuppressionReason, Timestamp, TrackingMode, Verdict,
 };
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::json;

@@ -4,9 +4,9 @@
 //! change anything.
 
 use super::ids::{self, BatchNo, LotId, MAP_CHUNK, MAP_ENTRY};
+use super::map::{place_of, read_place};
 use super::readers::Reading;
 use super::record::{BatchRecord, By, record};
-use super::ship::{place_of, read_place};
 use super::stage::{is_mixed, short_hash};
 use super::suppress;
 use crate::form::{self, LogBlock, version};
