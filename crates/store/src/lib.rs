@@ -57,7 +57,8 @@ pub trait Store: Send + Sync + 'static {
 
     // ---- intake -------------------------------------------------------------------------
 
-    /// Writes lots of a batch that is not committed yet. Nothing of it is visible or durable.
+    /// Writes lots of a batch that is not committed yet. Nothing of it is visible or durable. The
+    /// same lot again changes nothing; another one under its number is refused.
     async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()>;
 
     /// Makes the staged lots and the batch visible at once, with its counters, index map and
@@ -80,7 +81,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// Leases ranges for the queues that `request` wants, transactional first, then the batches in
     /// turn. Recipients that must not be written to are ended `suppressed` in the same step and
-    /// not handed out; ranges with nothing left are removed. Splits ranges as wanted.
+    /// not handed out; ranges with nothing left are removed. Splits ranges as wanted. What cannot
+    /// be read is left where it is, for later, told in the log and by [`Store::totals`]: it keeps
+    /// nobody else waiting.
     async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;
 
     /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have.

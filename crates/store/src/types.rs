@@ -473,4 +473,6 @@ pub struct Totals {
     pub temporary_error: u64,
     /// The due time that has passed longest ago, among unfinished recipients.
     pub oldest_due: Option<Timestamp>,
+    /// Ranges that this process wanted to lease and could not read, each time it tried.
+    pub unreadable: u64,
 }

@@ -85,6 +85,8 @@ fn gauge(metrics: &metrics::Metrics, totals: Totals, now: Timestamp) {
         .oldest_due
         .map_or(0.0, |due| now.since(due).as_secs_f64());
     metrics.queue_oldest_seconds.set(oldest);
+    let unreadable = i64::try_from(totals.unreadable).unwrap_or(i64::MAX);
+    metrics.store_unreadable_ranges.set(unreadable);
 }
 
 /// `GET /openapi.json`

@@ -133,6 +133,11 @@ pub(super) const JOURNAL_DROPPED: Family = family(
     &["kind"],
 );
 pub(super) const STORE_UP: Family = family("hikyaku_store_up", "1 while the store answers", &[]);
+pub(super) const STORE_UNREADABLE_RANGES: Family = family(
+    "hikyaku_store_unreadable_ranges",
+    "Ranges of recipients that were to be sent to and could not be read, since the start",
+    &[],
+);
 pub(super) const TRACKER_REQUESTS: Family = family(
     "hikyaku_tracker_requests_total",
     "Requests to the tracker",

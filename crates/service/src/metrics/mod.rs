@@ -62,6 +62,8 @@ pub struct Metrics {
     pub journal_dropped: Resolved<DroppedKind, IntCounter>,
     /// `hikyaku_store_up`: 1 while the store answers.
     pub store_up: IntGauge,
+    /// `hikyaku_store_unreadable_ranges`: ranges that were to be leased and could not be read.
+    pub store_unreadable_ranges: IntGauge,
     /// `hikyaku_tracker_requests_total[kind,result]`
     pub tracker_requests: Resolved2<TrackerKind, TrackerResult, IntCounter>,
     /// `hikyaku_tracker_seconds[kind]`
@@ -100,6 +102,7 @@ impl Metrics {
             journal_pending_records: r.int_gauge(&families::JOURNAL_PENDING_RECORDS),
             journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),
             store_up: r.int_gauge(&families::STORE_UP),
+            store_unreadable_ranges: r.int_gauge(&families::STORE_UNREADABLE_RANGES),
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),

@@ -6,6 +6,7 @@ use crate::form::{self, version};
 use crate::{BatchHead, Result, StoreError};
 use model::Row;
 use rusqlite::{Connection, OptionalExtension as _};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Lots kept decoded: 64,000 rows, some 15 MB.
@@ -22,6 +23,8 @@ pub(super) struct Lot {
 /// The caches of a store.
 #[derive(Debug)]
 pub(super) struct Cache {
+    /// Not a cache, but asked for by both: ranges that could not be read.
+    unreadable: AtomicU64,
     lots: Mutex<Recent<Arc<Lot>>>,
     heads: Mutex<Recent<Arc<BatchHead>>>,
 }
@@ -68,9 +71,18 @@ impl<T: Clone> Recent<T> {
 impl Cache {
     pub(super) fn new() -> Self {
         Self {
+            unreadable: AtomicU64::new(0),
             lots: Recent::new(LOTS),
             heads: Recent::new(HEADS),
         }
+    }
+
+    pub(super) fn count_unreadable(&self) {
+        self.unreadable.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn unreadable(&self) -> u64 {
+        self.unreadable.load(Ordering::Relaxed)
     }
 
     /// The rows of a lot; `None` when there is no such lot.

@@ -5,6 +5,7 @@
 use super::books::Books;
 use super::feeds::{self, Feed};
 use super::ids::{self, BatchNo};
+use super::lease;
 use super::range::{cancel_range, ranges};
 use super::record::{BatchRecord, By, read_counters, record};
 use super::writer::{Step, Writer};
@@ -194,9 +195,18 @@ fn cancel_some(step: &mut Step<'_>, no: BatchNo, after: i64, now: Timestamp) -> 
     for range in some {
         let held = range.held && range.expires > now.millis();
         let from = if held { range.window } else { 0 };
-        let (cancelled, kept) = cancel_range(&mut books, &range, from)?;
-        slice.cancelled += cancelled;
-        slice.in_flight += kept;
+        match cancel_range(&mut books, &range, from) {
+            Ok((cancelled, kept)) => {
+                slice.cancelled += cancelled;
+                slice.in_flight += kept;
+            }
+            Err(StoreError::Damaged(what)) if !held => {
+                lease::put_off(books.step, range.id, now, &what)?;
+            }
+            // Its holder is asked first; what is left is swept later.
+            Err(StoreError::Damaged(_)) => slice.in_flight += u64::from(range.count),
+            Err(error) => return Err(error),
+        }
     }
     books.close(None)?;
     Ok(slice)

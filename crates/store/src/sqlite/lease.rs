@@ -10,9 +10,10 @@ use super::range::{
 use super::suppress;
 use super::writer::Step;
 use crate::form::Ref;
+use crate::transition::Cell;
 use crate::{
-    Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result, StoreError,
-    WINDOW,
+    BatchHead, Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result,
+    StoreError, WINDOW,
 };
 use model::{BatchState, JournalId, Partition, Place, Status, Timestamp};
 use rusqlite::{OptionalExtension as _, params};
@@ -24,6 +25,8 @@ use std::time::Duration;
 const BATCHES: usize = 256;
 /// The least that a batch gets in its turn, so that ranges do not become crumbs.
 const QUANTUM: usize = 16;
+/// For how long a range that cannot be read is left alone.
+const UNREADABLE: Duration = Duration::from_mins(10);
 /// Queues of which the turn is remembered.
 const TURNS: usize = 65_536;
 
@@ -45,17 +48,20 @@ struct Terms {
 impl Terms {
     /// Every call has a token of its own, higher than all before.
     fn new(step: &Step<'_>, node: JournalId, now: Timestamp, ttl: Duration) -> Result<Self> {
-        let token: i64 = step
-            .connection
-            .prepare_cached("UPDATE meta SET value=value+1 WHERE key='token' RETURNING value")?
-            .query_row([], |row| row.get(0))?;
         Ok(Self {
             node: node.to_bytes(),
-            token: ids::nat(token),
+            token: new_token(step)?,
             now,
             expires: now + ttl,
         })
     }
+}
+
+fn new_token(step: &Step<'_>) -> Result<u64> {
+    let mut sql = step
+        .connection
+        .prepare_cached("UPDATE meta SET value=value+1 WHERE key='token' RETURNING value")?;
+    Ok(ids::nat(sql.query_row([], |row| row.get(0))?))
 }
 
 /// Leases ranges.
@@ -165,7 +171,8 @@ fn batches_of(books: &mut Books<'_, '_>, queue: Queue<'_>, now: Timestamp) -> Re
     Ok(found)
 }
 
-/// Leases up to `rows` recipients of the first due range of a batch in a queue.
+/// Leases up to `rows` recipients of the first due range of a batch in a queue. What cannot be
+/// read is put off: others do not wait for it.
 fn take(
     books: &mut Books<'_, '_>,
     queue: Queue<'_>,
@@ -173,89 +180,188 @@ fn take(
     rows: usize,
     terms: &Terms,
 ) -> Result<Option<LeasedRange>> {
-    loop {
-        let now = terms.now.millis();
-        let condition = "queue=?1 AND rank=?2 AND batch=?3 AND due_at<=?4 AND expires<=?4 ORDER BY due_at LIMIT 1";
-        let Some(mut range) = ranges(
-            books.step,
-            condition,
-            params![queue.name, queue.rank, no, now],
-        )?
-        .pop() else {
-            return Ok(None);
-        };
-        range.settle_lost(books)?;
-        let refs = range.refs();
-        let (chosen, consumed) = choose(books, &range, &refs, rows)?;
-        let rest = refs.get(consumed..).unwrap_or_default().to_vec();
-        if chosen.is_empty() {
-            // Nothing was left in what was looked at, which is all of it.
-            delete(books.step, range.id)?;
-            continue;
+    while let Some(first) = first_due(books.step, queue, no, terms.now)? {
+        match take_of(books, first, rows, terms) {
+            Ok(None) => {}
+            Err(StoreError::Damaged(what)) => put_off(books.step, first, terms.now, &what)?,
+            taken => return taken,
         }
-        let mut id = Some(range.id);
-        if !rest.is_empty() {
-            let (piece, count) = range.part(rest);
-            write(
-                books.step,
-                &range,
-                id,
-                (&piece, count),
-                &free(&range, range.due_at),
-            )?;
-            id = None;
-        }
-        return hand_out(books, &range, id, chosen, terms).map(Some);
     }
+    Ok(None)
+}
+
+fn first_due(
+    step: &Step<'_>,
+    queue: Queue<'_>,
+    no: BatchNo,
+    now: Timestamp,
+) -> Result<Option<i64>> {
+    let mut sql = step.connection.prepare_cached(
+        "SELECT id FROM work WHERE queue=?1 AND rank=?2 AND batch=?3 AND due_at<=?4 AND expires<=?4
+         ORDER BY due_at LIMIT 1",
+    )?;
+    let values = params![queue.name, queue.rank, no, now.millis()];
+    Ok(sql.query_row(values, |row| row.get(0)).optional()?)
+}
+
+/// Leases up to `rows` recipients of a range that nobody holds; `None` when it had none, and is
+/// gone or put off.
+fn take_of(
+    books: &mut Books<'_, '_>,
+    id: i64,
+    rows: usize,
+    terms: &Terms,
+) -> Result<Option<LeasedRange>> {
+    let Some(mut range) = ranges(books.step, "id=?1", [id])?.pop() else {
+        return Ok(None);
+    };
+    let lost = range.doubtful();
+    range.settle_lost(books)?;
+    let refs = range.refs();
+    let looked = choose(books, &range, &refs, rows)?;
+    let rest = refs.get(looked.consumed..).unwrap_or_default().to_vec();
+    // The range's own number goes to the first part that stays.
+    let mut id = Some(range.id);
+    if let Some(damage) = looked.damage {
+        keep_unread(books.step, &range, id.take(), damage, lost, terms.now)?;
+    }
+    if !rest.is_empty() {
+        let (piece, count) = range.part(rest);
+        let free = free(&range, range.due_at);
+        write(books.step, &range, id.take(), (&piece, count), &free)?;
+    }
+    if looked.chosen.is_empty() {
+        if let Some(id) = id {
+            delete(books.step, id)?;
+        }
+        return Ok(None);
+    }
+    hand_out(books, &range, id, looked.chosen, terms).map(Some)
+}
+
+/// Recipients of a range that cannot be read.
+struct Damage {
+    /// The offset of the first.
+    first: u32,
+    refs: Vec<Ref>,
+    what: String,
+}
+
+/// Makes a range of its own of what cannot be read, and puts it off. Below the offset `lost` a
+/// holder that is gone may have started them, which their cells may not say.
+fn keep_unread(
+    step: &Step<'_>,
+    range: &Range,
+    id: Option<i64>,
+    damage: Damage,
+    lost: u32,
+    now: Timestamp,
+) -> Result<()> {
+    let (piece, count) = range.part(damage.refs);
+    let lease = Lease {
+        window: if damage.first < lost { count } else { 0 },
+        ..free(range, range.due_at)
+    };
+    let id = write(step, range, id, (&piece, count), &lease)?;
+    put_off(step, id, now, &damage.what)
+}
+
+/// Leaves a range that cannot be read as it is, and lets nobody have it for a while. Its window
+/// stays: a holder that nobody is, with a token that nobody has.
+pub(super) fn put_off(step: &Step<'_>, id: i64, now: Timestamp, what: &str) -> Result<()> {
+    tracing::error!(
+        range = id,
+        what,
+        "recipients cannot be read and are not sent to; they are looked at again later"
+    );
+    step.cache.count_unreadable();
+    step.connection
+        .prepare_cached("UPDATE work SET holder=X'', token=?2, expires=?3 WHERE id=?1")?
+        .execute(params![
+            id,
+            ids::int(new_token(step)?),
+            (now + UNREADABLE).millis()
+        ])?;
+    Ok(())
 }
 
 /// A recipient to hand out.
 struct Chosen {
     of: Ref,
-    cell: crate::transition::Cell,
+    cell: Cell,
     row: model::Row,
     in_window: bool,
 }
 
-/// The unreported recipients that may be written to, and how many references they come from.
-/// Those that must not be written to are ended.
-fn choose(
-    books: &mut Books<'_, '_>,
-    range: &Range,
-    refs: &[Ref],
-    rows: usize,
-) -> Result<(Vec<Chosen>, usize)> {
+/// What looking through a range found.
+struct Looked {
+    /// The unreported recipients that may be written to.
+    chosen: Vec<Chosen>,
+    /// How many references were looked at.
+    consumed: usize,
+    damage: Option<Damage>,
+}
+
+/// Looks for recipients that may be written to. Those that must not be written to are ended.
+fn choose(books: &mut Books<'_, '_>, range: &Range, refs: &[Ref], rows: usize) -> Result<Looked> {
     let head = books.head(range.batch)?;
     let guarded = suppress::any(books.step.connection, &head.account)?;
-    let mut chosen = Vec::new();
-    let mut consumed = 0;
+    let mut looked = Looked {
+        chosen: Vec::new(),
+        consumed: 0,
+        damage: None,
+    };
     for (offset, &of) in (0_u32..).zip(refs) {
-        if chosen.len() >= rows {
+        if looked.chosen.len() >= rows {
             break;
         }
-        consumed += 1;
-        let lot = range.lot_id(of);
-        let cell = books.cell(lot, of.position)?;
-        let Some(cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) else {
-            continue;
-        };
-        let row = row_of(books, lot, of.position)?;
-        if guarded
-            && let Some(reason) =
-                suppress::stopping(books.step.connection, &head, &row.email.normalised())?
-        {
-            let data = json!({ "reason": reason.as_str() });
-            books.end_unsent(lot, of.position, Status::Suppressed, data)?;
-            continue;
+        looked.consumed += 1;
+        let in_window = range.held && offset < range.window;
+        match consider(books, range, of, &head, guarded) {
+            Ok(None) => {}
+            Ok(Some((cell, row))) => looked.chosen.push(Chosen {
+                of,
+                cell,
+                row,
+                in_window,
+            }),
+            Err(StoreError::Damaged(what)) => {
+                let damage = looked.damage.get_or_insert(Damage {
+                    first: offset,
+                    refs: Vec::new(),
+                    what,
+                });
+                damage.refs.push(of);
+            }
+            Err(error) => return Err(error),
         }
-        chosen.push(Chosen {
-            of,
-            cell,
-            row,
-            in_window: range.held && offset < range.window,
-        });
     }
-    Ok((chosen, consumed))
+    Ok(looked)
+}
+
+/// The recipient, unless it was reported or must not be written to.
+fn consider(
+    books: &mut Books<'_, '_>,
+    range: &Range,
+    of: Ref,
+    head: &BatchHead,
+    guarded: bool,
+) -> Result<Option<(Cell, model::Row)>> {
+    let lot = range.lot_id(of);
+    let cell = books.cell(lot, of.position)?;
+    let Some(cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) else {
+        return Ok(None);
+    };
+    let row = row_of(books, lot, of.position)?;
+    if guarded
+        && let Some(reason) =
+            suppress::stopping(books.step.connection, head, &row.email.normalised())?
+    {
+        let data = json!({ "reason": reason.as_str() });
+        books.end_unsent(lot, of.position, Status::Suppressed, data)?;
+        return Ok(None);
+    }
+    Ok(Some((cell, row)))
 }
 
 fn row_of(books: &Books<'_, '_>, lot: LotId, position: u16) -> Result<model::Row> {
@@ -318,27 +424,57 @@ pub(super) fn reclaim(
     ttl: Duration,
 ) -> Result<Vec<LeasedRange>> {
     let terms = Terms::new(step, node, now, ttl)?;
-    let held = ranges(step, "holder=?1 ORDER BY id", [node.to_bytes()])?;
+    let held: Vec<i64> = {
+        let mut sql = step
+            .connection
+            .prepare_cached("SELECT id FROM work WHERE holder=?1 ORDER BY id")?;
+        let ids = sql.query_map([node.to_bytes()], |row| row.get(0))?;
+        ids.collect::<rusqlite::Result<_>>()?
+    };
     let mut leased = Vec::new();
-    for range in held {
+    for id in held {
         let mut books = Books::open(step, now);
-        let ended = books
-            .batch(range.batch)?
-            .is_none_or(|batch| batch.state == BatchState::Cancelled);
-        if ended {
-            cancel_range(&mut books, &range, 0)?;
-        } else {
-            let refs = range.refs();
-            let (chosen, _all) = choose(&mut books, &range, &refs, refs.len())?;
-            if chosen.is_empty() {
-                delete(books.step, range.id)?;
-            } else {
-                leased.push(hand_out(&books, &range, Some(range.id), chosen, &terms)?);
-            }
+        match reclaim_one(&mut books, id, &terms) {
+            Ok(range) => leased.extend(range),
+            Err(StoreError::Damaged(what)) => put_off(books.step, id, now, &what)?,
+            Err(error) => return Err(error),
         }
         books.close(None)?;
     }
     Ok(leased)
+}
+
+fn reclaim_one(books: &mut Books<'_, '_>, id: i64, terms: &Terms) -> Result<Option<LeasedRange>> {
+    let Some(range) = ranges(books.step, "id=?1", [id])?.pop() else {
+        return Ok(None);
+    };
+    let ended = books
+        .batch(range.batch)?
+        .is_none_or(|batch| batch.state == BatchState::Cancelled);
+    if ended {
+        cancel_range(books, &range, 0)?;
+        return Ok(None);
+    }
+    let refs = range.refs();
+    let looked = choose(books, &range, &refs, refs.len())?;
+    let mut id = Some(range.id);
+    if let Some(damage) = looked.damage {
+        keep_unread(
+            books.step,
+            &range,
+            id.take(),
+            damage,
+            range.doubtful(),
+            terms.now,
+        )?;
+    }
+    if looked.chosen.is_empty() {
+        if let Some(id) = id {
+            delete(books.step, id)?;
+        }
+        return Ok(None);
+    }
+    hand_out(books, &range, id, looked.chosen, terms).map(Some)
 }
 
 /// Extends the leases of a node.

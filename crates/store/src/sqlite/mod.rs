@@ -7,6 +7,8 @@
 mod books;
 mod cache;
 mod control;
+#[cfg(test)]
+mod damaged;
 mod db;
 mod events;
 mod feeds;

@@ -7,7 +7,7 @@ use super::books::Books;
 use super::ids::{self, BatchNo, LotId};
 use super::writer::Step;
 use crate::form::{self, Ref};
-use crate::{RangeRef, Result};
+use crate::{RangeRef, Result, StoreError};
 use model::{LotNumber, Partition, Status};
 use rusqlite::{Row, params};
 use serde_json::json;
@@ -122,14 +122,24 @@ impl Range {
         Ok(open)
     }
 
-    /// Notes in the cells what a holder that is gone may have started.
+    /// Below which offset its holder may have started what is unreported.
+    pub(super) const fn doubtful(&self) -> u32 {
+        if self.held { self.window } else { 0 }
+    }
+
+    /// Notes in the cells what a holder that is gone may have started; where a cell cannot be
+    /// read, nothing.
     pub(super) fn settle_lost(&mut self, books: &mut Books<'_, '_>) -> Result<()> {
         if !self.held {
             return Ok(());
         }
-        for (offset, of) in self.unreported(books)? {
-            if offset < self.window {
-                mark(books, self.lot_id(of), of.position)?;
+        for (offset, of) in (0_u32..).zip(self.refs()) {
+            if offset >= self.window {
+                break;
+            }
+            match mark(books, self.lot_id(of), of) {
+                Ok(()) | Err(StoreError::Damaged(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         self.held = false;
@@ -153,10 +163,11 @@ impl Range {
     }
 }
 
-fn mark(books: &mut Books<'_, '_>, lot: LotId, position: u16) -> Result<()> {
-    if let Some(mut cell) = books.cell(lot, position)? {
+fn mark(books: &mut Books<'_, '_>, lot: LotId, of: Ref) -> Result<()> {
+    let cell = books.cell(lot, of.position)?;
+    if let Some(mut cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) {
         cell.mark_maybe_started();
-        books.set_cell(lot, position, cell)?;
+        books.set_cell(lot, of.position, cell)?;
     }
     Ok(())
 }

@@ -190,7 +190,10 @@ fn merge(
 
 /// Recipients by state, and what is overdue longest.
 pub(super) fn totals(reading: &Reading<'_>, now: Timestamp) -> Result<Totals> {
-    let mut totals = Totals::default();
+    let mut totals = Totals {
+        unreadable: reading.cache.unreadable(),
+        ..Totals::default()
+    };
     let mut sql = reading
         .connection
         .prepare_cached("SELECT no FROM batch WHERE state<99 AND completed_at IS NULL")?;
