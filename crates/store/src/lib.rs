@@ -171,10 +171,11 @@ pub trait Store: Send + Sync + 'static {
     /// What is known of an address in an account: its newest messages (at most 100).
     async fn address(&self, account: &str, email: &str) -> Result<AddressStory>;
 
-    /// Suppressions of an account in order of address: of one address, or a page of all.
+    /// Suppressions of an account in order of address: of one address, or a page of all. A cursor
+    /// that is none is refused.
     async fn suppressions(&self, query: SuppressionQuery) -> Result<Page<Suppression>>;
 
-    /// Events after a cursor, oldest first.
+    /// Events after a cursor, oldest first. A cursor that is none of this store's is refused.
     async fn events(&self, query: EventQuery) -> Result<EventPage>;
 
     /// Recipients by state over all batches, and the oldest due time among the unfinished.

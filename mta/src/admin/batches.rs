@@ -12,7 +12,7 @@ use service::config::Scope;
 use store::{Batch, BatchChange, BatchQuery, ChangeOutcome};
 
 use super::auth::{Caller, CanRead, CanSubmit};
-use super::params::{Params, Segment, batch_id};
+use super::params::{NoParams, Params, Segment, batch_id};
 use super::problem::{Answer, Code, Refusal};
 use super::{Api, List};
 use crate::intake::receive::drain;
@@ -25,7 +25,7 @@ pub(super) async fn submit(
     mut params: Params,
     request: Request,
 ) -> Answer<Response> {
-    let dry_run = params.parsed::<bool>("dry_run").unwrap_or(false);
+    let dry_run = params.flag("dry_run").unwrap_or(false);
     let allowed = caller.and_then(|CanSubmit(caller)| {
         params.finish()?;
         is_json(request.headers())?;
@@ -161,6 +161,7 @@ pub(super) async fn one(
     State(api): State<Arc<Api>>,
     CanRead(caller): CanRead,
     Segment(id): Segment,
+    _: NoParams,
 ) -> Answer<Json<BatchView>> {
     Ok(Json(visible(&api, &caller, &id).await?.into()))
 }
@@ -280,6 +281,7 @@ pub(super) async fn report(
     State(api): State<Arc<Api>>,
     CanRead(caller): CanRead,
     Segment(id): Segment,
+    _: NoParams,
 ) -> Answer<Response> {
     let batch = visible(&api, &caller, &id).await?;
     let rates = batch.counters.into();

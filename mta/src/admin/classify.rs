@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::Api;
 use super::auth::CanRead;
+use super::params::NoParams;
 use super::problem::{Answer, Code, Refusal};
 use crate::classify::parse_reply;
 use crate::intake::fields::{Mistakes, string};
@@ -27,6 +28,7 @@ pub(super) struct Reading {
 pub(super) async fn classify(
     State(api): State<Arc<Api>>,
     CanRead(_caller): CanRead,
+    _: NoParams,
     body: Result<Bytes, BytesRejection>,
 ) -> Answer<Json<Reading>> {
     let mut mistakes = Mistakes::default();

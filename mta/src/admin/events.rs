@@ -14,12 +14,12 @@ use futures_util::stream;
 use model::units::parse_duration;
 use model::{Event, EventKind};
 use serde::Serialize;
-use store::{EventPage, EventQuery, FeedPlace, StoreError};
+use store::{EventPage, EventQuery, FeedPlace};
 
 use super::Api;
 use super::auth::CanRead;
 use super::params::Params;
-use super::problem::{Answer, Code, Refusal};
+use super::problem::{Answer, of_cursor};
 
 /// The longest poll.
 const WAIT_MAX: Duration = Duration::from_secs(30);
@@ -135,7 +135,7 @@ async fn poll(api: &Api, mut query: EventQuery, wait: Duration) -> Answer<EventP
         let timer = api.metrics.store_seconds("events").start_timer();
         let page = api.store.events(query.clone()).await;
         timer.observe_duration();
-        let page = page.map_err(cursor_or_store)?;
+        let page = page.map_err(of_cursor("/after"))?;
         let left = wait.saturating_sub(api.clock.instant().saturating_duration_since(began));
         if !page.events.is_empty() || left.is_zero() || api.shutdown.has_begun() {
             return Ok(page);
@@ -146,14 +146,6 @@ async fn poll(api: &Api, mut query: EventQuery, wait: Duration) -> Answer<EventP
         }
         // What was looked through and did not match is not looked through again.
         query.after = Some(page.next);
-    }
-}
-
-/// The one thing of a query that only the store can judge is its cursor.
-fn cursor_or_store(error: StoreError) -> Refusal {
-    match error {
-        StoreError::Refused(detail) => Refusal::at(Code::InvalidField, "after", detail),
-        StoreError::Unavailable(_) | StoreError::Damaged(_) => error.into(),
     }
 }
 

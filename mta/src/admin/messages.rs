@@ -13,7 +13,7 @@ use store::{RecipientRow, Suppression};
 
 use super::Api;
 use super::auth::CanRead;
-use super::params::{Params, Segment};
+use super::params::{NoParams, Segment};
 use super::problem::{Answer, Refusal};
 use super::recipients::RowView;
 
@@ -128,6 +128,7 @@ pub(super) async fn message(
     State(api): State<Arc<Api>>,
     CanRead(caller): CanRead,
     Segment(id): Segment,
+    _: NoParams,
 ) -> Answer<Json<Story>> {
     let unknown = || Refusal::not_found("message");
     let id: MessageId = id.parse().map_err(|_| unknown())?;
@@ -167,9 +168,8 @@ pub(super) async fn person(
     State(api): State<Arc<Api>>,
     CanRead(caller): CanRead,
     Segment(email): Segment,
-    params: Params,
+    _: NoParams,
 ) -> Answer<Json<Person>> {
-    params.finish()?;
     let email: EmailAddress = email.parse().map_err(|_| Refusal::not_found("address"))?;
     let story = api
         .store

@@ -34,7 +34,7 @@ use store::{BatchChange, Store};
 use crate::classify::Rules;
 use crate::intake::submit::Intake;
 use auth::{CanSubmit, Keys};
-use params::Segment;
+use params::{NoParams, Segment};
 use problem::{Code, Refusal};
 
 /// What readiness asks besides the store.
@@ -89,7 +89,8 @@ impl Routes {
         let handler =
             move |State(api): State<Arc<Api>>,
                   CanSubmit(caller): CanSubmit,
-                  Segment(id): Segment| { batches::change(api, caller, id, change) };
+                  Segment(id): Segment,
+                  _: NoParams| { batches::change(api, caller, id, change) };
         self.at(Method::POST, path, handler)
     }
 }

@@ -13,6 +13,7 @@ use model::BatchId;
 use service::http::ProblemError;
 
 use super::problem::{Answer, Code, Refusal, mistake};
+use crate::intake::fields::pointer_step;
 
 /// The most items in a page.
 pub(crate) const PAGE_MAX: u32 = 1_000;
@@ -63,6 +64,26 @@ impl Params {
             .ok()
     }
 
+    /// A parameter that means something only with a value: left empty it is a mistake, where
+    /// overlooking it would do more than was asked for.
+    pub(crate) fn filled(&mut self, name: &str) -> Option<String> {
+        let at = self.pairs.iter().position(|(known, _)| known == name)?;
+        let text = self.pairs.remove(at).1;
+        if text.is_empty() {
+            self.mistake(name, "has no value");
+            return None;
+        }
+        Some(text)
+    }
+
+    /// `true` or `false`, and nothing else.
+    pub(crate) fn flag(&mut self, name: &str) -> Option<bool> {
+        let text = self.filled(name)?;
+        let flag = text.parse();
+        flag.map_err(|_| self.mistake(name, "is neither true nor false"))
+            .ok()
+    }
+
     /// A parameter that parses.
     pub(crate) fn parsed<T: FromStr<Err: fmt::Display>>(&mut self, name: &str) -> Option<T> {
         self.read(name, |text| {
@@ -80,8 +101,9 @@ impl Params {
     }
 
     pub(crate) fn mistake(&mut self, name: &str, detail: impl Into<String>) {
+        let path = format!("/{name}");
         self.mistakes
-            .push(mistake(name, Code::InvalidField, detail));
+            .push(mistake(path, Code::InvalidField, detail));
     }
 
     /// No other parameter exists.
@@ -90,18 +112,31 @@ impl Params {
     /// Every mistake in the query.
     pub(crate) fn finish(mut self) -> Answer<()> {
         for (name, _) in &self.pairs {
-            let name: String = name.chars().take(100).collect();
-            self.mistakes.push(mistake(
-                name,
-                Code::UnknownField,
-                "there is no such parameter",
-            ));
+            let path = format!("/{}", pointer_step(name));
+            let detail = "there is no such parameter, or it stands there twice";
+            self.mistakes
+                .push(mistake(path, Code::UnknownField, detail));
         }
         if self.mistakes.is_empty() {
             Ok(())
         } else {
             Err(Refusal::of_mistakes(self.mistakes))
         }
+    }
+}
+
+/// Calls without parameters: any is refused by name.
+#[derive(Debug)]
+pub(crate) struct NoParams;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoParams {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Answer<Self> {
+        let params = Params::from_request_parts(parts, state).await;
+        let Ok(params) = params;
+        params.finish()?;
+        Ok(Self)
     }
 }
 

@@ -93,6 +93,14 @@ impl Refusal {
     }
 }
 
+/// A refusal of the store where the one thing that only it can judge is the cursor in `path`.
+pub(crate) fn of_cursor(path: &'static str) -> impl Fn(StoreError) -> Refusal {
+    move |error| match error {
+        StoreError::Refused(detail) => Refusal::at(Code::InvalidField, path, detail),
+        StoreError::Unavailable(_) | StoreError::Damaged(_) => error.into(),
+    }
+}
+
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         match error {

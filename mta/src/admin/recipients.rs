@@ -120,11 +120,11 @@ pub(super) async fn list(
     let limit = params.limit();
     let query = RecipientQuery {
         batch,
-        from_index: params.parsed("cursor").unwrap_or(0),
+        from_index: params.read("cursor", from_index).unwrap_or(0),
         limit: if form == Form::Page { limit } else { PAGE_MAX },
         status: params.parsed("status"),
-        opened: params.parsed("opened"),
-        clicked: params.parsed("clicked"),
+        opened: params.flag("opened"),
+        clicked: params.flag("clicked"),
         domain: params
             .parsed::<model::Domain>("domain")
             .map(|domain| domain.to_string()),
@@ -157,6 +157,13 @@ pub(super) async fn list(
             csv,
         )),
     }
+}
+
+/// Reads a cursor: an index, as it is written.
+fn from_index(cursor: &str) -> Result<u32, String> {
+    let digits = cursor.bytes().all(|byte| byte.is_ascii_digit());
+    let index = digits.then(|| cursor.parse().ok()).flatten();
+    index.ok_or_else(|| "is no cursor of recipients".to_owned())
 }
 
 type Write = fn(&[RowView], first: bool) -> Result<Vec<u8>, Refusal>;

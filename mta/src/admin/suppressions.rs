@@ -11,8 +11,8 @@ use model::{EmailAddress, SuppressionReason};
 use store::{Suppression, SuppressionQuery};
 
 use super::auth::{CanRead, CanSubmit};
-use super::params::{PAGE_MAX, Params, Segment};
-use super::problem::{Answer, Code, Refusal};
+use super::params::{NoParams, PAGE_MAX, Params, Segment};
+use super::problem::{Answer, Code, Refusal, of_cursor};
 use super::{Api, List};
 use crate::intake::fields::Mistakes;
 
@@ -23,7 +23,7 @@ fn address(text: &str) -> Answer<String> {
         .map(|address| address.normalised())
         .map_err(|error| {
             let detail = format!("the address in the path {error}");
-            Refusal::at(Code::InvalidField, "email", detail)
+            Refusal::at(Code::InvalidField, "/email", detail)
         })
 }
 
@@ -40,7 +40,8 @@ pub(super) async fn list(
         limit: params.limit(),
     };
     params.finish()?;
-    let page = api.store.suppressions(query).await?;
+    let page = api.store.suppressions(query).await;
+    let page = page.map_err(of_cursor("/cursor"))?;
     Ok(Json(List {
         items: page.items,
         next_cursor: page.next,
@@ -52,6 +53,7 @@ pub(super) async fn one(
     State(api): State<Arc<Api>>,
     CanRead(caller): CanRead,
     Segment(email): Segment,
+    _: NoParams,
 ) -> Answer<Json<List<Suppression>>> {
     let query = SuppressionQuery {
         account: caller.account.to_string(),
@@ -74,6 +76,7 @@ pub(super) async fn put(
     State(api): State<Arc<Api>>,
     CanSubmit(caller): CanSubmit,
     Segment(email): Segment,
+    _: NoParams,
     body: Result<Bytes, BytesRejection>,
 ) -> Answer<Json<Suppression>> {
     let email = address(&email)?;
@@ -109,7 +112,7 @@ pub(super) async fn delete(
     mut params: Params,
 ) -> Answer<StatusCode> {
     let email = address(&email)?;
-    let list = params.text("list");
+    let list = params.filled("list");
     params.finish()?;
     api.store
         .unsuppress(&caller.account, &email, list.as_deref(), api.clock.now())

@@ -331,7 +331,7 @@ async fn events_are_followed_by_cursor_and_waited_for() {
             .await
             .problem()
             .2,
-        ["after invalid_field"]
+        ["/after invalid_field"]
     );
     assert_eq!(
         service
@@ -340,34 +340,198 @@ async fn events_are_followed_by_cursor_and_waited_for() {
             .await
             .problem()
             .2,
-        ["types invalid_field"]
+        ["/types invalid_field"]
     );
 }
 
+/// Values that no parameter takes, each of a route with the parameter.
+const BAD_VALUES: &[(&str, &str, &[&str])] = &[
+    (
+        "GET /v1/batches",
+        "limit",
+        &["0", "1001", "-1", "1e2", "x", "99999999999999999999"],
+    ),
+    (
+        "GET /v1/batches",
+        "cursor",
+        &["x", "0", "%00", "e1-5", "01JD"],
+    ),
+    ("GET /v1/batches", "state", &["lost", "Paused"]),
+    ("GET /v1/batches/ID/recipients", "limit", &["0", "1001"]),
+    (
+        "GET /v1/batches/ID/recipients",
+        "cursor",
+        &["x", "-1", "%2B1", "4294967296", "1.5"],
+    ),
+    ("GET /v1/batches/ID/recipients", "status", &["lost"]),
+    ("GET /v1/batches/ID/recipients", "opened", &["", "1", "yes"]),
+    ("GET /v1/batches/ID/recipients", "clicked", &["", "TRUE"]),
+    (
+        "GET /v1/batches/ID/recipients",
+        "domain",
+        &["a@b", "a%20b", "%00"],
+    ),
+    (
+        "GET /v1/events",
+        "after",
+        &[
+            "x",
+            "77",
+            "e1-",
+            "e1--1",
+            "e1-%2B1",
+            "e1-01",
+            "e2-1",
+            "e1-9223372036854775807",
+            "e1-99999999999",
+            "%00",
+        ],
+    ),
+    (
+        "GET /v1/events",
+        "types",
+        &["email.lost", "email.clicked,x"],
+    ),
+    ("GET /v1/events", "batch", &["x", "0"]),
+    ("GET /v1/events", "limit", &["0", "1001"]),
+    (
+        "GET /v1/events",
+        "wait",
+        &["5", "-1s", "1parsec", "99999999999999999999d"],
+    ),
+    ("GET /v1/suppressions", "limit", &["0", "1001"]),
+    (
+        "GET /v1/suppressions",
+        "cursor",
+        &["x", "%00", "e1-5", "a%20b"],
+    ),
+    ("DELETE /v1/suppressions/a@x.example", "list", &[""]),
+    ("POST /v1/batches", "dry_run", &["", "1", "yes"]),
+];
+
+/// Every route that takes a key, without the parameters that it knows.
+const ROUTES: &[&str] = &[
+    "GET /v1/batches",
+    "POST /v1/batches",
+    "GET /v1/batches/ID",
+    "POST /v1/batches/ID/pause",
+    "POST /v1/batches/ID/resume",
+    "POST /v1/batches/ID/cancel",
+    "POST /v1/batches/ID/archive",
+    "POST /v1/batches/ID/unarchive",
+    "GET /v1/batches/ID/recipients",
+    "GET /v1/batches/ID/report",
+    "GET /v1/messages/ID.0",
+    "GET /v1/recipients/a@x.example",
+    "GET /v1/events",
+    "GET /v1/suppressions",
+    "GET /v1/suppressions/a@x.example",
+    "PUT /v1/suppressions/a@x.example",
+    "DELETE /v1/suppressions/a@x.example",
+    "POST /v1/classify",
+];
+
 #[tokio::test]
-async fn what_is_asked_for_wrongly_is_said() {
+async fn what_is_asked_for_wrongly_is_said_and_nothing_is_done() {
     let service = Service::start().await;
     let id = submitted(&service, 1).await;
-    for (path, error) in [
-        (
-            format!("/v1/batches/{id}/recipients?limit=0"),
-            "limit invalid_field",
-        ),
-        (
-            format!("/v1/batches/{id}/recipients?limit=1001"),
-            "limit invalid_field",
-        ),
-        (
-            format!("/v1/batches/{id}/recipients?status=lost"),
-            "status invalid_field",
-        ),
-        ("/v1/batches?page=2".to_owned(), "page unknown_field"),
-        ("/v1/batches?cursor=x".to_owned(), "cursor invalid_field"),
-        ("/v1/suppressions/nobody".to_owned(), "email invalid_field"),
-    ] {
-        let (status, _, errors) = service.api.get(&path).await.problem();
-        assert_eq!((status, errors), (422, vec![error.to_owned()]), "{path}");
+    let ask = async |route: &str, query: &str| {
+        let (method, path) = route
+            .replace("ID", &id)
+            .split_once(' ')
+            .map(|(m, p)| (m.to_owned(), p.to_owned()))
+            .expect("a route");
+        let method = method.parse().expect("a method");
+        let body = if route == "POST /v1/batches" {
+            batch(&recipients(1, 1)).to_string().into()
+        } else {
+            Bytes::new()
+        };
+        let path = format!("{path}?{query}");
+        let headers = [("content-type", "application/json")];
+        service
+            .api
+            .call(method, &path, &headers, body)
+            .await
+            .problem()
+    };
+    let refused = |code: &str, name: &str| (422, code.to_owned(), vec![format!("/{name} {code}")]);
+    for (route, name, values) in BAD_VALUES {
+        for value in *values {
+            let found = ask(route, &format!("{name}={value}")).await;
+            assert_eq!(
+                found,
+                refused("invalid_field", name),
+                "{route} {name}={value}"
+            );
+        }
     }
+    for route in ROUTES {
+        let found = ask(route, "nope=1").await;
+        assert_eq!(found, refused("unknown_field", "nope"), "{route}");
+    }
+    let (status, _, errors) = ask("GET /v1/events", "limit=1&limit=2").await;
+    assert_eq!(
+        (status, errors),
+        (422, vec!["/limit unknown_field".to_owned()])
+    );
+    let page = service.api.get("/v1/suppressions/nobody").await.problem();
+    assert_eq!(page, refused("invalid_field", "email"));
+    // Nothing was submitted, paused, cancelled or suppressed.
+    let batches = service.api.get("/v1/batches").await.json();
+    assert_eq!(items(&batches).len(), 1);
+    assert_eq!(batches["items"][0]["archived"], false);
+    assert!(items(&service.api.get("/v1/suppressions").await.json()).is_empty());
+    // A stream with a bad cursor is refused before it begins.
+    let headers = [("accept", "text/event-stream"), ("last-event-id", "x")];
+    let stream = service
+        .api
+        .call(Method::GET, "/v1/events", &headers, Bytes::new())
+        .await;
+    assert_eq!(stream.problem(), refused("invalid_field", "after"));
+}
+
+#[tokio::test]
+async fn every_cursor_that_was_given_is_taken() {
+    let service = Service::start().await;
+    let id = submitted(&service, 3).await;
+    submitted(&service, 1).await;
+    for email in ["a@x.example", "b@x.example"] {
+        let path = format!("/v1/suppressions/{email}");
+        let headers = [("content-type", "application/json")];
+        let put = service.api.call(Method::PUT, &path, &headers, Bytes::new());
+        assert_eq!(put.await.status, 200);
+    }
+    for (path, count) in [
+        ("/v1/batches".to_owned(), 2),
+        (format!("/v1/batches/{id}/recipients"), 3),
+        ("/v1/suppressions".to_owned(), 2),
+    ] {
+        let (mut found, mut cursor) = (0, String::new());
+        loop {
+            let page = service.api.get(&format!("{path}?limit=1{cursor}")).await;
+            assert_eq!(page.status, 200, "{page:?}");
+            let page = page.json();
+            found += items(&page).len();
+            let Some(next) = page["next_cursor"].as_str() else {
+                break;
+            };
+            cursor = format!("&cursor={}", next.replace(' ', "%20"));
+        }
+        assert_eq!(found, count, "{path}");
+    }
+    let all = service.api.get("/v1/events?limit=1000").await.json();
+    let (mut found, mut cursor) = (Vec::new(), String::new());
+    while found.len() < all["events"].as_array().expect("events").len() {
+        let page = service
+            .api
+            .get(&format!("/v1/events?limit=1{cursor}"))
+            .await
+            .json();
+        found.extend(page["events"].as_array().expect("events").clone());
+        cursor = format!("&after={}", page["next"].as_str().expect("a cursor"));
+    }
+    assert_eq!(json!(found), all["events"]);
 }
 
 #[tokio::test]

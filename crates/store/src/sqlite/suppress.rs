@@ -4,7 +4,7 @@
 
 use super::books::Books;
 use super::ids;
-use crate::{BatchHead, Control, Page, Result, Suppression, SuppressionQuery};
+use crate::{BatchHead, Control, Page, Result, StoreError, Suppression, SuppressionQuery};
 use model::{EventKind, Priority, SuppressionReason, Timestamp, partition_hash};
 use rusqlite::{Connection, Row, params};
 use serde_json::json;
@@ -149,8 +149,13 @@ pub(super) fn page(connection: &Connection, query: &SuppressionQuery) -> Result<
         return Ok(Page { items, next: None });
     }
     // The cursor is the last address and its list; neither has a space.
-    let after = query.after.as_deref().unwrap_or_default();
-    let (email, list) = after.split_once(' ').unwrap_or((after, ""));
+    let (email, list) = match query.after.as_deref() {
+        None => ("", ""),
+        Some(cursor) => cursor
+            .split_once(' ')
+            .filter(|(email, _)| email.contains('@'))
+            .ok_or_else(|| StoreError::Refused("is no cursor of suppressions".into()))?,
+    };
     let limit = query.limit.clamp(1, 1_000);
     let sql = format!(
         "SELECT {COLUMNS} FROM suppression WHERE account=?1 AND (email, list) > (?2, ?3) ORDER BY email, list LIMIT ?4"
