@@ -8,3 +8,4 @@ mod reading;
 mod sending;
 mod serving;
 mod station;
+mod storm;
