@@ -127,7 +127,8 @@ fn start(books: &mut Books<'_, '_>, mut batch: BatchRecord) -> Result<()> {
 /// What the first step of a change came to.
 enum Begun {
     Answer(Box<ChangeOutcome>),
-    Cancelling(BatchNo),
+    /// Which batch, and how many of it were cancelled before.
+    Cancelling(BatchNo, u64),
 }
 
 /// Changes a batch; a cancel goes on in short steps after the one that makes it hold.
@@ -140,76 +141,64 @@ pub(super) async fn change(
     let begun = writer
         .write(move |step| begin(step, id, change, now))
         .await?;
-    let no = match begun {
+    let (no, before) = match begun {
         Begun::Answer(outcome) => return Ok(*outcome),
-        Begun::Cancelling(no) => no,
+        Begun::Cancelling(no, before) => (no, before),
     };
-    let (cancelled, in_flight) = cancel_all(writer, no, now).await?;
+    cancel_all(writer, no, now).await?;
     writer
         .write(move |step| {
             let batch = Box::new(read(step, no)?);
+            // Counted by what became of the recipients, not by who ended them: a holder hears of
+            // the cancel too, and may be faster.
             Ok(ChangeOutcome::Done {
+                cancelled: batch.counters.cancelled.saturating_sub(before),
+                in_flight: batch.counters.open(),
                 batch,
-                cancelled,
-                in_flight,
             })
         })
         .await
 }
 
 /// Ends what was not started of a cancelled batch, in short steps.
-async fn cancel_all(writer: &Writer, no: BatchNo, now: Timestamp) -> Result<(u64, u64)> {
-    let (mut cancelled, mut in_flight, mut after) = (0, 0, 0);
-    loop {
-        let slice = writer
-            .write(move |step| cancel_some(step, no, after, now))
+async fn cancel_all(writer: &Writer, no: BatchNo, now: Timestamp) -> Result<()> {
+    let mut after = Some(0);
+    while let Some(from) = after {
+        after = writer
+            .write(move |step| cancel_some(step, no, from, now))
             .await?;
-        cancelled += slice.cancelled;
-        in_flight += slice.in_flight;
-        match slice.next {
-            Some(next) => after = next,
-            None => return Ok((cancelled, in_flight)),
-        }
     }
+    Ok(())
 }
 
-/// What was cancelled in one step.
-#[derive(Default)]
-struct Slice {
-    cancelled: u64,
-    in_flight: u64,
-    next: Option<i64>,
-}
-
-fn cancel_some(step: &mut Step<'_>, no: BatchNo, after: i64, now: Timestamp) -> Result<Slice> {
+/// One step of a cancel: some ranges after `after`, and where to go on.
+fn cancel_some(
+    step: &mut Step<'_>,
+    no: BatchNo,
+    after: i64,
+    now: Timestamp,
+) -> Result<Option<i64>> {
     let some = ranges(
         step,
         "batch=?1 AND id>?2 ORDER BY id LIMIT ?3",
         [no, after, RANGES],
     )?;
-    let mut slice = Slice {
-        next: some.last().map(|range| range.id),
-        ..Slice::default()
-    };
+    let next = some.last().map(|range| range.id);
     let mut books = Books::open(step, now);
     for range in some {
         let held = range.held && range.expires > now.millis();
         let from = if held { range.window } else { 0 };
         match cancel_range(&mut books, &range, from) {
-            Ok((cancelled, kept)) => {
-                slice.cancelled += cancelled;
-                slice.in_flight += kept;
-            }
             Err(StoreError::Damaged(what)) if !held => {
                 lease::put_off(books.step, range.id, now, &what)?;
             }
             // Its holder is asked first; what is left is swept later.
-            Err(StoreError::Damaged(_)) => slice.in_flight += u64::from(range.count),
-            Err(error) => return Err(error),
+            Err(StoreError::Damaged(_)) => {}
+            ended => ended?,
         }
     }
     books.close(None)?;
-    Ok(slice)
+    Ok(next)
 }
 
 /// Ends what a holder that is gone left of a cancelled batch; also what a crash left of a cancel.
@@ -255,10 +244,11 @@ fn begin(step: &mut Step<'_>, id: BatchId, change: BatchChange, now: Timestamp) 
     let ended = matches!(batch.state, BatchState::Completed | BatchState::Cancelled);
     match change {
         BatchChange::Cancel if batch.state != BatchState::Completed => {
+            let before = read(step, no)?.counters.cancelled;
             if !ended {
                 cancel(step, batch, now)?;
             }
-            return Ok(Begun::Cancelling(no));
+            return Ok(Begun::Cancelling(no, before));
         }
         BatchChange::Pause | BatchChange::Resume | BatchChange::Cancel if ended => {
             return answer(ChangeOutcome::Impossible(batch.state));

@@ -233,25 +233,21 @@ pub(super) fn free<'a>(range: &Range, due_at: i64) -> Lease<'a> {
     }
 }
 
-/// Ends as cancelled what is unreported from the offset `from` on; how many. The rest of the
-/// range stays with its holder; a range of which nothing stays is removed.
-pub(super) fn cancel_range(
-    books: &mut Books<'_, '_>,
-    range: &Range,
-    from: u32,
-) -> Result<(u64, u64)> {
-    let (mut cancelled, mut kept) = (0, 0);
+/// Ends as cancelled what is unreported from the offset `from` on. The rest of the range stays
+/// with its holder; a range of which nothing stays is removed.
+pub(super) fn cancel_range(books: &mut Books<'_, '_>, range: &Range, from: u32) -> Result<()> {
+    let mut something_stays = false;
     for (offset, of) in range.unreported(books)? {
         if offset < from {
-            kept += 1;
-        } else if books.end_unsent(range.lot_id(of), of.position, Status::Cancelled, json!({}))? {
-            cancelled += 1;
+            something_stays = true;
+        } else {
+            books.end_unsent(range.lot_id(of), of.position, Status::Cancelled, json!({}))?;
         }
     }
-    if kept == 0 {
+    if !something_stays {
         delete(books.step, range.id)?;
     }
-    Ok((cancelled, kept))
+    Ok(())
 }
 
 /// The range, if this lease on it was not followed by another.
