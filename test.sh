@@ -44,10 +44,14 @@ install_missing() {
     step "installing ${missing[*]}"
     "${sudo[@]}" apt-get update -qq
     # A package's own service must not start: the tests bring their own configuration.
-    printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee /usr/sbin/policy-rc.d >/dev/null
-    "${sudo[@]}" chmod +x /usr/sbin/policy-rc.d
+    local policy=/usr/sbin/policy-rc.d made_policy=0
+    if [ ! -e "$policy" ]; then
+      made_policy=1
+      printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
+      "${sudo[@]}" chmod +x "$policy"
+    fi
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-    "${sudo[@]}" rm -f /usr/sbin/policy-rc.d
+    [ "$made_policy" = 0 ] || "${sudo[@]}" rm -f "$policy"
   else
     printf 'missing, and this user may not install them:\n' >&2
     printf '  %s\n' "${missing[@]}" >&2
