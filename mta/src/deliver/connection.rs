@@ -9,6 +9,8 @@ use service::metrics::{OpenConnection, SmtpStage, ThrottleReason};
 use smtp::client::{BeginError, Event as Spoken, Interruption, Outcome};
 use smtp::{ClientSession, Envelope, Stage, TxId};
 
+use tokio::sync::mpsc::error::TryRecvError;
+
 use super::dial::Established;
 use super::io::Wire;
 use super::{Deliver, Plan};
@@ -105,6 +107,7 @@ impl Connection<'_> {
             if let Some(end) = self.hear().await {
                 break end;
             }
+            self.take_composed();
             self.begin_next().await;
             // With CHUNKING the content is due with the envelope, so that all is one flight.
             if let Some(end) = self.hear().await {
@@ -148,6 +151,22 @@ impl Connection<'_> {
     }
 
     // ---- beginning ----------------------------------------------------------------------
+
+    /// Takes the next message once it can begin; until then it waits in the channel, and nobody is
+    /// woken for it.
+    fn take_composed(&mut self) {
+        if self.wants_message() {
+            match self.plan.jobs.try_recv() {
+                Ok(composed) => self.next = Some(composed),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => self.quit(),
+            }
+        }
+    }
+
+    fn wants_message(&self) -> bool {
+        self.next.is_none() && !self.quitting && self.session.can_begin()
+    }
 
     /// Begins the composed message if the session, the rate and the control feed allow it.
     async fn begin_next(&mut self) {
@@ -370,7 +389,7 @@ impl Connection<'_> {
     async fn wait(&mut self) {
         let deadline = self.deadline();
         let wake = self.permit_at.map_or(deadline, |at| at.min(deadline));
-        let takes_job = self.next.is_none() && !self.quitting;
+        let takes_job = self.wants_message();
         tokio::select! {
             biased;
             turn = self.wire.turn(&mut self.session) => match turn {

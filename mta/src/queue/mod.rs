@@ -17,3 +17,4 @@ mod state;
 mod target;
 
 pub use state::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
+pub use target::DEPTH;

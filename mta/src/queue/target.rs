@@ -8,8 +8,9 @@ use super::job::{ConnId, Policy};
 use crate::resolve::Route;
 use crate::shaping::Pacer;
 
-/// Messages that a connection has at a time: one on the wire, the next composed.
-pub(super) const DEPTH: usize = 2;
+/// Messages that a connection has at a time: one whose reply is awaited, one whose envelope went
+/// along, and one composed, so that its envelope leaves in one write with the content before.
+pub const DEPTH: usize = 3;
 
 /// How long before it may be sent a message is handed to a connection.
 pub(super) const HORIZON: Duration = Duration::from_millis(500);

@@ -15,15 +15,13 @@ use super::asking::{Asking, Question};
 use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
 use crate::queue::job::{ConnId, Fate, Job, Policy, Returned};
-use crate::queue::{Action, ConnEnd, Event, Now, QueueState};
+use crate::queue::{Action, ConnEnd, DEPTH, Event, Now, QueueState};
 use crate::resolve::{Resolver, Route};
 use crate::shaping::Destination;
 use crate::ship::{Recorder, ShipCommand};
 
 /// Events taken in one turn.
 const EVENTS_PER_TURN: usize = 1_024;
-/// Messages that a connection's channel holds: what it is handed at a time.
-const CHANNEL: usize = 2;
 
 /// What the executor is made of.
 pub(super) struct Parts {
@@ -49,6 +47,8 @@ pub(super) struct Executor {
     parts: Parts,
     /// Commands for which shipping had no room yet; no more than there are leased ranges.
     unsent: VecDeque<ShipCommand>,
+    /// Messages of this turn.
+    to_compose: Vec<Request>,
     /// What came of carrying out an action at once.
     at_once: Vec<Event>,
     conns: HashMap<ConnId, Wiring>,
@@ -67,6 +67,7 @@ impl Executor {
         Self {
             parts,
             unsent: VecDeque::new(),
+            to_compose: Vec::new(),
             at_once: Vec::new(),
             conns: HashMap::new(),
             drained: false,
@@ -157,6 +158,9 @@ impl Executor {
         for action in actions {
             self.act(action);
         }
+        for request in self.parts.composer.send(self.to_compose.drain(..)) {
+            self.at_once.push(closed(&request.job));
+        }
         while let Some(command) = self.unsent.pop_front() {
             match self.parts.ship.try_send(command) {
                 Ok(()) => {}
@@ -233,7 +237,7 @@ impl Executor {
     }
 
     fn open(&mut self, conn: ConnId, route: Arc<Route>, policy: Arc<Policy>, source: usize) {
-        let (jobs, receiver) = mpsc::channel(CHANNEL);
+        let (jobs, receiver) = mpsc::channel(DEPTH);
         let quit = CancellationToken::new();
         self.show_limits(&policy);
         let wiring = Wiring {
@@ -272,12 +276,12 @@ impl Executor {
     }
 
     fn send(&mut self, job: Job) {
-        let id = job.id;
-        let to = self.conns.get(&job.conn).map(|wiring| wiring.jobs.clone());
-        let sent = to.is_some_and(|to| self.parts.composer.send(Request { job, to }).is_ok());
-        if !sent {
-            self.at_once
-                .push(Event::Report(id, Fate::Returned(Returned::Closed)));
+        match self.conns.get(&job.conn) {
+            Some(wiring) => self.to_compose.push(Request {
+                job,
+                to: wiring.jobs.clone(),
+            }),
+            None => self.at_once.push(closed(&job)),
         }
     }
 
@@ -324,4 +328,9 @@ impl Executor {
             }
         });
     }
+}
+
+/// A message that its connection cannot take.
+fn closed(job: &Job) -> Event {
+    Event::Report(job.id, Fate::Returned(Returned::Closed))
 }

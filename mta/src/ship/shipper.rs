@@ -17,8 +17,13 @@ use crate::queue::Event;
 
 /// Records in one shipment: as many starts as outcomes.
 const RECORDS_MAX: usize = 1_000;
-/// Between shipments, so that each carries something worth its commit.
+/// Between looks at what there is to ship.
 const PACE: Duration = Duration::from_millis(20);
+/// How long records wait for more of them, so that a shipment is worth its commit.
+const COMPANY: Duration = Duration::from_millis(100);
+/// Records of one range that do not wait: half of what its window lets it start, so that a window
+/// moves before it is used up.
+const RANGE_RECORDS: usize = store::WINDOW as usize;
 /// Waits after the store did not answer.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Releases in one call.
@@ -199,7 +204,18 @@ impl Shipper {
             }
             return;
         }
-        tokio::time::sleep(PACE).await;
+        let since = self.deps.clock.instant();
+        loop {
+            tokio::time::sleep(PACE).await;
+            let waited = self.deps.clock.instant().saturating_duration_since(since);
+            let enough = (RANGE_RECORDS * self.ledger.len()).clamp(1, RECORDS_MAX);
+            if waited >= COMPANY
+                || self.deps.journal.pending_records() >= enough as u64
+                || !self.deps.commands.is_empty()
+            {
+                break;
+            }
+        }
         tokio::select! {
             readable = self.deps.journal.readable(self.shipped) => if readable.is_err() {
                 tokio::time::sleep(IDLE).await;
