@@ -199,6 +199,13 @@ pub(crate) enum StoredEvent {
         /// JSON.
         data: String,
     },
+    /// Of an account.
+    Account {
+        kind: u8,
+        account: String,
+        /// JSON.
+        data: String,
+    },
 }
 
 impl StoredEvent {
@@ -207,7 +214,8 @@ impl StoredEvent {
             Self::Fact { kind, .. }
             | Self::Unsent { kind, .. }
             | Self::Batch { kind, .. }
-            | Self::Address { kind, .. } => *kind,
+            | Self::Address { kind, .. }
+            | Self::Account { kind, .. } => *kind,
         }
     }
 }

@@ -151,6 +151,47 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<u32>;
 
+    /// Keeps mail from a destination, in place of a suspension that was there; every node hears of
+    /// it in the control feed.
+    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()>;
+
+    /// Lifts the suspension of a destination; every node hears of it. Whether there was one.
+    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool>;
+
+    /// The suspensions that hold at `now`, in order of destination.
+    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>>;
+
+    /// Makes deferred recipients due now: those waiting for a time after `now` that nobody holds.
+    /// How many there are; a `dry_run` counts only. Not one step: what another node leases
+    /// meanwhile is left to it.
+    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64>;
+
+    // ---- what nodes share ---------------------------------------------------------------
+
+    /// Writes notes, each in place of the one of its kind and key: the last writer wins. An empty
+    /// value removes the note. Refused: a value of more than [`NOTE_BYTES`].
+    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()>;
+
+    /// The notes of a kind that have not expired, in order of key.
+    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>>;
+
+    /// One note, unless it has expired.
+    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>>;
+
+    /// Takes or renews the lease on a job that one node at a time is to run. The answer is a
+    /// fencing token: the same while the holder renews in time, higher for every later lease;
+    /// `None`: another node holds it. A `ttl` of zero gives it up.
+    async fn job_lease(
+        &self,
+        job: &str,
+        node: JournalId,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<Option<u64>>;
+
+    /// Puts events that belong to no recipient into the event stream, as one step.
+    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()>;
+
     // ---- reading ------------------------------------------------------------------------
 
     /// One batch with its counters.

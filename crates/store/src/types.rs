@@ -294,6 +294,69 @@ pub enum Control {
         /// Of one list, or all.
         list: Option<String>,
     },
+    /// An operator keeps mail from a destination.
+    DestinationSuspended(Suspension),
+    /// The destination gets mail again.
+    DestinationResumed(Box<str>),
+}
+
+/// The largest [`Note::value`].
+pub const NOTE_BYTES: usize = 64 << 10;
+
+/// A small record that all nodes share: what one learned, the others know (adapted limits, TLS
+/// postures, policies, tallies). The store does not read it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// Which sort of record.
+    pub kind: Box<str>,
+    /// Which of its sort.
+    pub key: Box<str>,
+    /// At most [`NOTE_BYTES`]; empty: there is none.
+    pub value: Box<[u8]>,
+    /// From then on it is as if it were not there; none: until it is removed.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// An operator's word that a destination gets no mail now.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Suspension {
+    /// Its name, as shaping gives it.
+    pub destination: Box<str>,
+    /// Until then; none: until it is lifted.
+    pub until: Option<Timestamp>,
+    /// In the operator's words.
+    pub reason: Box<str>,
+    /// Whose key it was.
+    pub by: Box<str>,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+impl Suspension {
+    /// Whether it holds at `now`.
+    pub fn holds(&self, now: Timestamp) -> bool {
+        self.until.is_none_or(|until| until > now)
+    }
+}
+
+/// What belongs into the event stream and to no recipient.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Announcement {
+    /// The type of the event.
+    pub kind: EventKind,
+    /// Whose.
+    pub account: Box<str>,
+    /// The event's `data`.
+    pub data: serde_json::Value,
+}
+
+/// Whose next attempt is brought forward.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DueScope {
+    /// The recipients of a batch.
+    Batch(BatchId),
+    /// The recipients in these queues.
+    Domains(Vec<Box<str>>),
 }
 
 /// An entry of the suppression list.

@@ -127,7 +127,12 @@ impl ControlView {
                     }
                 }
             }
-            Control::Work | Control::Archived(_) | Control::Unarchived(_) => {}
+            // Of no batch and no person.
+            Control::Work
+            | Control::Archived(_)
+            | Control::Unarchived(_)
+            | Control::DestinationSuspended(_)
+            | Control::DestinationResumed(_) => {}
         }
     }
 

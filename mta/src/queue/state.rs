@@ -521,6 +521,8 @@ impl QueueState {
             Control::Suppressed(_) | Control::Unsuppressed { .. } => {}
             // The tracker's.
             Control::Archived(_) | Control::Unarchived(_) => {}
+            // Looked up with the destination's limits.
+            Control::DestinationSuspended(_) | Control::DestinationResumed(_) => {}
         }
     }
 

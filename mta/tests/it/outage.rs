@@ -6,10 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
 use store::{
-    AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
-    ControlPage, EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, MessageStory,
-    NewBatch, NewLot, Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment,
-    Shipped, Store, StoreError, Suppression, SuppressionQuery, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
+    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
+    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
+    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
+    SuppressionQuery, Suspension, Totals,
 };
 use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
 use tokio::sync::watch;
@@ -148,6 +149,48 @@ impl Store for Remote {
         now: Timestamp,
     ) -> Result<u32> {
         self.inner.unsuppress(account, email, list, now).await
+    }
+
+    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
+        self.inner.suspend(suspension, now).await
+    }
+
+    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool> {
+        self.inner.resume(destination, now).await
+    }
+
+    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>> {
+        self.inner.suspensions(now).await
+    }
+
+    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64> {
+        self.inner.make_due(scope, now, dry_run).await
+    }
+
+    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
+        self.inner.put_notes(notes, now).await
+    }
+
+    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
+        self.inner.notes(kind, now).await
+    }
+
+    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
+        self.inner.note(kind, key, now).await
+    }
+
+    async fn job_lease(
+        &self,
+        job: &str,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Option<u64>> {
+        self.inner.job_lease(job, node, now, ttl).await
+    }
+
+    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
+        self.inner.announce(news, now).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use store::{
-    AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
-    ControlPage, EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, MessageStory,
-    NewBatch, NewLot, Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment,
-    Shipped, Store, StoreError, Suppression, SuppressionQuery, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
+    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
+    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
+    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
+    SuppressionQuery, Suspension, Totals,
 };
 
 /// A real store behind a network that fails: before the call, or after it, when only the answer is
@@ -128,6 +129,39 @@ impl Store for Faulty {
         now: Timestamp,
     ) -> Result<u32> {
         self.inner.unsuppress(account, email, list, now).await
+    }
+    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
+        self.inner.suspend(suspension, now).await
+    }
+    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool> {
+        self.inner.resume(destination, now).await
+    }
+    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>> {
+        self.inner.suspensions(now).await
+    }
+    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64> {
+        self.inner.make_due(scope, now, dry_run).await
+    }
+    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
+        self.inner.put_notes(notes, now).await
+    }
+    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
+        self.inner.notes(kind, now).await
+    }
+    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
+        self.inner.note(kind, key, now).await
+    }
+    async fn job_lease(
+        &self,
+        job: &str,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Option<u64>> {
+        self.inner.job_lease(job, node, now, ttl).await
+    }
+    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
+        self.inner.announce(news, now).await
     }
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
         self.inner.batch(batch).await

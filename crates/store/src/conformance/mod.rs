@@ -12,6 +12,7 @@ mod facts;
 mod intake;
 mod leases;
 mod reading;
+mod shared;
 mod simulation;
 mod support;
 
@@ -20,6 +21,7 @@ pub use facts::*;
 pub use intake::*;
 pub use leases::*;
 pub use reading::*;
+pub use shared::*;
 pub use simulation::*;
 
 use crate::Store;
@@ -97,6 +99,11 @@ macro_rules! conformance_tests {
             batches_are_listed_newest_first
             totals_and_the_oldest_due
             a_setting_has_one_first_writer
+            notes_are_shared_until_they_expire
+            a_job_is_one_nodes_at_a_time
+            a_suspension_is_told_to_every_node
+            announcements_are_events_of_their_account
+            deferred_mail_is_made_due
             a_storm_agrees_with_a_simple_model
         }
     };

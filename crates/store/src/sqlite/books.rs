@@ -13,7 +13,7 @@ use super::record::{
 use super::writer::Step;
 use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
 use crate::transition::{self, Applied, Cell};
-use crate::{BatchHead, Control, Result, StoreError};
+use crate::{Announcement, BatchHead, Control, Result, StoreError};
 use model::{
     BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq, Status,
     Timestamp,
@@ -300,6 +300,15 @@ impl<'s, 'c> Books<'s, 'c> {
         }));
     }
 
+    /// Notes an event of an account.
+    pub(super) fn account_event(&mut self, of: Announcement) {
+        self.events.push(Pending::Other(StoredEvent::Account {
+            kind: of.kind.code(),
+            account: of.account.into(),
+            data: of.data.to_string(),
+        }));
+    }
+
     /// Tells every node.
     pub(super) fn tell(&mut self, item: &Control) -> Result<()> {
         self.step.changed.control = true;
@@ -427,7 +436,7 @@ fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) ->
     let of = |event: &StoredEvent| match event {
         StoredEvent::Fact { lot, .. } | StoredEvent::Unsent { lot, .. } => ids::split(*lot).0,
         StoredEvent::Batch { batch, .. } => *batch,
-        StoredEvent::Address { .. } => 0,
+        StoredEvent::Address { .. } | StoredEvent::Account { .. } => 0,
     };
     let first = events.first().map_or(0, of);
     let batch = if events.iter().all(|event| of(event) == first) {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The version of the schema, in `user_version`.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
 /// How long a writer waits for the other process; its steps are short, a checkpoint is not.
 const BUSY: Duration = Duration::from_secs(15);
 /// Statements kept prepared per connection: more than there are.
@@ -93,8 +93,13 @@ fn make(connection: &mut Connection, options: &SqliteOptions) -> Result<()> {
     let version: i64 = step.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     match version {
         SCHEMA => {}
+        1 => {
+            step.execute_batch(include_str!("schema-2.sql"))?;
+            step.pragma_update(None, "user_version", SCHEMA)?;
+        }
         0 => {
             step.execute_batch(include_str!("schema.sql"))?;
+            step.execute_batch(include_str!("schema-2.sql"))?;
             step.pragma_update(None, "user_version", SCHEMA)?;
             let count = options.partitions;
             step.execute(

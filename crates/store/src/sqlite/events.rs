@@ -156,13 +156,7 @@ impl Telling<'_> {
                 data,
                 ..
             } => {
-                if self.batch.is_some()
-                    || self
-                        .query
-                        .account
-                        .as_ref()
-                        .is_some_and(|wanted| wanted != account)
-                {
+                if !self.of_account(account) {
                     return Ok(None);
                 }
                 let mut event = bare(own(data), seq, recorded_at, account.clone());
@@ -171,6 +165,10 @@ impl Telling<'_> {
                     prospect_id: None,
                 });
                 Ok(Some(event))
+            }
+            StoredEvent::Account { account, data, .. } => {
+                let event = || bare(own(data), seq, recorded_at, account.clone());
+                Ok(self.of_account(account).then(event))
             }
             StoredEvent::Batch { batch, data, .. } => {
                 let Some(head) = self.wanted(*batch)? else {
@@ -216,6 +214,12 @@ impl Telling<'_> {
                 Ok(self.of_recipient(told, seq, recorded_at, &head, *lot, logged.position)?)
             }
         }
+    }
+
+    /// Whether the query wants the events of this account that belong to no batch.
+    fn of_account(&self, account: &str) -> bool {
+        let wanted = self.query.account.as_deref();
+        self.batch.is_none() && wanted.is_none_or(|wanted| wanted == account)
     }
 
     /// The batch, if the query wants its events.

@@ -10,6 +10,7 @@ mod control;
 #[cfg(test)]
 mod damaged;
 mod db;
+mod due;
 mod events;
 mod feeds;
 mod ids;
@@ -19,6 +20,7 @@ mod range;
 mod read;
 mod readers;
 mod record;
+mod shared;
 mod ship;
 mod stage;
 mod story;
@@ -26,10 +28,11 @@ mod suppress;
 mod writer;
 
 use crate::{
-    AddressStory, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome, ControlCursor,
-    ControlPage, EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, MessageStory,
-    NewBatch, NewLot, Page, RangeRef, RecipientQuery, RecipientRow, Release, Result, Shipment,
-    Shipped, Store, StoreError, Suppression, SuppressionQuery, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
+    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
+    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
+    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
+    SuppressionQuery, Suspension, Totals,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -316,6 +319,74 @@ impl Store for SqliteStore {
                 let removed = suppress::remove(&mut books, &account, &email, list.as_deref())?;
                 books.close(None)?;
                 Ok(removed)
+            })
+            .await
+    }
+
+    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
+        self.writer()?
+            .write(move |step| shared::suspend(step, suspension, now))
+            .await
+    }
+
+    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool> {
+        let destination = destination.to_owned();
+        self.writer()?
+            .write(move |step| shared::resume(step, &destination, now))
+            .await
+    }
+
+    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>> {
+        self.readers
+            .read(move |reading| shared::suspensions(reading.connection, now))
+            .await
+    }
+
+    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64> {
+        due::make_due(self.writer()?, scope, now, dry_run).await
+    }
+
+    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
+        self.writer()?
+            .write(move |step| shared::put_notes(step.connection, notes, now))
+            .await
+    }
+
+    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
+        let kind = kind.to_owned();
+        self.readers
+            .read(move |reading| shared::notes(reading.connection, &kind, None, now))
+            .await
+    }
+
+    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
+        let (kind, key) = (kind.to_owned(), key.to_owned());
+        let found = self
+            .readers
+            .read(move |reading| shared::notes(reading.connection, &kind, Some(&key), now))
+            .await?;
+        Ok(found.into_iter().next())
+    }
+
+    async fn job_lease(
+        &self,
+        job: &str,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Option<u64>> {
+        let job = job.to_owned();
+        self.writer()?
+            .write(move |step| shared::job_lease(step.connection, &job, node, now, ttl))
+            .await
+    }
+
+    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
+        self.writer()?
+            .write(move |step| {
+                let mut books = Books::open(step, now);
+                news.into_iter().for_each(|of| books.account_event(of));
+                books.close(None).map(drop)
             })
             .await
     }

@@ -69,6 +69,25 @@ async fn a_file_of_another_version_or_kind_is_left_alone() {
 }
 
 #[tokio::test]
+async fn a_file_of_the_first_version_is_brought_forward() {
+    let fixture = Sqlite::new(1);
+    let store = fixture.mta().await;
+    assert_eq!(store.setting("kept", "one").await.unwrap(), "one");
+    drop(store);
+    let file = rusqlite::Connection::open(fixture.path()).unwrap();
+    file.execute_batch(
+        "DROP TABLE note; DROP TABLE job; DROP TABLE suspension; PRAGMA user_version=1;",
+    )
+    .unwrap();
+    drop(file);
+    let store = fixture.mta().await;
+    assert_eq!(store.setting("kept", "two").await.unwrap(), "one");
+    let now = model::Timestamp::from_millis(1);
+    assert_eq!(store.suspensions(now).await.unwrap(), []);
+    assert_eq!(store.notes("limit", now).await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn a_cursor_of_nobody_is_refused() {
     let fixture = Sqlite::new(1);
     let store = fixture.mta().await;

@@ -1,0 +1,239 @@
+//! Rules of what nodes share beside mail: notes, job leases, suspensions, announcements; and of
+//! making deferred mail due.
+
+use super::Fixture;
+use super::support::*;
+use crate::{
+    Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, Result, StoreError,
+    Suspension,
+};
+use model::{AttemptResult, EventKind, JournalId, Timestamp};
+use std::time::Duration;
+
+fn note(kind: &str, key: &str, value: &[u8], expires_at: Option<Timestamp>) -> Note {
+    Note {
+        kind: kind.into(),
+        key: key.into(),
+        value: value.into(),
+        expires_at,
+    }
+}
+
+/// What one node notes the others read: the last writer wins, until it expires or is removed.
+pub async fn notes_are_shared_until_they_expire(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let until = T0 + secs(60);
+    let first = vec![
+        note("limit", "b", b"2", None),
+        note("limit", "a", b"1", Some(until)),
+        note("tls", "a", &[0, 255, 10], None),
+    ];
+    store.put_notes(first.clone(), T0).await?;
+    let (a, b) = (first[1].clone(), first[0].clone());
+    assert_eq!(elsewhere.notes("limit", T0).await?, [a.clone(), b.clone()]);
+    assert_eq!(elsewhere.notes("none", T0).await?, []);
+    assert_eq!(elsewhere.note("limit", "a", T0).await?, Some(a));
+    assert_eq!(elsewhere.note("limit", "c", T0).await?, None);
+    assert_eq!(store.note("limit", "a", until).await?, None);
+    assert_eq!(store.notes("limit", until).await?, [b]);
+
+    let newer = note("limit", "b", b"3", Some(until + secs(1)));
+    elsewhere
+        .put_notes(vec![newer.clone(), note("tls", "a", b"", None)], until)
+        .await?;
+    assert_eq!(store.notes("limit", until).await?, [newer]);
+    assert_eq!(store.notes("tls", until).await?, []);
+    assert_eq!(store.notes("limit", until + secs(1)).await?, []);
+
+    let full = note("limit", "full", &vec![7; NOTE_BYTES], None);
+    store.put_notes(vec![full.clone()], until).await?;
+    assert_eq!(store.note("limit", "full", until).await?, Some(full));
+    let over = note("limit", "over", &vec![7; NOTE_BYTES + 1], None);
+    let refused = store.put_notes(vec![over], until).await;
+    assert!(
+        matches!(refused, Err(StoreError::Refused(_))),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+/// One node at a time has a job; its token is the same while it renews and higher for the next.
+pub async fn a_job_is_one_nodes_at_a_time(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let (one, two) = (JournalId::new(T0, 1), JournalId::new(T0, 2));
+    let token = store.job_lease("report", one, T0, TTL).await?;
+    assert!(token.is_some());
+    assert_eq!(elsewhere.job_lease("report", two, T0, TTL).await?, None);
+    assert!(elsewhere.job_lease("decide", two, T0, TTL).await?.is_some());
+    let renewed = T0 + secs(30);
+    assert_eq!(store.job_lease("report", one, renewed, TTL).await?, token);
+    let almost = renewed + TTL - Duration::from_millis(1);
+    assert_eq!(store.job_lease("report", two, almost, TTL).await?, None);
+    // Its time is over: another one has it, or the same one anew.
+    let second = elsewhere
+        .job_lease("report", two, renewed + TTL, TTL)
+        .await?;
+    assert!(second > token, "{second:?} after {token:?}");
+    assert_eq!(
+        store.job_lease("report", one, renewed + TTL, TTL).await?,
+        None
+    );
+    let again = renewed + TTL + TTL;
+    let third = store.job_lease("report", two, again, TTL).await?;
+    assert!(third > second, "{third:?} after {second:?}");
+    // Given up, it is free at once.
+    let given = store
+        .job_lease("report", two, again, Duration::ZERO)
+        .await?;
+    assert_eq!(given, third);
+    let fourth = store.job_lease("report", one, again, TTL).await?;
+    assert!(fourth > third, "{fourth:?} after {third:?}");
+    Ok(())
+}
+
+/// A suspension holds until its time or until it is lifted, and every node hears of it.
+pub async fn a_suspension_is_told_to_every_node(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let cursor = elsewhere.control(None).await?.next;
+    let of = |destination: &str, until: Option<Timestamp>, reason: &str| Suspension {
+        destination: destination.into(),
+        until,
+        reason: reason.into(),
+        by: "operator".into(),
+        since: T0,
+    };
+    let (later, open) = (
+        of("y.example", Some(T0 + secs(60)), "they asked"),
+        of("x.example", None, "first"),
+    );
+    store.suspend(later.clone(), T0).await?;
+    store.suspend(open.clone(), T0).await?;
+    let newer = of("x.example", None, "second");
+    elsewhere.suspend(newer.clone(), T0).await?;
+    assert_eq!(store.suspensions(T0).await?, [newer.clone(), later.clone()]);
+    assert_eq!(
+        store.suspensions(T0 + secs(60)).await?,
+        std::slice::from_ref(&newer)
+    );
+    assert!(elsewhere.resume("x.example", T0).await?);
+    assert!(!store.resume("x.example", T0).await?);
+    assert!(!store.resume("y.example", T0 + secs(60)).await?);
+    assert_eq!(store.suspensions(T0).await?, []);
+    let told = elsewhere.control(Some(cursor)).await?.items;
+    assert_eq!(
+        told,
+        [
+            Control::DestinationSuspended(later),
+            Control::DestinationSuspended(open),
+            Control::DestinationSuspended(newer),
+            Control::DestinationResumed("x.example".into()),
+        ]
+    );
+    Ok(())
+}
+
+/// What belongs to no recipient is an event of its account.
+pub async fn announcements_are_events_of_their_account(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let news = |account: &str, n: u32| Announcement {
+        kind: EventKind::DestinationLimitChanged,
+        account: account.into(),
+        data: serde_json::json!({ "n": n }),
+    };
+    store
+        .announce(vec![news("acme", 1), news("other", 2), news("acme", 3)], T0)
+        .await?;
+    store.announce(Vec::new(), T0).await?;
+    let all = all_events(&*store).await?;
+    let said: Vec<_> = all.iter().map(|event| event.data["n"].as_u64()).collect();
+    assert_eq!(said, [Some(1), Some(2), Some(3)]);
+    assert!(all.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+    assert!(all.iter().all(|event| event.recorded_at == T0
+        && event.kind == EventKind::DestinationLimitChanged
+        && event.batch_id.is_none()
+        && event.recipient.is_none()));
+    assert_eq!(all_events(&*fixture.another().await).await?, all);
+    let query = EventQuery {
+        account: Some("other".into()),
+        limit: 10,
+        ..EventQuery::default()
+    };
+    assert_eq!(events_of(&*store, query).await?, all[1..2]);
+    let query = EventQuery {
+        batch: Some(id(1)),
+        limit: 10,
+        ..EventQuery::default()
+    };
+    assert_eq!(events_of(&*store, query).await?, []);
+    Ok(())
+}
+
+/// Deferred mail of a batch or of domains is made due; what a node holds and what has ended is not.
+pub async fn deferred_mail_is_made_due(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    let mut emails_in = people(30, "x.example");
+    emails_in.extend(people(20, "y.example"));
+    let batch = Spec::new(1, emails_in.clone()).submit(&*store, T0).await?;
+    let other = Spec::new(2, people(10, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    for queue in ["x.example", "y.example"] {
+        let leased = node.lease(&*store, T0, queue, 100).await?;
+        let deferred = outcomes(&leased, later(T0 + secs(3_600)), T0);
+        node.report(&*store, deferred, T0).await?;
+        for range in leased {
+            node.finish(&*store, range.range, T0).await?;
+        }
+    }
+    let cursor = store.control(None).await?.next;
+    let of_batch = DueScope::Batch(batch);
+    let of_y = DueScope::Domains(vec!["y.example".into(), "nowhere.example".into()]);
+    assert_eq!(store.make_due(of_batch.clone(), T0, true).await?, 50);
+    assert_eq!(store.make_due(of_y.clone(), T0, true).await?, 20);
+    assert_eq!(store.make_due(DueScope::Batch(id(9)), T0, false).await?, 0);
+    assert_eq!(
+        store
+            .backlog(T0, None, 10)
+            .await?
+            .iter()
+            .map(|of| of.due)
+            .sum::<u64>(),
+        0
+    );
+    assert_eq!(store.control(Some(cursor.clone())).await?.items, []);
+
+    assert_eq!(store.make_due(of_y.clone(), T0, false).await?, 20);
+    assert_eq!(store.make_due(of_y, T0, false).await?, 0);
+    assert!(
+        store
+            .control(Some(cursor))
+            .await?
+            .items
+            .contains(&Control::Work)
+    );
+    let held = node.lease(&*store, T0, "y.example", 100).await?;
+    assert_eq!(emails(&held).len(), 20);
+    assert!(
+        held.iter()
+            .flat_map(|range| &range.items)
+            .all(|item| item.attempts == 1)
+    );
+    // The rest of the batch, and nothing of the other one.
+    assert_eq!(store.make_due(of_batch.clone(), T0, false).await?, 30);
+    let mut leased = node.lease(&*store, T0, "x.example", 100).await?;
+    assert!(leased.iter().all(|range| range.batch.id == batch));
+    assert_eq!(emails(&leased).len(), 30);
+    leased.extend(held);
+    node.report(&*store, outcomes(&leased, AttemptResult::Delivered, T0), T0)
+        .await?;
+    assert_eq!(store.make_due(of_batch, T0, false).await?, 0);
+    store.change_batch(other, BatchChange::Cancel, T0).await?;
+    assert_eq!(store.make_due(DueScope::Batch(other), T0, false).await?, 0);
+    checked(&*store, batch).await?;
+    checked(&*store, other).await?;
+    Ok(())
+}

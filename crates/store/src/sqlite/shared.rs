@@ -1,0 +1,147 @@
+//! What nodes share beside mail: notes, job leases, suspensions of destinations.
+//!
+//! Must not read a note's value, nor know what a job does.
+
+use super::books::Books;
+use super::ids;
+use super::writer::Step;
+use crate::{Control, NOTE_BYTES, Note, Result, StoreError, Suspension};
+use model::{JournalId, Timestamp};
+use rusqlite::{Connection, OptionalExtension as _, params};
+use std::time::Duration;
+
+/// Writes notes, and forgets those that have expired.
+pub(super) fn put_notes(connection: &Connection, notes: Vec<Note>, now: Timestamp) -> Result<()> {
+    connection
+        .prepare_cached("DELETE FROM note WHERE expires_at<=?1")?
+        .execute([now.millis()])?;
+    for note in notes {
+        if note.value.is_empty() {
+            connection
+                .prepare_cached("DELETE FROM note WHERE kind=?1 AND key=?2")?
+                .execute(params![note.kind, note.key])?;
+            continue;
+        }
+        if note.value.len() > NOTE_BYTES {
+            return Err(StoreError::Refused(format!(
+                "a note of {} bytes, at most {NOTE_BYTES} are kept",
+                note.value.len()
+            )));
+        }
+        connection
+            .prepare_cached("INSERT OR REPLACE INTO note VALUES (?1, ?2, ?3, ?4)")?
+            .execute(params![
+                note.kind,
+                note.key,
+                &note.value[..],
+                note.expires_at.map(Timestamp::millis)
+            ])?;
+    }
+    Ok(())
+}
+
+/// The notes of a kind, or one of them.
+pub(super) fn notes(
+    connection: &Connection,
+    kind: &str,
+    key: Option<&str>,
+    now: Timestamp,
+) -> Result<Vec<Note>> {
+    let mut sql = connection.prepare_cached(
+        "SELECT key, value, expires_at FROM note
+         WHERE kind=?1 AND (?2 IS NULL OR key=?2) AND (expires_at IS NULL OR expires_at>?3) ORDER BY key",
+    )?;
+    let found = sql.query_map(params![kind, key, now.millis()], |row| {
+        Ok(Note {
+            kind: kind.into(),
+            key: row.get::<_, String>(0)?.into(),
+            value: row.get::<_, Vec<u8>>(1)?.into(),
+            expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
+        })
+    })?;
+    Ok(found.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Takes or renews the lease on a job.
+pub(super) fn job_lease(
+    connection: &Connection,
+    job: &str,
+    node: JournalId,
+    now: Timestamp,
+    ttl: Duration,
+) -> Result<Option<u64>> {
+    let node = node.to_bytes();
+    let found: Option<(Vec<u8>, i64, i64)> = connection
+        .prepare_cached("SELECT holder, token, expires FROM job WHERE name=?1")?
+        .query_row([job], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()?;
+    let token = match found {
+        Some((holder, token, expires)) if expires > now.millis() => {
+            if holder != node {
+                return Ok(None);
+            }
+            token
+        }
+        Some((_, token, _)) => token + 1,
+        None => 1,
+    };
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO job VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![job, node, token, (now + ttl).millis()])?;
+    Ok(Some(ids::nat(token)))
+}
+
+/// Keeps mail from a destination.
+pub(super) fn suspend(step: &mut Step<'_>, of: Suspension, now: Timestamp) -> Result<()> {
+    step.connection
+        .prepare_cached("DELETE FROM suspension WHERE until<=?1")?
+        .execute([now.millis()])?;
+    step.connection
+        .prepare_cached("INSERT OR REPLACE INTO suspension VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![
+            of.destination,
+            of.until.map(Timestamp::millis),
+            of.reason,
+            of.by,
+            of.since.millis()
+        ])?;
+    tell(step, &Control::DestinationSuspended(of), now)
+}
+
+/// Lets mail go to a destination again.
+pub(super) fn resume(step: &mut Step<'_>, destination: &str, now: Timestamp) -> Result<bool> {
+    let held = suspensions(step.connection, now)?
+        .iter()
+        .any(|of| *of.destination == *destination);
+    step.connection
+        .prepare_cached("DELETE FROM suspension WHERE destination=?1")?
+        .execute([destination])?;
+    if held {
+        tell(step, &Control::DestinationResumed(destination.into()), now)?;
+    }
+    Ok(held)
+}
+
+fn tell(step: &mut Step<'_>, item: &Control, now: Timestamp) -> Result<()> {
+    let mut books = Books::open(step, now);
+    books.tell(item)?;
+    books.close(None).map(drop)
+}
+
+/// The suspensions that hold.
+pub(super) fn suspensions(connection: &Connection, now: Timestamp) -> Result<Vec<Suspension>> {
+    let mut sql = connection.prepare_cached(
+        "SELECT destination, until, reason, by, since FROM suspension
+         WHERE until IS NULL OR until>?1 ORDER BY destination",
+    )?;
+    let found = sql.query_map([now.millis()], |row| {
+        Ok(Suspension {
+            destination: row.get::<_, String>(0)?.into(),
+            until: row.get::<_, Option<i64>>(1)?.map(ids::time),
+            reason: row.get::<_, String>(2)?.into(),
+            by: row.get::<_, String>(3)?.into(),
+            since: ids::time(row.get(4)?),
+        })
+    })?;
+    Ok(found.collect::<rusqlite::Result<_>>()?)
+}
