@@ -13,7 +13,7 @@ use super::Api;
 use super::auth::CanRead;
 use super::params::NoParams;
 use super::problem::{Answer, Code, Refusal};
-use crate::classify::parse_reply;
+use crate::classify::{Peer, parse_reply};
 use crate::intake::fields::{Mistakes, string};
 
 /// `POST /v1/classify`
@@ -49,7 +49,7 @@ pub(super) async fn classify(
             "is not a refusal: codes 400 to 599 are",
         ));
     }
-    let read = api.rules.load().classify(&reply);
+    let read = api.rules.load().classify(&reply, Peer::default());
     Ok(Json(Reading {
         class: read.class,
         blame: read.blame,

@@ -39,6 +39,55 @@ impl Action {
     }
 }
 
+/// How far a refusal reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// This recipient; others may go on.
+    Recipient,
+    /// This message, whoever else it is for.
+    Message,
+    /// This connection: it takes no more, others may.
+    Session,
+    /// This host: another of the destination may take it.
+    Host,
+    /// Everything that the source sends to the destination.
+    Destination,
+}
+
+/// What a reply asks of the sender beyond the message that it answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Signal {
+    /// The destination wants a lower rate or fewer connections.
+    Slow,
+    /// The destination refuses the egress source for its reputation.
+    Block {
+        /// How long to leave it alone, when the rule says so.
+        pause: Option<Duration>,
+    },
+}
+
+/// A [`Signal`], by whom it was given and how it was understood: what limits adapt to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// What is asked.
+    pub signal: Signal,
+    /// The rule that read it so; none when the codes did.
+    pub rule: Option<Arc<str>>,
+    /// The reply, printable and bounded.
+    pub reply: Box<str>,
+}
+
+/// Who gave a reply. Rules for one provider match by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Peer<'a> {
+    /// The host's name; empty when not known.
+    pub host: &'a str,
+    /// The destination: a provider of `shaping.toml`, a domain, or a set of hosts; empty when not
+    /// known.
+    pub destination: &'a str,
+}
+
 /// The reading of one reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Classification {
@@ -48,12 +97,72 @@ pub struct Classification {
     pub blame: Blame,
     /// What to do.
     pub action: Action,
+    /// How far it reaches.
+    pub scope: Scope,
+    /// What it asks of the sender.
+    pub signal: Option<Signal>,
     /// The address must not be written to again.
     pub suppress: Option<SuppressionReason>,
     /// The rule that decided; none when the codes did.
     pub rule: Option<Arc<str>>,
-    /// The peer said when to come back.
+    /// When to come back at the earliest, as the peer says, else as the rule does.
     pub retry_after: Option<Duration>,
+}
+
+impl Classification {
+    /// What the sender is asked beyond this message, for whoever adapts limits.
+    pub fn notice(&self, reply: &Reply) -> Option<Notice> {
+        self.signal.map(|signal| Notice {
+            signal,
+            rule: self.rule.clone(),
+            reply: crate::queue::decide::bounded(&reply.to_string()),
+        })
+    }
+
+    /// Whether the connection that got the reply should carry nothing more.
+    pub fn ends_connection(&self) -> bool {
+        matches!(self.scope, Scope::Session | Scope::Host)
+            || matches!(self.signal, Some(Signal::Block { .. }))
+    }
+}
+
+/// How far a refusal of this class reaches when its rule does not say.
+fn scope_of(class: Class, blame: Blame) -> Scope {
+    match class {
+        Class::InvalidMailbox
+        | Class::InactiveMailbox
+        | Class::BadDomain
+        | Class::NoMx
+        | Class::Greylisted
+        | Class::RelayDenied
+        | Class::Expired
+        | Class::AutoReply => Scope::Recipient,
+        // The disk of the host, not the person's share of it.
+        Class::MailboxFull if blame == Blame::Destination => Scope::Host,
+        Class::MailboxFull => Scope::Recipient,
+        Class::RateLimited | Class::IpBlocked if blame == Blame::Recipient => Scope::Recipient,
+        Class::RateLimited | Class::IpBlocked => Scope::Destination,
+        Class::ConnectFailure | Class::DnsFailure | Class::TlsFailure => Scope::Host,
+        Class::DomainBlocked
+        | Class::SpamContent
+        | Class::AuthFailed
+        | Class::Policy
+        | Class::TooLarge
+        | Class::Protocol
+        | Class::Other => Scope::Message,
+    }
+}
+
+/// What a refusal of this class asks of the sender when its rule does not say.
+fn signal_of(class: Class, blame: Blame) -> Option<Signal> {
+    // Too much for one mailbox is no word about the rest.
+    if blame == Blame::Recipient {
+        return None;
+    }
+    if class == Class::RateLimited {
+        return Some(Signal::Slow);
+    }
+    (class == Class::IpBlocked).then_some(Signal::Block { pause: None })
 }
 
 /// Why no further mail goes to an address whose message ended with this class, under the status
@@ -86,35 +195,48 @@ pub fn suppression_for(class: Class) -> Option<SuppressionReason> {
 }
 
 impl Rules {
-    /// Reads a refusal. A positive reply has no class of its own and reads as [`Class::Other`].
-    pub fn classify(&self, reply: &Reply) -> Classification {
+    /// Reads a refusal that `peer` gave. A positive reply has no class of its own and reads as
+    /// [`Class::Other`].
+    pub fn classify(&self, reply: &Reply, peer: Peer<'_>) -> Classification {
         let text = reply.text().to_lowercase();
-        let retry_after = reply
+        let hint = reply
             .is_transient()
             .then(|| hint::retry_after(&text))
             .flatten();
-        let (class, blame, action, suppresses, rule) = match self.matching(reply, &text) {
-            Some(rule) => (
-                rule.class,
-                rule.blame,
-                rule.action.unwrap_or_else(|| by_code(reply)),
-                rule.suppress,
-                Some(rule.name.clone()),
-            ),
-            None => {
-                let (class, blame) = fallback::by_codes(reply);
-                (class, blame, by_code(reply), true, None)
-            }
+        let rule = self.matching(reply, &text, peer);
+        let (class, blame) = match rule {
+            Some(rule) => (rule.class, rule.blame),
+            None => fallback::by_codes(reply),
         };
+        let action = rule
+            .and_then(|rule| rule.action)
+            .unwrap_or_else(|| by_code(reply));
+        let scope = match rule.and_then(|rule| rule.scope) {
+            Some(scope) => scope,
+            None => scope_of(class, blame),
+        };
+        let signal = match rule.map(|rule| rule.signal) {
+            Some(Some(stated)) => stated,
+            Some(None) | None => signal_of(class, blame),
+        };
+        let suppresses = rule.is_none_or(|rule| rule.suppress);
         let is_final = action == Action::Bounce && suppresses && blame == Blame::Recipient;
-        let suppress = suppression_for(class).filter(|_| is_final);
         Classification {
             class,
             blame,
             action,
-            suppress,
-            rule,
-            retry_after,
+            // The channel closes, whatever was asked (RFC 5321 §3.8).
+            scope: if reply.code == 421 && scope != Scope::Destination {
+                Scope::Session
+            } else {
+                scope
+            },
+            signal,
+            suppress: suppression_for(class).filter(|_| is_final),
+            rule: rule.map(|rule| Arc::clone(&rule.name)),
+            retry_after: hint
+                .or_else(|| rule.and_then(|rule| rule.retry))
+                .filter(|_| action == Action::Retry),
         }
     }
 }
@@ -169,6 +291,80 @@ mod tests {
             assert_eq!(parse_reply(bad), None, "{bad}");
         }
         assert_eq!(parse_reply("421").map(|reply| reply.code), Some(421));
+    }
+
+    fn rules(more: &str) -> Rules {
+        let text = format!(
+            "[[rule]]\nname = \"a\"\nany = [\"xyz\"]\nclass = \"ip_blocked\"\nblame = \"sender_ip\"\nsamples = [{{ reply = \"421 xyz\", source = \"test\" }}]\n{more}"
+        );
+        Rules::parse(&text).expect("a rules file")
+    }
+
+    #[test]
+    fn scope_and_signal_follow_the_class_unless_a_rule_states_them() {
+        let block = |pause| Some(Signal::Block { pause });
+        let hour = Some(Duration::from_secs(3_600));
+        let table = [
+            ("", Scope::Destination, block(None), None),
+            (
+                "pause = \"1h\"\nsignal = \"block\"",
+                Scope::Destination,
+                block(hour),
+                None,
+            ),
+            (
+                "signal = \"slow\"\nretry = \"1h\"",
+                Scope::Destination,
+                Some(Signal::Slow),
+                hour,
+            ),
+            // The channel closes whatever the rule thinks.
+            (
+                "signal = \"none\"\nscope = \"message\"",
+                Scope::Session,
+                None,
+                None,
+            ),
+        ];
+        for (more, scope, signal, retry_after) in table {
+            let read = rules(more).classify(&Reply::new(421, "xyz"), Peer::default());
+            let found = (read.scope, read.signal, read.retry_after);
+            assert_eq!(found, (scope, signal, retry_after), "{more}");
+            let notice = read.notice(&Reply::new(421, "xyz"));
+            assert_eq!(notice.is_some(), signal.is_some(), "{more}");
+        }
+        let wrong = "[[rule]]\nname = \"a\"\nany = [\"xyz\"]\nclass = \"other\"\nblame = \"us\"\npause = \"1h\"\nsamples = []\n";
+        let errors = Rules::parse(wrong).expect_err("a pause of nothing");
+        assert!(
+            errors[0].to_string().contains("without signal"),
+            "{errors:?}"
+        );
+    }
+
+    #[test]
+    fn codes_alone_have_a_scope_too() {
+        let table = [
+            (550, "5.1.1 x", Scope::Recipient, None),
+            (452, "4.3.1 x", Scope::Host, None),
+            (421, "x", Scope::Session, None),
+            (421, "4.7.28 x", Scope::Destination, Some(Signal::Slow)),
+            (554, "5.6.0 x", Scope::Message, None),
+        ];
+        for (code, text, scope, signal) in table {
+            let read = Rules::default().classify(&Reply::new(code, text), Peer::default());
+            assert_eq!((read.scope, read.signal), (scope, signal), "{code} {text}");
+        }
+    }
+
+    #[test]
+    fn a_rule_of_one_provider_is_for_its_hosts_only() {
+        let rules = rules("host = [\".x.example\", \"gmail\"]");
+        let read = |host, destination| {
+            let peer = Peer { host, destination };
+            rules.classify(&Reply::new(550, "xyz"), peer).rule.is_some()
+        };
+        assert!(read("mx.X.example", "") && read("", "gmail"));
+        assert!(!read("mx.example", "") && !read("", "hotmail") && !read("example", ""));
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! `bounce-rules.toml`: replies by what they say.
 //!
 //! A rule matches when every condition that it names holds: `code` (exact, or `4xx`, `5xx`),
-//! `enhanced` (exact), `any` (one of these texts occurs), `all` (each occurs). Texts are compared
-//! without case. The first rule that matches decides. Every rule carries real replies as samples,
+//! `enhanced` (exact), `any` (one of these texts occurs), `all` (each occurs), `none` (none does),
+//! `host` (who said it). Texts are compared without case. The first rule that matches decides. Every rule carries real replies as samples,
 //! and reading the file fails when a sample is taken by another rule or by none.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use model::{Blame, Class, EnhancedCode};
 use serde::Deserialize;
 use smtp::Reply;
 
-use super::{Action, parse_reply};
+use super::{Action, Peer, Scope, Signal, parse_reply};
 
 /// The shipped rules, for when no file is configured.
 const SHIPPED: &str = include_str!("../../../config/bounce-rules.toml");
@@ -19,6 +20,8 @@ const SHIPPED: &str = include_str!("../../../config/bounce-rules.toml");
 /// The most rules, and the most texts in one: reading a reply stays cheap.
 const RULES_MAX: usize = 2_000;
 const TEXTS_MAX: usize = 100;
+/// The longest wait or pause that a rule may ask for.
+const WAIT_MAX: Duration = Duration::from_secs(86_400);
 
 /// The rules in force.
 #[derive(Debug, Clone, Default)]
@@ -52,10 +55,18 @@ pub(super) struct Rule {
     enhanced: Vec<EnhancedCode>,
     any: Vec<String>,
     all: Vec<String>,
+    none: Vec<String>,
+    hosts: Vec<String>,
     pub(super) class: Class,
     pub(super) blame: Blame,
     /// None: as the reply's code says.
     pub(super) action: Option<Action>,
+    /// None: as the class says.
+    pub(super) scope: Option<Scope>,
+    /// None: as the class says.
+    pub(super) signal: Option<Option<Signal>>,
+    /// The wait before the next attempt, when the peer names none.
+    pub(super) retry: Option<Duration>,
     pub(super) suppress: bool,
 }
 
@@ -84,12 +95,29 @@ struct RuleForm {
     any: Vec<String>,
     #[serde(default)]
     all: Vec<String>,
+    #[serde(default)]
+    none: Vec<String>,
+    #[serde(default)]
+    host: Vec<String>,
     class: Class,
     blame: Blame,
     action: Option<Action>,
+    scope: Option<Scope>,
+    signal: Option<SignalForm>,
+    pause: Option<String>,
+    retry: Option<String>,
     #[serde(default = "yes")]
     suppress: bool,
     samples: Vec<SampleForm>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SignalForm {
+    Slow,
+    Block,
+    /// Whatever the class says.
+    None,
 }
 
 #[derive(Debug, Deserialize)]
@@ -176,8 +204,8 @@ impl Rules {
     }
 
     /// The first rule that matches; `text` is the reply's in lower case.
-    pub(super) fn matching(&self, reply: &Reply, text: &str) -> Option<&Rule> {
-        self.0.iter().find(|rule| rule.matches(reply, text))
+    pub(super) fn matching(&self, reply: &Reply, text: &str, peer: Peer<'_>) -> Option<&Rule> {
+        self.0.iter().find(|rule| rule.matches(reply, text, peer))
     }
 
     fn check_samples(&self, form: &RuleForm) -> Vec<RuleError> {
@@ -195,7 +223,8 @@ impl Rules {
             let Some(reply) = parse_reply(&sample.reply) else {
                 return Some(error(format!("sample {:?} is not a reply", sample.reply)));
             };
-            match self.matching(&reply, &reply.text().to_lowercase()) {
+            let peer = form.peer();
+            match self.matching(&reply, &reply.text().to_lowercase(), peer) {
                 Some(rule) if *rule.name == *form.name => None,
                 Some(rule) => Some(error(format!(
                     "sample {:?} is taken by rule {:?}",
@@ -212,7 +241,7 @@ impl Rules {
 }
 
 impl Rule {
-    fn matches(&self, reply: &Reply, text: &str) -> bool {
+    fn matches(&self, reply: &Reply, text: &str, peer: Peer<'_>) -> bool {
         let code = self.codes.iter().any(|codes| match *codes {
             Codes::Exactly(code) => reply.code == code,
             Codes::Hundred(hundred) => reply.code / 100 == hundred,
@@ -225,7 +254,58 @@ impl Rule {
             && (self.enhanced.is_empty() || enhanced)
             && (self.any.is_empty() || self.any.iter().any(|part| text.contains(part.as_str())))
             && self.all.iter().all(|part| text.contains(part.as_str()))
+            && !self.none.iter().any(|part| text.contains(part.as_str()))
+            && (self.hosts.is_empty() || self.hosts.iter().any(|host| is_of(peer, host)))
     }
+}
+
+/// Whether `peer` is what a rule's `host` names: `.x.example` is an ending of host names, anything
+/// else the name of a destination.
+fn is_of(peer: Peer<'_>, host: &str) -> bool {
+    if host.starts_with('.') {
+        let name = peer.host.as_bytes();
+        name.len()
+            .checked_sub(host.len())
+            .and_then(|at| name.get(at..))
+            .is_some_and(|end| end.eq_ignore_ascii_case(host.as_bytes()))
+    } else {
+        peer.destination == host
+    }
+}
+
+impl RuleForm {
+    /// Who gave the samples: the first that the rule is about.
+    fn peer(&self) -> Peer<'_> {
+        match self.host.first().map(String::as_str) {
+            Some(host) if host.starts_with('.') => Peer {
+                host,
+                destination: "",
+            },
+            Some(destination) => Peer {
+                host: "",
+                destination,
+            },
+            None => Peer::default(),
+        }
+    }
+
+    fn signal(&self) -> Result<Option<Option<Signal>>, String> {
+        let pause = self.pause.as_deref().map(wait).transpose()?;
+        match (self.signal, pause) {
+            (Some(SignalForm::Block), pause) => Ok(Some(Some(Signal::Block { pause }))),
+            (_, Some(_)) => Err("has a pause without signal = \"block\"".to_owned()),
+            (Some(SignalForm::Slow), None) => Ok(Some(Some(Signal::Slow))),
+            (Some(SignalForm::None), None) => Ok(Some(None)),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+/// A duration of the file, within a day.
+fn wait(text: &str) -> Result<Duration, String> {
+    let wait = model::units::parse_duration(text).ok();
+    wait.filter(|wait| *wait <= WAIT_MAX)
+        .ok_or_else(|| format!("{text:?} is not a wait of at most a day, such as \"30m\""))
 }
 
 fn rule(form: &RuleForm) -> Result<Rule, String> {
@@ -234,7 +314,7 @@ fn rule(form: &RuleForm) -> Result<Rule, String> {
             "matches by code alone, which the fallback does: name enhanced, any or all".to_owned(),
         );
     }
-    if form.any.len() + form.all.len() > TEXTS_MAX {
+    if form.any.len() + form.all.len() + form.none.len() > TEXTS_MAX {
         return Err(format!("has more than {TEXTS_MAX} texts"));
     }
     let texts = |texts: &[String]| -> Result<Vec<String>, String> {
@@ -258,9 +338,14 @@ fn rule(form: &RuleForm) -> Result<Rule, String> {
             .collect::<Result<_, _>>()?,
         any: texts(&form.any)?,
         all: texts(&form.all)?,
+        none: texts(&form.none)?,
+        hosts: form.host.iter().map(|host| host.to_lowercase()).collect(),
         class: form.class,
         blame: form.blame,
         action: form.action,
+        scope: form.scope,
+        signal: form.signal()?,
+        retry: form.retry.as_deref().map(wait).transpose()?,
         suppress: form.suppress,
     })
 }
@@ -391,7 +476,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_reply_is_read(code in 200_u16..600, text in "\\PC{0,200}") {
-            let reading = Rules::shipped().classify(&Reply::new(code, &text));
+            let reading = Rules::shipped().classify(&Reply::new(code, &text), Peer::default());
             prop_assert!(reading.suppress.is_none() || reading.blame == Blame::Recipient);
             prop_assert!(reading.action == Action::Retry || reading.rule.is_some() || code >= 500);
         }

@@ -7,13 +7,14 @@ use model::{Blame, Class, Seq, Timestamp};
 use service::config::Source;
 use service::metrics::{OpenConnection, SmtpStage, ThrottleReason};
 use smtp::client::{BeginError, Event as Spoken, Interruption, Outcome};
-use smtp::{ClientSession, Envelope, Stage, TxId};
+use smtp::{ClientSession, Envelope, Reply, Stage, TxId};
 
 use tokio::sync::mpsc::error::TryRecvError;
 
 use super::dial::Established;
 use super::io::Wire;
 use super::{Deliver, Plan};
+use crate::classify::{Classification, Peer, Scope};
 use crate::compose::Composed;
 use crate::queue::control::Permission;
 use crate::queue::decide::{Finding, decide};
@@ -37,6 +38,8 @@ struct Connection<'a> {
     wire: Wire,
     session: ClientSession,
     host: Box<str>,
+    /// `mx1.x.example:25`.
+    host_key: Box<str>,
     tls: Option<Box<str>>,
     source: &'a str,
     pacer: Arc<Mutex<Pacer>>,
@@ -85,6 +88,7 @@ pub(super) async fn serve(
         wire: established.wire,
         session: established.session,
         host: established.host,
+        host_key: established.host_key,
         tls: established.tls,
         source: &source.name,
         pacer,
@@ -136,6 +140,9 @@ impl Connection<'_> {
                 Spoken::Closed(None) => return Some(ConnEnd::Planned),
                 Spoken::Closed(Some(error)) => {
                     tracing::debug!(host = %self.host, %error, "session ended");
+                    self.deliver
+                        .notice(self.plan.conn, &error, self.peer())
+                        .await;
                     // A peer may close when it likes; what matters is whether it takes anything.
                     return Some(if self.delivered {
                         ConnEnd::Planned
@@ -335,7 +342,8 @@ impl Connection<'_> {
                 Finding::Delivered(reply)
             }
             Outcome::Refused { reply, .. } => {
-                let reading = self.deliver.rules.load().classify(&reply);
+                let reading = self.deliver.rules.load().classify(&reply, self.peer());
+                self.heed(&reading, &reply).await;
                 Finding::Refused(reply, reading)
             }
             Outcome::Ambiguous(error) => {
@@ -357,6 +365,31 @@ impl Connection<'_> {
             .at(SmtpStage::Transaction)
             .observe(took.as_secs_f64());
         self.record(&begun.job, finding, begun.dot_at, took).await;
+    }
+
+    /// Acts on what a refusal says beyond its message: whoever adapts limits learns of it, and a
+    /// connection that would only collect more of the same is given up.
+    async fn heed(&mut self, reading: &Classification, reply: &Reply) {
+        if let Some(notice) = reading.notice(reply) {
+            let noticed = Event::Noticed(self.plan.conn, Box::new(notice));
+            self.deliver.tell(noticed).await;
+        }
+        if reading.scope == Scope::Host {
+            self.deliver
+                .hosts
+                .went_down(&self.host_key, self.deliver.clock.instant());
+        }
+        if reading.ends_connection() {
+            self.quit();
+        }
+    }
+
+    /// Who speaks, as rules for replies know it.
+    fn peer(&self) -> Peer<'_> {
+        Peer {
+            host: self.host_key.rsplit_once(':').map_or("", |(name, _)| name),
+            destination: self.plan.policy.destination.as_str(),
+        }
     }
 
     async fn record(&self, job: &Job, finding: Finding, dot_at: Option<Timestamp>, took: Duration) {

@@ -8,7 +8,7 @@ use model::{Blame, Class};
 use rustls::pki_types::ServerName;
 use service::config::{Source, TlsPolicy};
 use service::metrics::{SmtpStage, TlsResult};
-use smtp::client::{Event, Interruption, StartTls};
+use smtp::client::{Event as Spoken, Interruption, StartTls};
 use smtp::{ClientSession, SessionError, Stage};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -16,7 +16,9 @@ use tokio_rustls::TlsConnector;
 
 use super::Deliver;
 use super::io::{Stream, Wire};
-use crate::queue::job::{Policy, Trouble};
+use crate::classify::Peer;
+use crate::queue::Event;
+use crate::queue::job::{ConnId, Policy, Trouble};
 use crate::resolve::{Host, Route};
 
 /// Addresses tried for one connection.
@@ -29,6 +31,8 @@ pub(super) struct Established {
     pub(super) session: ClientSession,
     /// `mx1.x.example (192.0.2.1)`.
     pub(super) host: Box<str>,
+    /// `mx1.x.example:25`.
+    pub(super) host_key: Box<str>,
     /// Version and cipher.
     pub(super) tls: Option<Box<str>>,
 }
@@ -61,8 +65,11 @@ enum Failure {
 
 impl Deliver {
     /// A session with the first host of `route` that will have one.
+    ///
+    /// What a host says on refusing the connection is told to the queue; then the next is tried.
     pub(super) async fn dial(
         &self,
+        conn: ConnId,
         route: &Route,
         policy: &Policy,
         source: &Source,
@@ -101,7 +108,12 @@ impl Deliver {
                     }
                     Err(error) => {
                         self.hosts.went_down(&target.key(), self.clock.instant());
-                        last = Some(self.trouble(&error, &target));
+                        let peer = Peer {
+                            host: &host.name,
+                            destination: policy.destination.as_str(),
+                        };
+                        self.notice(conn, &error, peer).await;
+                        last = Some(self.trouble(&error, &target, peer));
                     }
                 }
             }
@@ -185,15 +197,16 @@ impl Deliver {
                 self.measure(SmtpStage::Greeting, connected);
             }
             match session.poll_event() {
-                Some(Event::Ready) => {
+                Some(Spoken::Ready) => {
                     return Ok(Established {
                         wire,
                         session,
                         host: target.label(),
+                        host_key: target.key().into(),
                         tls,
                     });
                 }
-                Some(Event::HandshakeDue) => {
+                Some(Spoken::HandshakeDue) => {
                     let started = self.clock.instant();
                     match self.handshake(wire, target).await {
                         Ok((encrypted, label)) => {
@@ -207,13 +220,13 @@ impl Deliver {
                         Err(why) => return Err(Failure::Session(SessionError::TlsFailed(why))),
                     }
                 }
-                Some(Event::Closed(Some(error)))
+                Some(Spoken::Closed(Some(error)))
                     if starttls == StartTls::Opportunistic && is_lost_at_starttls(&error) =>
                 {
                     wire.hang_up().await;
                     return Err(Failure::TryPlain(error.to_string()));
                 }
-                Some(Event::Closed(error)) => {
+                Some(Spoken::Closed(error)) => {
                     wire.hang_up().await;
                     return Err(Failure::Session(error.unwrap_or(
                         SessionError::Disconnected {
@@ -222,7 +235,7 @@ impl Deliver {
                     )));
                 }
                 // Nothing was begun.
-                Some(Event::BodyDue(_) | Event::TransactionDone { .. }) => {}
+                Some(Spoken::BodyDue(_) | Spoken::TransactionDone { .. }) => {}
                 None => self.greet_turn(&mut wire, &mut session).await,
             }
         }
@@ -329,10 +342,19 @@ impl Deliver {
             .observe(took.as_secs_f64());
     }
 
-    fn trouble(&self, error: &SessionError, target: &Target<'_>) -> Trouble {
+    /// Tells the queue what the peer asks of the sender with the reply that ended a connection.
+    pub(super) async fn notice(&self, conn: ConnId, error: &SessionError, peer: Peer<'_>) {
+        if let SessionError::Refused { reply, .. } | SessionError::Closing { reply, .. } = error
+            && let Some(notice) = self.rules.load().classify(reply, peer).notice(reply)
+        {
+            self.tell(Event::Noticed(conn, Box::new(notice))).await;
+        }
+    }
+
+    fn trouble(&self, error: &SessionError, target: &Target<'_>, peer: Peer<'_>) -> Trouble {
         let (class, blame, reply) = match error {
             SessionError::Refused { reply, .. } | SessionError::Closing { reply, .. } => {
-                let reading = self.rules.load().classify(reply);
+                let reading = self.rules.load().classify(reply, peer);
                 (reading.class, reading.blame, Some(reply.clone()))
             }
             SessionError::TlsNotOffered

@@ -133,7 +133,7 @@ impl Deliver {
             return ConnEnd::Planned;
         };
         let dialled = tokio::select! {
-            dialled = self.dial(&plan.route, &plan.policy, source) => dialled,
+            dialled = self.dial(plan.conn, &plan.route, &plan.policy, source) => dialled,
             () = plan.quit.cancelled() => return ConnEnd::Planned,
         };
         match dialled {

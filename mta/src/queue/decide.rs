@@ -213,13 +213,13 @@ pub fn bounded(text: &str) -> Box<str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::Rules;
+    use crate::classify::{Peer, Rules};
     use crate::queue::fixtures::{item, policy};
     use proptest::prelude::*;
 
     fn refused(code: u16, text: &str) -> Finding {
         let reply = Reply::new(code, text);
-        let reading = Rules::shipped().classify(&reply);
+        let reading = Rules::shipped().classify(&reply, Peer::default());
         Finding::Refused(reply, reading)
     }
 

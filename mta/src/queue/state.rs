@@ -21,6 +21,7 @@ use super::decide::{Finding, decide};
 use super::job::{ConnId, Fate, Job, JobId, Policy, Returned, Trouble};
 use super::lane::{Lane, Range, Waiting, Way};
 use super::target::{Conn, Dest};
+use crate::classify::Notice;
 use crate::resolve::Route;
 use crate::shaping::{Destination, destination_of};
 
@@ -107,6 +108,8 @@ pub enum Event {
     Ready(ConnId),
     /// What became of a message.
     Report(JobId, Fate),
+    /// A destination asks for less, or wants none of this source, by what it said on a connection.
+    Noticed(ConnId, Box<Notice>),
     /// A connection takes no more messages and is about to be gone.
     Closing(ConnId),
     /// A connection is gone; all its messages have been reported, or will be.
@@ -350,6 +353,7 @@ impl QueueState {
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
             Event::Ready(conn) => self.on_ready(conn),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
+            Event::Noticed(conn, notice) => self.on_notice(conn, &notice),
             Event::Closing(conn) => self.on_closing(conn),
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),

@@ -305,6 +305,15 @@ impl QueueState {
         self.dirty.insert(conn.destination.clone());
     }
 
+    /// What limits adapt to.
+    pub(super) fn on_notice(&mut self, id: ConnId, notice: &Notice) {
+        let Some(conn) = self.conns.get(&id) else {
+            return;
+        };
+        tracing::info!(destination = %conn.destination, signal = ?notice.signal,
+            rule = notice.rule.as_deref(), reply = %notice.reply, "the destination asks for less");
+    }
+
     pub(super) fn on_closing(&mut self, id: ConnId) {
         if let Some(conn) = self.conns.get_mut(&id) {
             conn.closing = true;
