@@ -21,7 +21,7 @@ use tokio::net::TcpListener;
 use crate::admin::auth::Keys;
 use crate::admin::{Api, Probe, router, server};
 use crate::classify::Rules;
-use crate::intake::receive::Limits;
+use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::sending::{self, SendingDeps, SendingHandle};
 
@@ -293,7 +293,10 @@ fn api(config: &Config, deps: &Deps, keys: Keys, shared: &Shared, probes: Vec<Pr
         dkim_dir: config.dkim.dir.clone(),
         tracking: Arc::clone(&shared.tracking),
         data_dir: config.data_dir.clone(),
-        max_body: config.api.max_body,
+        sizes: Sizes {
+            document: config.api.max_body,
+            stream: config.api.max_stream,
+        },
         limits: Limits::default(),
     };
     Api {

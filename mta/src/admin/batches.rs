@@ -15,7 +15,8 @@ use super::auth::{Caller, CanRead, CanSubmit};
 use super::params::{NoParams, Params, Segment, batch_id};
 use super::problem::{Answer, Code, Refusal};
 use super::{Api, List};
-use crate::intake::receive::drain;
+use crate::intake::decode::Encoding;
+use crate::intake::receive::{Form, Media, drain};
 use crate::intake::submit::Submitter;
 
 /// `POST /v1/batches`
@@ -28,13 +29,12 @@ pub(super) async fn submit(
     let dry_run = params.flag("dry_run").unwrap_or(false);
     let allowed = caller.and_then(|CanSubmit(caller)| {
         params.finish()?;
-        is_json(request.headers())?;
-        Ok(caller)
+        Ok((caller, form(request.headers())?))
     });
     let waits = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
-    let caller = match allowed {
-        Ok(caller) => caller,
+    let (caller, form) = match allowed {
+        Ok(allowed) => allowed,
         Err(refusal) => {
             // Whoever is still writing would see a broken connection in place of the answer.
             if !waits {
@@ -47,6 +47,7 @@ pub(super) async fn submit(
         account: caller.account.to_string(),
         any_account: caller.may(Scope::Admin),
         waits,
+        form,
     };
     if dry_run {
         let checked = api.intake.dry_run(body, by).await?;
@@ -56,34 +57,28 @@ pub(super) async fn submit(
     Ok((StatusCode::ACCEPTED, Json(accepted)).into_response())
 }
 
-/// Whether the body is one that is taken.
-fn is_json(headers: &HeaderMap) -> Answer<()> {
-    let text = |name| {
-        headers
-            .get(name)
-            .map(|value| value.to_str().unwrap_or("?").trim().to_ascii_lowercase())
-    };
-    let unsupported = |detail: String| Err(Refusal::new(Code::UnsupportedMedia, detail));
+/// How the body is written, if that is one that is taken.
+fn form(headers: &HeaderMap) -> Answer<Form> {
     if headers.contains_key("idempotency-key") {
         // To ignore it would be to send twice what was to be sent once.
         let detail = "is not supported yet";
         return Err(Refusal::at(Code::InvalidField, "Idempotency-Key", detail));
     }
-    match text(header::CONTENT_ENCODING).as_deref() {
-        None | Some("" | "identity") => {}
-        Some(other) => {
-            return unsupported(format!(
-                "the content encoding {other:.40?} is not supported yet"
-            ));
+    let encoding = Encoding::of(headers)?;
+    let text = headers.get(header::CONTENT_TYPE);
+    let text = text.map_or("", |value| value.to_str().unwrap_or("?"));
+    let media = text.split(';').next().unwrap_or_default().trim();
+    let media = match media.to_ascii_lowercase().as_str() {
+        "application/json" => Media::Json,
+        "application/x-ndjson" => Media::Lines,
+        other => {
+            let detail = format!(
+                "the body is {other:.80?}, expected application/json or application/x-ndjson"
+            );
+            return Err(Refusal::new(Code::UnsupportedMedia, detail));
         }
-    }
-    let media = text(header::CONTENT_TYPE).unwrap_or_default();
-    match media.split(';').next().map(str::trim) {
-        Some("application/json") => Ok(()),
-        _ => unsupported(format!(
-            "the body is {media:.80?}, expected application/json"
-        )),
-    }
+    };
+    Ok(Form { media, encoding })
 }
 
 /// A batch as the contract shows it.

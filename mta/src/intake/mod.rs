@@ -4,8 +4,10 @@
 //! and every recipient, grouping recipients into lots, and the commit. Nothing of a batch is
 //! visible before its commit, and memory does not grow with it. Must not send anything.
 
+pub(crate) mod decode;
 pub(crate) mod fields;
 mod head;
+mod lines;
 mod lots;
 mod prepare;
 pub(crate) mod receive;

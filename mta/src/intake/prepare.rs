@@ -52,7 +52,8 @@ pub(crate) fn prepare(
     against: &Against<'_>,
 ) -> Answer<Prepared> {
     let mut mistakes = Mistakes::default();
-    let request = head::read(document(head)?, recipient_count, now, &mut mistakes);
+    let document = document(head, &mut mistakes)?;
+    let request = head::read(document, recipient_count, now, &mut mistakes);
     let Some(request) = request else {
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
     };
@@ -84,10 +85,17 @@ pub(crate) fn prepare(
     })
 }
 
-fn document(head: &Head) -> Answer<Value> {
+fn document(head: &Head, mistakes: &mut Mistakes) -> Answer<Value> {
     let parsed: Result<Strict, _> = serde_json::from_slice(&head.json);
-    let Strict(document) =
+    let Strict(mut document) =
         parsed.map_err(|error| malformed("", head.position(&error), &reason(&error)))?;
+    if let (true, Value::Object(fields)) = (head.is_apart, &mut document) {
+        let own = fields.insert("recipients".to_owned(), Value::Array(Vec::new()));
+        if own.is_some() {
+            let detail = "is in the first line; recipients are the lines after it";
+            mistakes.add("/recipients".to_owned(), Code::InvalidField, detail);
+        }
+    }
     Ok(document)
 }
 

@@ -13,6 +13,8 @@ use http_body_util::BodyExt as _;
 use service::clock::SharedClock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::decode::Encoding;
+use super::lines::Lines;
 use super::recipients::malformed;
 use super::splitter::{Head, SplitError, Splitter};
 use super::spool::Spool;
@@ -61,50 +63,93 @@ pub(crate) struct Received {
     pub(crate) permits: Vec<OwnedSemaphorePermit>,
 }
 
+/// What a body is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Form {
+    pub(crate) media: Media,
+    pub(crate) encoding: Encoding,
+}
+
+/// How a batch is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Media {
+    /// One document with the recipients in it.
+    Json,
+    /// The document in the first line, each recipient in one more.
+    Lines,
+}
+
+/// Bytes that a body may have, decoded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    /// `api.max_body`
+    pub(crate) document: u64,
+    /// `api.max_stream`
+    pub(crate) stream: u64,
+}
+
+impl Sizes {
+    /// The limit on a body of `media`, and the key that sets it.
+    fn of(self, media: Media) -> (u64, &'static str) {
+        match media {
+            Media::Json => (self.document, "api.max_body"),
+            Media::Lines => (self.stream, "api.max_stream"),
+        }
+    }
+}
+
 /// Where and how long a body may be.
 pub(crate) struct Receiver<'r> {
     pub(crate) limits: &'r Limits,
     pub(crate) clock: &'r SharedClock,
     /// Where the spool's file may lie.
     pub(crate) dir: &'r Path,
-    /// Bytes.
-    pub(crate) max_body: u64,
+    pub(crate) sizes: Sizes,
+    pub(crate) form: Form,
     /// The caller waits for `100 Continue` before it writes: a refusal needs no draining.
     pub(crate) waits: bool,
 }
 
 impl Receiver<'_> {
-    /// Takes in one JSON document. Cancel-safe: what is dropped leaves nothing.
+    /// Takes in one batch. Cancel-safe: what is dropped leaves nothing.
     ///
     /// # Errors
     /// The refusal; the rest of the body was read by then as far as that is bearable.
-    pub(crate) async fn receive(&self, mut body: Body) -> Answer<Received> {
+    pub(crate) async fn receive(&self, body: Body) -> Answer<Received> {
         let announced = axum::body::HttpBody::size_hint(&body).lower();
+        let mut body = self.form.encoding.decode(body);
         let mut intake = Intake {
-            splitter: Splitter::new(HEAD_MAX),
+            document: Document::new(self.form.media),
             spool: Spool::new(self.dir),
             permits: Vec::new(),
             length: 0,
             began: self.clock.instant(),
         };
-        let taken = if announced > self.max_body {
-            Err(too_large(self.max_body))
+        let (limit, key) = self.sizes.of(self.form.media);
+        let taken = if announced > limit {
+            Err(too_large(limit, key))
         } else {
             self.take_all(&mut body, &mut intake).await
         };
         if let Err(refusal) = taken {
             drop(intake);
-            let unread = self.waits && announced > self.max_body;
+            let unread = self.waits && announced > limit;
             if !unread && refusal.0.code() != Code::RequestTimeout {
                 drain(body).await;
             }
             return Err(refusal);
         }
-        let head = intake.splitter.finish().map_err(split_refusal)?;
+        let Intake {
+            document,
+            mut spool,
+            permits,
+            ..
+        } = intake;
+        let head = document.finish(&mut spool).map_err(split_refusal)?;
         Ok(Received {
             head,
-            spool: intake.spool,
-            permits: intake.permits,
+            spool,
+            permits,
         })
     }
 
@@ -113,11 +158,12 @@ impl Receiver<'_> {
         intake.permits.push(permit.map_err(|_| busy())?);
         while let Some(bytes) = self.next(body, intake).await? {
             intake.length += bytes.len() as u64;
-            if intake.length > self.max_body {
-                return Err(too_large(self.max_body));
+            let (limit, key) = self.sizes.of(self.form.media);
+            if intake.length > limit {
+                return Err(too_large(limit, key));
             }
             intake
-                .splitter
+                .document
                 .push(&bytes, &mut intake.spool)
                 .map_err(split_refusal)?;
             self.reserve(intake)?;
@@ -153,7 +199,7 @@ impl Receiver<'_> {
     /// Holds as much of the shared memory as the head has grown to.
     fn reserve(&self, intake: &mut Intake) -> Answer<()> {
         // The first permit is that of the call.
-        while intake.splitter.head_len() > (intake.permits.len() - 1) * PIECE {
+        while intake.document.head_len() > (intake.permits.len() - 1) * PIECE {
             let permit = Arc::clone(&self.limits.memory).try_acquire_owned();
             intake.permits.push(permit.map_err(|_| busy())?);
         }
@@ -174,8 +220,44 @@ impl Receiver<'_> {
     }
 }
 
+/// The splitter of a medium.
+enum Document {
+    Json(Splitter),
+    Lines(Lines),
+}
+
+impl Document {
+    fn new(media: Media) -> Self {
+        match media {
+            Media::Json => Self::Json(Splitter::new(HEAD_MAX)),
+            Media::Lines => Self::Lines(Lines::new(HEAD_MAX)),
+        }
+    }
+
+    fn head_len(&self) -> usize {
+        match self {
+            Self::Json(splitter) => splitter.head_len(),
+            Self::Lines(lines) => lines.head_len(),
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8], spool: &mut Spool) -> Result<(), SplitError> {
+        match self {
+            Self::Json(splitter) => splitter.push(bytes, spool),
+            Self::Lines(lines) => lines.push(bytes, spool),
+        }
+    }
+
+    fn finish(self, spool: &mut Spool) -> Result<Head, SplitError> {
+        match self {
+            Self::Json(splitter) => splitter.finish(),
+            Self::Lines(lines) => Ok(lines.finish(spool)),
+        }
+    }
+}
+
 struct Intake {
-    splitter: Splitter,
+    document: Document,
     spool: Spool,
     permits: Vec<OwnedSemaphorePermit>,
     length: u64,
@@ -186,10 +268,10 @@ fn elapsed(began: Instant, now: Instant) -> Duration {
     now.saturating_duration_since(began)
 }
 
-fn too_large(limit: u64) -> Refusal {
+fn too_large(limit: u64, key: &str) -> Refusal {
     Refusal::new(
         Code::BodyTooLarge,
-        format!("a body has at most {limit} bytes (api.max_body)"),
+        format!("a body of this type has at most {limit} bytes, decoded ({key})"),
     )
 }
 
@@ -230,13 +312,26 @@ mod tests {
 
     const GOOD: &[u8] = br#"{"recipients":[{},{}]}"#;
 
+    const JSON: Form = Form {
+        media: Media::Json,
+        encoding: Encoding::Identity,
+    };
+
     async fn receive(limits: Limits, body: Body, waits: bool) -> Answer<Received> {
+        receive_as(JSON, limits, body, waits).await
+    }
+
+    async fn receive_as(form: Form, limits: Limits, body: Body, waits: bool) -> Answer<Received> {
         let dir = tempfile::tempdir().expect("a directory");
         let receiver = Receiver {
             limits: &limits,
             clock: &SystemClock::shared(),
             dir: dir.path(),
-            max_body: 1 << 10,
+            sizes: Sizes {
+                document: 1 << 10,
+                stream: 1 << 20,
+            },
+            form,
             waits,
         };
         receiver.receive(body).await
@@ -296,5 +391,64 @@ mod tests {
             code(receive(Limits::default(), body, true).await),
             Code::BodyTooLarge
         );
+    }
+
+    /// `plain`, compressed.
+    async fn compressed(encoding: Encoding, plain: &[u8]) -> Vec<u8> {
+        use async_compression::tokio::bufread::{GzipEncoder, ZstdEncoder};
+        use tokio::io::AsyncReadExt as _;
+        let mut packed = Vec::new();
+        match encoding {
+            Encoding::Identity => packed.extend_from_slice(plain),
+            Encoding::Gzip => {
+                let read = GzipEncoder::new(plain).read_to_end(&mut packed).await;
+                read.expect("compressed");
+            }
+            Encoding::Zstd => {
+                let read = ZstdEncoder::new(plain).read_to_end(&mut packed).await;
+                read.expect("compressed");
+            }
+        }
+        packed
+    }
+
+    #[tokio::test]
+    async fn every_medium_comes_in_every_encoding() {
+        let lines: &[u8] = b"{\"subject\":\"s\"}\n{}\n{}";
+        for encoding in [Encoding::Identity, Encoding::Gzip, Encoding::Zstd] {
+            for (media, plain) in [(Media::Json, GOOD), (Media::Lines, lines)] {
+                let form = Form { media, encoding };
+                let body = Body::from(compressed(encoding, plain).await);
+                let received = receive_as(form, Limits::default(), body, false).await;
+                assert_eq!(received.expect("received").spool.rows(), 2, "{form:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bomb_is_stopped_where_the_limit_is() {
+        for encoding in [Encoding::Gzip, Encoding::Zstd] {
+            let bomb = compressed(encoding, &vec![b' '; 1 << 22]).await;
+            assert!(bomb.len() < 1 << 13, "{}", bomb.len());
+            for media in [Media::Json, Media::Lines] {
+                let form = Form { media, encoding };
+                let body = Body::from(bomb.clone());
+                let received = receive_as(form, Limits::default(), body, false).await;
+                assert_eq!(code(received), Code::BodyTooLarge, "{form:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_in_its_encoding_is_malformed() {
+        for encoding in [Encoding::Gzip, Encoding::Zstd] {
+            let whole = compressed(encoding, GOOD).await;
+            let half = whole.get(..whole.len() / 2).expect("half").to_vec();
+            for body in [GOOD.to_vec(), half, Vec::new()] {
+                let form = Form { encoding, ..JSON };
+                let received = receive_as(form, Limits::default(), Body::from(body), false).await;
+                assert_eq!(code(received), Code::MalformedBody, "{encoding:?}");
+            }
+        }
     }
 }

@@ -52,6 +52,8 @@ pub(crate) struct Head {
     pub(crate) json: Vec<u8>,
     /// Where the recipients were taken out.
     cut: Option<Cut>,
+    /// Recipients come beside the document, which must have none.
+    pub(crate) is_apart: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +65,15 @@ struct Cut {
 }
 
 impl Head {
+    /// A document that stands at `at`, without its recipients.
+    pub(crate) fn apart(json: Vec<u8>, at: Position) -> Self {
+        Self {
+            json,
+            cut: Some(Cut { head_at: 0, at }),
+            is_apart: true,
+        }
+    }
+
     /// Where in the document an error is that `serde_json` found in the head.
     pub(crate) fn position(&self, error: &serde_json::Error) -> Position {
         let line_start = match error.line() {
@@ -390,13 +401,13 @@ impl Splitter {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
     #[derive(Default)]
-    struct Collected(Vec<(Position, Vec<u8>)>);
+    pub(in crate::intake) struct Collected(pub(in crate::intake) Vec<(Position, Vec<u8>)>);
 
     impl Rows for Collected {
         fn begin(&mut self, at: Position) {

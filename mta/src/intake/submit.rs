@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::prepare::{Against, Prepared, prepare};
-use super::receive::{Limits, Received, Receiver};
+use super::receive::{Form, Limits, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
 use super::row::Rejection;
 use crate::admin::problem::{Answer, Code, Refusal};
@@ -40,8 +40,7 @@ pub(crate) struct Intake {
     pub(crate) tracking: Arc<ArcSwap<KeyRing>>,
     /// Where spools lie while a body arrives.
     pub(crate) data_dir: PathBuf,
-    /// Bytes of a JSON document.
-    pub(crate) max_body: u64,
+    pub(crate) sizes: Sizes,
     pub(crate) limits: Limits,
 }
 
@@ -52,6 +51,7 @@ pub(crate) struct Submitter {
     pub(crate) any_account: bool,
     /// Sent `Expect: 100-continue`.
     pub(crate) waits: bool,
+    pub(crate) form: Form,
 }
 
 /// The answer to a submission (contract, section 3).
@@ -171,7 +171,8 @@ impl Intake {
             limits: &self.limits,
             clock: &self.clock,
             dir: &self.data_dir,
-            max_body: self.max_body,
+            sizes: self.sizes,
+            form: by.form,
             waits: by.waits,
         };
         receiver.receive(body).await

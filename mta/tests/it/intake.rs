@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
 
 use crate::harness::{Service, batch, recipients};
 
@@ -401,9 +402,10 @@ async fn a_body_of_another_type_or_encoding_is_refused() {
     let json_type = ("content-type", "application/json");
     for headers in [
         vec![("content-type", "text/plain")],
-        vec![("content-type", "application/x-ndjson")],
+        vec![("content-type", "text/csv")],
         vec![],
-        vec![json_type, ("content-encoding", "gzip")],
+        vec![json_type, ("content-encoding", "br")],
+        vec![json_type, ("content-encoding", "gzip, zstd")],
     ] {
         let reply = service
             .api
@@ -421,6 +423,84 @@ async fn a_body_of_another_type_or_encoding_is_refused() {
         .call(Method::POST, "/v1/batches", &headers, body)
         .await;
     assert_eq!(reply.status, StatusCode::ACCEPTED);
+}
+
+#[tokio::test]
+async fn a_stream_of_lines_is_a_batch_and_may_be_compressed() {
+    let service = Service::start().await;
+    let mut head = batch(&json!([]));
+    head.as_object_mut()
+        .expect("an object")
+        .remove("recipients");
+    let lines = format!(
+        "{head}\n{}\n\n{}\n{}",
+        json!({"email": "a@x.example"}),
+        json!({"email": "no-at-sign"}),
+        json!({"email": "b@x.example"})
+    );
+    let mut packed = Vec::new();
+    async_compression::tokio::bufread::GzipEncoder::new(lines.as_bytes())
+        .read_to_end(&mut packed)
+        .await
+        .expect("compressed");
+    let ndjson = ("content-type", "application/x-ndjson");
+    for (headers, body) in [
+        (vec![ndjson], Bytes::from(lines)),
+        (
+            vec![ndjson, ("content-encoding", "gzip")],
+            Bytes::from(packed),
+        ),
+    ] {
+        let reply = service
+            .api
+            .call(Method::POST, "/v1/batches", &headers, body)
+            .await;
+        assert_eq!(reply.status, StatusCode::ACCEPTED, "{headers:?}");
+        let answer = reply.json();
+        assert_eq!(
+            (&answer["accepted"], &answer["rejected_count"]),
+            (&json!(2), &json!(1))
+        );
+        assert_eq!(answer["rejected"][0]["index"], 1);
+    }
+}
+
+#[tokio::test]
+async fn mistakes_in_lines_are_told_with_their_line() {
+    let service = Service::start().await;
+    let mut head = batch(&json!([]));
+    let own = head.to_string();
+    head.as_object_mut()
+        .expect("an object")
+        .remove("recipients");
+    for (body, problem, line) in [
+        (format!("{own}\n{{}}"), (422, "invalid_field"), None),
+        (head.to_string(), (422, "invalid_field"), None),
+        (
+            format!("{head}\n{{}}\n{{\"email\"\n"),
+            (400, "malformed_body"),
+            Some(3),
+        ),
+        ("{\n".to_owned(), (400, "malformed_body"), Some(1)),
+        (String::new(), (400, "malformed_body"), Some(1)),
+    ] {
+        let headers = [("content-type", "application/x-ndjson")];
+        let reply = service
+            .api
+            .call(
+                Method::POST,
+                "/v1/batches",
+                &headers,
+                Bytes::from(body.clone()),
+            )
+            .await;
+        let (status, code, _) = reply.problem();
+        assert_eq!((status, code.as_str()), problem, "{body}");
+        if let Some(line) = line {
+            assert_eq!(reply.json()["errors"][0]["line"], line, "{body}");
+        }
+    }
+    service.api.assert_nothing_accepted().await;
 }
 
 #[tokio::test]
