@@ -290,6 +290,7 @@ fn api(config: &Config, deps: &Deps, keys: Keys, shared: &Shared, probes: Vec<Pr
         shutdown: deps.shutdown.clone(),
         metrics: Arc::clone(&deps.metrics),
         accounts: config.accounts.clone(),
+        pools: config.pools.clone(),
         dkim_dir: config.dkim.dir.clone(),
         tracking: Arc::clone(&shared.tracking),
         data_dir: config.data_dir.clone(),

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 /// The content of a released batch and the names of what signs it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Released {
     /// The version of this document; readers refuse what is newer.
     pub form: u16,
@@ -24,13 +23,6 @@ pub struct Released {
     pub tracker_base_url: String,
     /// The tracking key that signs links, by its id at release.
     pub tracking_key: u16,
-    /// The pool of egress sources.
-    #[serde(default = "default_pool")]
-    pub pool: String,
-}
-
-fn default_pool() -> String {
-    "default".to_owned()
 }
 
 /// Why stored bytes are not a content that can be sent.
@@ -87,7 +79,6 @@ mod tests {
             dkim_selectors: vec!["s1".into()],
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: 1,
-            pool: "default".into(),
         }
     }
 

@@ -90,9 +90,10 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
 }
 
 /// How often something may happen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Rate {
     /// As often as one likes.
+    #[default]
     Unlimited,
     /// `count` (at least 1) times each `per`.
     Limited {
@@ -118,6 +119,19 @@ impl Rate {
             Self::Unlimited => f64::INFINITY,
             Self::Limited { count, per } => f64::from(count) / per.as_secs_f64(),
         }
+    }
+}
+
+impl serde::Serialize for Rate {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Rate {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(from)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 

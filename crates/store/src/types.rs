@@ -1,5 +1,6 @@
 //! What goes into and comes out of the store.
 
+use model::units::Rate;
 use model::{
     Attempt, BatchId, BatchState, Blame, Class, Counters, EnhancedCode, EventKind, Fact, Hit,
     JournalId, LotNumber, MessageId, Place, Priority, Row, Seq, Status, SuppressionReason,
@@ -54,6 +55,12 @@ pub struct BatchHead {
     pub list: String,
     /// Which goes first.
     pub priority: Priority,
+    /// The pool of egress sources, by name; none: the service's default.
+    #[serde(default)]
+    pub pool: Option<String>,
+    /// How often a message of it may start on one node, over all destinations.
+    #[serde(default)]
+    pub rate: Rate,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When its mail may leave: `Date` and DKIM `t=` of every message.

@@ -188,12 +188,7 @@ impl Connection<'_> {
             return;
         }
         let now = self.deliver.clock.instant();
-        let permit = self
-            .pacer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take(now);
-        if let Err(at) = permit {
+        if let Err(at) = self.permit(now) {
             let label = self
                 .deliver
                 .metrics
@@ -208,6 +203,24 @@ impl Connection<'_> {
         if let Some(composed) = self.next.take() {
             self.begin(composed, now).await;
         }
+    }
+
+    /// A permit of the destination, and one of the batch where it asked for a rate; both or none.
+    fn permit(&self, now: Instant) -> Result<(), Instant> {
+        let pace = self.next.as_ref().and_then(|next| next.job.pace.as_ref());
+        let mut pace = pace.map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(pace) = &pace {
+            let at = pace.free_at(now);
+            if at > now {
+                return Err(at);
+            }
+        }
+        let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
+        pacer.take(now)?;
+        if let Some(pace) = &mut pace {
+            pace.reserve(now);
+        }
+        Ok(())
     }
 
     /// Why the composed message must not begin, if so.

@@ -29,7 +29,7 @@ use crate::queue::control::ControlView;
 use crate::queue::job::{ConnId, Policy};
 use crate::queue::{ConnEnd, Event};
 use crate::resolve::{Resolver, Route};
-use crate::shaping::{Destination, Pacer};
+use crate::shaping::{Destination, Pacer, SharedPacer};
 use crate::ship::Recorder;
 use hosts::HostMemory;
 
@@ -40,7 +40,6 @@ const PACERS_MAX: usize = 50_000;
 
 /// A destination as one source, by its index, sees it.
 type PacerKey = (Destination, usize);
-type SharedPacer = Arc<Mutex<Pacer>>;
 
 /// What connections share.
 #[derive(Debug)]

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use content::Mailbox;
+use model::units::Rate;
 use model::{EmailAddress, Priority, Timestamp, TrackingMode};
 use serde_json::{Map, Value};
 
@@ -15,6 +16,8 @@ use super::row::METADATA_MAX;
 
 /// The list that an unsubscribe leaves when the batch names none (contract, section 6).
 pub(crate) const DEFAULT_LIST: &str = "default";
+/// The pool of a batch that names none.
+const DEFAULT_POOL: &str = "default";
 const LABEL_MAX: usize = 128;
 const NAME_MAX: usize = 256;
 
@@ -36,6 +39,9 @@ pub(crate) struct BatchRequest {
     pub(crate) send_at: Option<Timestamp>,
     pub(crate) expires_at: Option<Timestamp>,
     pub(crate) priority: Priority,
+    /// By name; none: the default.
+    pub(crate) pool: Option<String>,
+    pub(crate) rate: Rate,
     pub(crate) metadata: Value,
     pub(crate) allow_duplicates: bool,
 }
@@ -86,6 +92,8 @@ pub(crate) fn read(
     let tracking = fields.within("tracking", tracking).unwrap_or_default();
     let list_unsubscribe = fields.flag("list_unsubscribe", true);
     let priority = fields.parsed("priority").unwrap_or(Priority::Bulk);
+    let rate = fields.parsed("rate").unwrap_or_default();
+    let pool = fields.label("pool", LABEL_MAX);
     let metadata = metadata(&mut fields);
     let allow_duplicates = fields.flag("allow_duplicates", false);
     fields.finish();
@@ -105,6 +113,8 @@ pub(crate) fn read(
         send_at,
         expires_at,
         priority,
+        pool: pool.filter(|name| name != DEFAULT_POOL),
+        rate,
         metadata,
         allow_duplicates,
     })
@@ -157,20 +167,12 @@ fn recipients(fields: &mut Fields<'_>, count: u32) {
 
 /// What this version refuses, unless it asks for nothing.
 fn unsupported(fields: &mut Fields<'_>) {
-    for field in [
-        "raw",
-        "window",
-        "rate",
-        "guardrails",
-        "ab_test",
-        "recipients_from",
-    ] {
+    for field in ["raw", "window", "guardrails", "ab_test", "recipients_from"] {
         fields.unsupported(field, &[]);
     }
     fields.unsupported("attachments", &[Value::Array(Vec::new())]);
     fields.unsupported("variants", &[Value::Array(Vec::new())]);
     fields.unsupported("hold", &[Value::Bool(false)]);
-    fields.unsupported("pool", &[Value::from("default")]);
 }
 
 fn expires_at(fields: &mut Fields<'_>, release: Timestamp) -> Option<Timestamp> {
@@ -264,6 +266,7 @@ mod tests {
         assert!(request.list_unsubscribe && request.tracking.opens && request.tracking.clicks);
         assert!(!request.tracking.text_links && !request.allow_duplicates);
         assert_eq!(request.metadata, json!({}));
+        assert_eq!((request.pool, request.rate), (None, Rate::Unlimited));
     }
 
     #[test]
@@ -328,14 +331,12 @@ mod tests {
         for (key, value) in [
             ("raw", json!("QQ==")),
             ("window", json!({"from": "09:00"})),
-            ("rate", json!("1/s")),
             ("guardrails", json!({})),
             ("ab_test", json!({})),
             ("recipients_from", json!({})),
             ("attachments", json!([{}])),
             ("variants", json!([{}])),
             ("hold", json!(true)),
-            ("pool", json!("x")),
         ] {
             let expected = vec![format!("/{key} invalid_field")];
             assert_eq!(mistakes_of(with(key, value)), expected, "{key}");
@@ -363,6 +364,9 @@ b"
             ),
             ("expires_at", json!("2020-01-01T00:00:00Z"), "/expires_at"),
             ("reply_to", json!("help"), "/reply_to"),
+            ("rate", json!("0/s"), "/rate"),
+            ("rate", json!(5), "/rate"),
+            ("pool", json!(""), "/pool"),
         ] {
             assert_eq!(
                 mistakes_of(with(key, value)),

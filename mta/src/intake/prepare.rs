@@ -8,7 +8,7 @@ use std::path::Path;
 use content::{Content, ContentError, ContentSpec, TrackingSpec};
 use model::{BatchId, Timestamp};
 use serde_json::Value;
-use service::config::{Account, DkimPolicy};
+use service::config::{Account, DkimPolicy, Pool};
 use store::BatchHead;
 
 use super::fields::{Mistakes, Strict, pointer_step};
@@ -35,6 +35,7 @@ pub(crate) struct Against<'a> {
     /// The caller may name another account.
     pub(crate) any_account: bool,
     pub(crate) accounts: &'a [Account],
+    pub(crate) pools: &'a [Pool],
     pub(crate) dkim_dir: &'a Path,
     /// The id of the key that signs links now.
     pub(crate) tracking_key: u16,
@@ -58,6 +59,7 @@ pub(crate) fn prepare(
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
     };
     let account = account(&request, against, &mut mistakes)?;
+    pool(&request, against, &mut mistakes);
     let spec = spec_of(&request, account);
     let compiled = Content::compile(&spec).map_err(|errors| {
         for error in errors {
@@ -77,7 +79,6 @@ pub(crate) fn prepare(
             dkim_selectors,
             tracker_base_url: account.tracking.base_url.clone(),
             tracking_key: against.tracking_key,
-            pool: "default".to_owned(),
         },
         content,
         allow_duplicates: request.allow_duplicates,
@@ -127,6 +128,15 @@ fn account<'a>(
         return Err(Refusal::at(Code::ForbiddenFrom, "/from/email", detail));
     }
     Ok(account)
+}
+
+/// The pool of the batch has to be one of the configuration's.
+fn pool(request: &BatchRequest, against: &Against<'_>, mistakes: &mut Mistakes) {
+    let Some(name) = &request.pool else { return };
+    if against.pools.iter().all(|pool| pool.name != *name) {
+        let path = "/pool".to_owned();
+        mistakes.add(path, Code::InvalidField, "there is no such pool");
+    }
 }
 
 fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
@@ -231,6 +241,8 @@ fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Acc
         campaign: request.campaign.clone(),
         list: request.list.clone(),
         priority: request.priority,
+        pool: request.pool.clone(),
+        rate: request.rate,
         created_at: now,
         release_at: request.send_at.map_or(now, |at| at.max(now)),
         expires_at: request.expires_at,

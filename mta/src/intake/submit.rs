@@ -15,7 +15,7 @@ use links::KeyRing;
 use model::{BatchId, BatchState, Row, Timestamp};
 use serde::Serialize;
 use service::clock::SharedClock;
-use service::config::Account;
+use service::config::{Account, Pool};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
 use store::{NewBatch, NewLot, Store};
@@ -36,6 +36,7 @@ pub(crate) struct Intake {
     pub(crate) shutdown: Shutdown,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) accounts: Vec<Account>,
+    pub(crate) pools: Vec<Pool>,
     pub(crate) dkim_dir: PathBuf,
     pub(crate) tracking: Arc<ArcSwap<KeyRing>>,
     /// Where spools lie while a body arrives.
@@ -183,6 +184,7 @@ impl Intake {
             account: &by.account,
             any_account: by.any_account,
             accounts: &self.accounts,
+            pools: &self.pools,
             dkim_dir: &self.dkim_dir,
             // A ring has at least one key.
             tracking_key: self.tracking.load().ids().next().unwrap_or_default(),

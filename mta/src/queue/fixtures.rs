@@ -18,6 +18,8 @@ pub(crate) fn head(batch: u8) -> BatchHead {
         campaign: None,
         list: "default".into(),
         priority: Priority::Bulk,
+        pool: None,
+        rate: model::units::Rate::Unlimited,
         created_at: Timestamp::from_millis(0),
         release_at: Timestamp::from_millis(0),
         expires_at: None,

@@ -11,7 +11,7 @@ use service::config::shaping::Limits;
 use smtp::Reply;
 use store::{BatchHead, RangeRef};
 
-use crate::shaping::Destination;
+use crate::shaping::{Destination, SharedPacer};
 
 /// No transaction starts when less than this is left of the lease.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(5);
@@ -116,6 +116,8 @@ pub struct Job {
     pub policy: Arc<Policy>,
     /// The lease on it.
     pub lease: Lease,
+    /// What its batch needs to begin a message, if it asked for a rate.
+    pub pace: Option<SharedPacer>,
     /// Since when it is leased: what is newer in the control feed may stop it.
     pub leased_at: Instant,
 }

@@ -11,6 +11,7 @@ pub mod decide;
 pub(crate) mod fixtures;
 pub mod job;
 mod lane;
+pub mod pool;
 #[cfg(test)]
 mod simulation;
 mod state;

@@ -14,6 +14,7 @@ use store::{Backlog, Control, LeasedRange, LeasedRecipient, MIXED, RangeRef, Rel
 use super::control::{ControlView, Permission};
 use super::fixtures::{head, range_ref, row};
 use super::job::{ConnId, Fate, Job, Returned, Trouble};
+use super::pool::{Pool, Pools};
 use super::target::DEPTH;
 use super::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
 use crate::resolve::{Host, Route};
@@ -114,7 +115,7 @@ impl World {
         let config = QueueConfig {
             lease: LEASE,
             shaping: Arc::new(shaping),
-            sources: vec![(0, 1), (1, 3)],
+            pools: Pools::single(Pool::new(vec![(0, 1), (1, 3)])),
             ambiguous: AmbiguousPolicy::Retry,
             ambiguous_after: Duration::from_secs(5),
         };

@@ -7,10 +7,11 @@ mod dispatch;
 mod leasing;
 mod ranges;
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use model::units::Rate;
 use model::{Attempt, BatchId, Domain, Place, Timestamp};
 use service::config::AmbiguousPolicy;
 use service::config::shaping::ShapingFile;
@@ -20,10 +21,11 @@ use super::control::ControlView;
 use super::decide::{Finding, decide};
 use super::job::{ConnId, Fate, Job, JobId, Policy, Returned, Trouble};
 use super::lane::{Lane, Range, Waiting, Way};
+use super::pool::{Pool, Pools};
 use super::target::{Conn, Dest};
 use crate::classify::Notice;
 use crate::resolve::Route;
-use crate::shaping::{Destination, destination_of};
+use crate::shaping::{Destination, Pacer, SharedPacer, Spread, destination_of};
 
 /// Lookups of domains under way.
 const RESOLVES_MAX: usize = 128;
@@ -44,8 +46,8 @@ pub struct QueueConfig {
     pub lease: Duration,
     /// Limits and static routes.
     pub shaping: Arc<ShapingFile>,
-    /// Egress sources of the pool: index and weight.
-    pub sources: Vec<(usize, u32)>,
+    /// Egress sources, by pool.
+    pub pools: Pools,
     /// What becomes of an ambiguous attempt.
     pub ambiguous: AmbiguousPolicy,
     /// When it is repeated at the earliest.
@@ -189,8 +191,18 @@ pub enum Action {
 #[derive(Debug)]
 struct BatchState {
     head: Arc<BatchHead>,
+    pool: Arc<Pool>,
     ranges: usize,
     content: Content,
+}
+
+/// What keeps a batch at the rate that it asked for.
+#[derive(Debug)]
+struct Pace {
+    /// When the next of its messages may be handed out.
+    plan: Spread,
+    /// What each of them needs to begin.
+    permits: SharedPacer,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -199,6 +211,21 @@ enum Content {
     Ready,
     /// Asked for again then.
     Wanted(Instant),
+}
+
+impl Pace {
+    fn new(rate: Rate, started: Instant) -> Self {
+        Self {
+            plan: Spread::exhausted(rate, started),
+            permits: Arc::new(Mutex::new(Pacer::exhausted(rate, started))),
+        }
+    }
+
+    /// Whether nothing of it has to be remembered.
+    fn is_idle(&self, now: Instant) -> bool {
+        let permits = self.permits.lock().unwrap_or_else(PoisonError::into_inner);
+        self.plan.next() <= now && permits.is_fresh(now)
+    }
 }
 
 /// A message that a connection has.
@@ -229,6 +256,10 @@ pub struct QueueState {
     /// Ranges whose lease ran out here and that the store does not have back yet.
     overdue: HashSet<RangeRef>,
     batches: HashMap<BatchId, BatchState>,
+    /// Of batches with a rate of their own; outlives the ranges, or the rate would begin anew.
+    paces: HashMap<BatchId, Pace>,
+    /// When destinations are to be looked at again before the next tick.
+    wakes: BTreeSet<(Instant, Destination)>,
     conns: HashMap<ConnId, Conn>,
     jobs: HashMap<JobId, Out>,
     to_resolve: VecDeque<Domain>,
@@ -265,6 +296,8 @@ impl QueueState {
             ranges: HashMap::new(),
             overdue: HashSet::new(),
             batches: HashMap::new(),
+            paces: HashMap::new(),
+            wakes: BTreeSet::new(),
             conns: HashMap::new(),
             jobs: HashMap::new(),
             to_resolve: VecDeque::new(),
@@ -300,6 +333,8 @@ impl QueueState {
         self.tick_ranges(now, &mut out);
         self.tick_contents(now, &mut out);
         self.held.retain(|_, until| *until > now.instant);
+        let Self { paces, batches, .. } = self;
+        paces.retain(|batch, pace| batches.contains_key(batch) || !pace.is_idle(now.instant));
         // What was withdrawn may have left lanes empty; one that is being looked up is kept.
         self.lanes
             .retain(|_, lane| !lane.is_empty() || matches!(lane.way, Way::Asked));
@@ -313,6 +348,25 @@ impl QueueState {
             .filter(|(_, dest)| !dest.lanes.is_empty())
             .map(|(key, _)| key.clone());
         self.dirty.extend(with_work);
+        self.settle(now, &mut out);
+        out
+    }
+
+    /// When [`QueueState::wake`] is to be called, if that is before the next tick.
+    pub fn wakes_at(&self) -> Option<Instant> {
+        self.wakes.first().map(|(at, _)| *at)
+    }
+
+    /// Looks at what had to wait until now.
+    pub fn wake(&mut self, now: Now) -> Vec<Action> {
+        let mut out = Vec::new();
+        while let Some((at, key)) = self.wakes.pop_first() {
+            if at > now.instant {
+                self.wakes.insert((at, key));
+                break;
+            }
+            self.dirty.insert(key);
+        }
         self.settle(now, &mut out);
         out
     }
@@ -409,7 +463,11 @@ impl QueueState {
                 };
                 let policy = Arc::new(policy(&self.config, destination.clone(), limits));
                 let dest = self.dests.entry(destination.clone()).or_insert_with(|| {
-                    Dest::new(Arc::clone(&policy), &self.config.sources, self.started)
+                    Dest::new(
+                        Arc::clone(&policy),
+                        &self.config.pools.sources(),
+                        self.started,
+                    )
                 });
                 if dest.policy.limits != policy.limits {
                     dest.change(policy);

@@ -21,6 +21,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1_800);
 const BREAK_MAX: Duration = Duration::from_secs(60);
 const BREAK_FIRST: Duration = Duration::from_millis(250);
 
+/// What a message costs a source of weight 1.
+const CHARGE: u64 = 1 << 20;
+
 /// A destination with work or connections, or one that is being left alone.
 #[derive(Debug)]
 pub(super) struct Dest {
@@ -40,13 +43,11 @@ pub(super) struct Dest {
 pub(super) struct Target {
     /// Index of the source.
     pub(super) source: usize,
-    /// Share of the source in its pool.
-    weight: u32,
     /// When the next messages may start: a plan, which the connection's own permit enforces.
     pub(super) plan: Pacer,
     pub(super) conns: Vec<ConnId>,
-    /// Messages handed out.
-    served: u64,
+    /// What was handed out, each message by the share that its pool gives the source.
+    charge: u64,
     /// No new connection before this.
     open_after: Option<Instant>,
     /// Sessions in a row that broke without having carried anything.
@@ -59,6 +60,8 @@ pub(super) struct Conn {
     pub(super) destination: crate::shaping::Destination,
     /// Index of the target in its destination.
     pub(super) target: usize,
+    /// Index of the source.
+    pub(super) source: usize,
     pub(super) route: Arc<Route>,
     pub(super) ready: bool,
     /// Asked to end.
@@ -76,13 +79,12 @@ impl Conn {
 }
 
 impl Dest {
-    pub(super) fn new(policy: Arc<Policy>, sources: &[(usize, u32)], started: Instant) -> Self {
-        let target = |&(source, weight): &(usize, u32)| Target {
+    pub(super) fn new(policy: Arc<Policy>, sources: &[usize], started: Instant) -> Self {
+        let target = |&source: &usize| Target {
             source,
-            weight: weight.max(1),
             plan: Pacer::exhausted(policy.limits.rate, started),
             conns: Vec::new(),
-            served: 0,
+            charge: 0,
             open_after: None,
             breaks: 0,
         };
@@ -133,11 +135,7 @@ impl Dest {
     /// Targets, the one that is furthest behind its share first.
     pub(super) fn by_share(&self) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.targets.len()).collect();
-        order.sort_by_key(|&at| {
-            self.targets
-                .get(at)
-                .map(|target| target.served * 1_000 / u64::from(target.weight))
-        });
+        order.sort_by_key(|&at| self.targets.get(at).map(|target| target.charge));
         order
     }
 
@@ -167,8 +165,8 @@ impl Target {
         self.open_after.is_none_or(|at| at <= now)
     }
 
-    pub(super) fn handed_out(&mut self, now: Instant) {
-        self.served += 1;
+    pub(super) fn handed_out(&mut self, weight: u32, now: Instant) {
+        self.charge += CHARGE / u64::from(weight.max(1));
         self.plan.reserve(now);
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use model::Domain;
 use service::clock::SharedClock;
@@ -90,9 +91,11 @@ impl Executor {
         let mut draining = false;
         let mut events = Vec::with_capacity(EVENTS_PER_TURN);
         while !self.drained {
+            let wake = self.parts.state.wakes_at();
             tokio::select! {
                 _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => self.apply(std::mem::take(&mut events)),
                 _ = ticks.tick() => self.tick(),
+                () = until(wake), if wake.is_some() => self.wake(),
                 () = shutdown.begun(), if !draining => {
                     draining = true;
                     self.apply(vec![Event::Drain]);
@@ -151,6 +154,12 @@ impl Executor {
     fn tick(&mut self) {
         let now = self.now();
         let actions = self.parts.state.tick(now);
+        self.carry_out(actions);
+    }
+
+    fn wake(&mut self) {
+        let now = self.now();
+        let actions = self.parts.state.wake(now);
         self.carry_out(actions);
     }
 
@@ -327,6 +336,14 @@ impl Executor {
                 tracing::debug!("the queue has ended before a content");
             }
         });
+    }
+}
+
+/// Returns at `wake`; without one, never.
+async fn until(wake: Option<Instant>) {
+    match wake {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -26,6 +26,7 @@ use crate::classify::Rules;
 use crate::compose::{Composer, Contents};
 use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
 use crate::queue::control::ControlView;
+use crate::queue::pool::Pools;
 use crate::queue::{Event, QueueConfig, QueueState};
 use crate::resolve::{Resolver, SystemDns};
 use crate::ship::{Recorder, Recovered, ShipDeps, Shipper, recover};
@@ -55,7 +56,7 @@ pub struct SendingDeps {
     pub smtp: Smtp,
     /// `[dns]`.
     pub dns: Dns,
-    /// `[[pools]]`; the one named `default`, else the first, is used.
+    /// `[[pools]]`
     pub pools: Vec<Pool>,
     /// `shaping.toml`.
     pub shaping: Arc<ShapingFile>,
@@ -212,7 +213,10 @@ fn config(deps: &SendingDeps) -> QueueConfig {
     QueueConfig {
         lease: deps.lease,
         shaping: Arc::clone(&deps.shaping),
-        sources: sources(&deps.pools, &deps.smtp),
+        pools: Pools::configured(&deps.pools, |name| {
+            let sources = &deps.smtp.sources;
+            sources.iter().position(|source| source.name == name)
+        }),
         ambiguous: deps.smtp.ambiguous,
         ambiguous_after: deps.smtp.ambiguous_after,
     }
@@ -265,21 +269,4 @@ async fn begin(
     deps.tasks.spawn("ship", shipper.run());
     executor.run(Event::Leased { ranges, asked_at }).await;
     drop(hold);
-}
-
-/// The sources of the pool in use: index and weight. Choosing a pool per batch comes with the
-/// limits that need it.
-fn sources(pools: &[Pool], smtp: &Smtp) -> Vec<(usize, u32)> {
-    let Some(pool) = pools
-        .iter()
-        .find(|pool| pool.name == "default")
-        .or(pools.first())
-    else {
-        return vec![(0, 1)];
-    };
-    let index = |name: &str| smtp.sources.iter().position(|source| source.name == name);
-    pool.sources
-        .iter()
-        .filter_map(|member| Some((index(&member.name)?, member.weight)))
-        .collect()
 }

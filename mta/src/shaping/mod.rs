@@ -4,14 +4,19 @@
 //! hold per destination *and* egress source; adaptation, fairness and warm-up will live here too.
 
 mod pacer;
+mod spread;
 
 pub use pacer::Pacer;
+pub use spread::Spread;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use model::Domain;
 use service::config::shaping::{Limits, ShapingFile};
+
+/// Permits that several connections take from.
+pub type SharedPacer = Arc<Mutex<Pacer>>;
 
 /// Hosts that share limits: a domain with a section of its own, a provider, or a set of MX hosts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -72,6 +72,12 @@ impl Pacer {
         now.max(oldest + self.window)
     }
 
+    /// Whether no permit lies in the window that ends at `now`.
+    pub fn is_fresh(&self, now: Instant) -> bool {
+        let latest = self.taken.back();
+        latest.is_none_or(|at| *at + self.window <= now)
+    }
+
     /// Takes a permit if one is free at `now`.
     ///
     /// # Errors

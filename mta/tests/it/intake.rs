@@ -205,6 +205,18 @@ fn refusals() -> Vec<Refusal> {
             "/ab_test invalid_field",
         ),
         (
+            but(|b| b["pool"] = json!("marketing")),
+            422,
+            "invalid_field",
+            "/pool invalid_field",
+        ),
+        (
+            but(|b| b["rate"] = json!("fast")),
+            422,
+            "invalid_field",
+            "/rate invalid_field",
+        ),
+        (
             but(|b| b["html"] = json!("{% if %}")),
             422,
             "template_error",

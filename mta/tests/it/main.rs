@@ -1,6 +1,7 @@
 //! The daemon from outside: real sockets, the real store.
 
 mod disk;
+mod fair;
 mod harness;
 mod intake;
 mod outage;

@@ -128,6 +128,15 @@ impl Station {
 
     /// Commits a batch to these addresses, in lots by domain.
     pub(crate) async fn submit(&self, to: &[String]) -> BatchId {
+        self.submit_as(to, |_| {}).await
+    }
+
+    /// Submits with another head.
+    pub(crate) async fn submit_as(
+        &self,
+        to: &[String],
+        change: impl FnOnce(&mut BatchHead),
+    ) -> BatchId {
         let now = SystemClock.now();
         let id = BatchId::new(now, u128::from(fastrand::u64(..)));
         let rows = to
@@ -160,8 +169,10 @@ impl Station {
             }
         }
         self.store.stage_lots(id, lots).await.expect("staged");
+        let mut head = head(id, now);
+        change(&mut head);
         let batch = NewBatch {
-            head: head(id, now),
+            head,
             content: self.content().into(),
             accepted: to.len() as u64,
             rejected: 0,
@@ -184,7 +195,6 @@ impl Station {
             dkim_selectors: vec!["s1".into()],
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: self.ring.load().ids().next().expect("a key"),
-            pool: "default".into(),
         };
         released.to_bytes().expect("bytes")
     }
@@ -341,6 +351,8 @@ fn head(id: BatchId, now: Timestamp) -> BatchHead {
         campaign: None,
         list: "default".into(),
         priority: Priority::Bulk,
+        pool: None,
+        rate: model::units::Rate::Unlimited,
         created_at: now,
         release_at: now,
         expires_at: None,

@@ -179,6 +179,8 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
         campaign: None,
         list: "default".into(),
         priority: Priority::Bulk,
+        pool: None,
+        rate: model::units::Rate::Unlimited,
         created_at: now,
         release_at: now,
         expires_at: None,

@@ -46,6 +46,8 @@ impl Spec {
                 campaign: Some("spring".into()),
                 list: "news".into(),
                 priority: Priority::Bulk,
+                pool: None,
+                rate: model::units::Rate::Unlimited,
                 created_at: T0,
                 release_at: T0,
                 expires_at: None,

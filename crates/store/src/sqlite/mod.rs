@@ -519,6 +519,8 @@ mod tests {
             campaign: None,
             list: "news".into(),
             priority: Priority::Bulk,
+            pool: None,
+            rate: model::units::Rate::Unlimited,
             created_at: T0,
             release_at: T0,
             expires_at: None,

@@ -157,6 +157,8 @@ async fn submit(store: &SqliteStore, id: BatchId) {
         campaign: None,
         list: "news".into(),
         priority: Priority::Bulk,
+        pool: None,
+        rate: model::units::Rate::Unlimited,
         created_at: T0,
         release_at: T0,
         expires_at: None,

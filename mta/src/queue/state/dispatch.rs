@@ -22,10 +22,14 @@ impl QueueState {
     /// Hands one message to the least busy connection; false when none can go.
     fn hand_out(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) -> bool {
         for id in self.conns_with_room(key, now.instant) {
-            let Some(route) = self.conns.get(&id).map(|conn| Arc::clone(&conn.route)) else {
+            let Some((route, source)) = self
+                .conns
+                .get(&id)
+                .map(|conn| (Arc::clone(&conn.route), conn.source))
+            else {
                 continue;
             };
-            if let Some(waiting) = self.take_for(key, &route, now, out) {
+            if let Some(waiting) = self.take_for(key, &route, source, now, out) {
                 self.send(id, key, waiting, now, out);
                 return true;
             }
@@ -68,12 +72,13 @@ impl QueueState {
         &mut self,
         key: &Destination,
         route: &Arc<Route>,
+        source: usize,
         now: Now,
         out: &mut Vec<Action>,
     ) -> Option<Waiting> {
         for _ in 0..SCAN_MAX.min(self.dests.get(key)?.lanes.len()) {
             let name = self.dests.get_mut(key)?.lanes.pop_front()?;
-            let found = self.take_of_lane(&name, route, now, out);
+            let found = self.take_of_lane(&name, route, source, now, out);
             match self.lanes.get_mut(&name) {
                 Some(lane) if lane.is_empty() => {
                     self.lanes.remove(&name);
@@ -98,6 +103,7 @@ impl QueueState {
         &mut self,
         name: &str,
         route: &Arc<Route>,
+        source: usize,
         now: Now,
         out: &mut Vec<Action>,
     ) -> Option<Waiting> {
@@ -106,13 +112,29 @@ impl QueueState {
                 lanes,
                 ranges,
                 batches,
+                paces,
+                wakes,
                 ..
             } = self;
             let lane = lanes.get_mut(name)?;
-            if !matches!(&lane.way, Way::Known { route: of, .. } if of.key() == route.key()) {
-                return None;
-            }
-            let waiting = lane.take(|item| may_start(ranges, batches, item, now.instant))?;
+            let destination = match &lane.way {
+                Way::Known {
+                    route: of,
+                    destination,
+                    ..
+                } if of.key() == route.key() => destination.clone(),
+                Way::Known { .. } | Way::Asked | Way::Unknown => return None,
+            };
+            let waiting = lane.take(|item| {
+                let fits = may_start(ranges, batches, item, now.instant)
+                    && batches
+                        .get(&item.batch.id)
+                        .is_some_and(|batch| batch.pool.weight(source).is_some());
+                let planned = paces.get(&item.batch.id).map(|pace| pace.plan.next());
+                let late = planned.filter(|at| fits && *at > now.instant);
+                wakes.extend(late.map(|at| (at, destination.clone())));
+                fits && late.is_none()
+            })?;
             let leased_at = ranges
                 .get(&waiting.item.range)
                 .map_or(now.instant, |range| range.leased_at);
@@ -156,15 +178,23 @@ impl QueueState {
         conn.sent += 1;
         range.waiting = range.waiting.saturating_sub(1);
         range.out += 1;
+        let batch = waiting.item.batch.id;
         if let Some(target) = dest.targets.get_mut(conn.target) {
-            target.handed_out(now.instant);
+            let pool = self.batches.get(&batch).map(|batch| &batch.pool);
+            let weight = pool.and_then(|pool| pool.weight(conn.source));
+            target.handed_out(weight.unwrap_or(1), now.instant);
         }
+        let pace = self.paces.get_mut(&batch).map(|pace| {
+            pace.plan.take(now.instant);
+            Arc::clone(&pace.permits)
+        });
         out.push(Action::Send(Job {
             id: job,
             conn: id,
             item: Arc::clone(&waiting.item),
             policy: Arc::clone(&dest.policy),
             lease: range.lease.clone(),
+            pace,
             leased_at: range.leased_at,
         }));
         self.jobs.insert(job, Out { waiting, conn: id });
@@ -174,9 +204,6 @@ impl QueueState {
 
     /// Opens a connection if there is work that none of those there are can take.
     fn open_more(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) {
-        let Some(route) = self.route_in_need(key, now.instant) else {
-            return;
-        };
         let Some(dest) = self.dests.get(key) else {
             return;
         };
@@ -199,6 +226,9 @@ impl QueueState {
             if !allowed {
                 continue;
             }
+            let Some(route) = self.route_in_need(key, target.source, now.instant) else {
+                continue;
+            };
             if self.conns.len() >= CONNECTIONS_MAX {
                 if !self.starved.contains(key) {
                     self.starved.push_back(key.clone());
@@ -211,6 +241,7 @@ impl QueueState {
             let conn = Conn {
                 destination: key.clone(),
                 target: at,
+                source,
                 route: Arc::clone(&route),
                 ready: false,
                 closing: false,
@@ -235,25 +266,34 @@ impl QueueState {
         }
     }
 
-    /// The route of a message that could start now if there were a connection.
-    fn route_in_need(&self, key: &Destination, now: Instant) -> Option<Arc<Route>> {
+    /// The route of a message that could start now if there were a connection from this source.
+    fn route_in_need(&self, key: &Destination, source: usize, now: Instant) -> Option<Arc<Route>> {
         let dest = self.dests.get(key).filter(|dest| !dest.is_held(now))?;
         let max = dest.policy.limits.messages_per_connection;
-        let served = |route: &Arc<Route>| {
+        let served = |route: &Arc<Route>, pool: &Pool| {
             let mut conns = dest
                 .targets
                 .iter()
                 .flat_map(|target| &target.conns)
                 .filter_map(|id| self.conns.get(id));
-            conns.any(|conn| conn.has_room(max) && conn.route.key() == route.key())
+            conns.any(|conn| {
+                conn.has_room(max)
+                    && conn.route.key() == route.key()
+                    && pool.weight(conn.source).is_some()
+            })
+        };
+        let needs = |item: &Item, route: &Arc<Route>| {
+            let pool = self.batches.get(&item.batch.id).map(|batch| &batch.pool);
+            may_start(&self.ranges, &self.batches, item, now)
+                && pool.is_some_and(|pool| pool.weight(source).is_some() && !served(route, pool))
         };
         dest.lanes.iter().take(SCAN_MAX).find_map(|name| {
             let lane = self.lanes.get(name)?;
             let Way::Known { route, .. } = &lane.way else {
                 return None;
             };
-            let waits = lane.has(|item| may_start(&self.ranges, &self.batches, item, now));
-            (waits && !served(route)).then(|| Arc::clone(route))
+            lane.has(|item| needs(item, route))
+                .then(|| Arc::clone(route))
         })
     }
 

@@ -155,7 +155,7 @@ impl QueueState {
             }
         };
         let held = leased.entry(key).or_default();
-        let rows = startable(limits.rate, self.config.sources.len()).saturating_sub(*held);
+        let rows = startable(limits.rate, self.config.pools.of(None).len()).saturating_sub(*held);
         *held += rows;
         rows
     }

@@ -4,6 +4,7 @@ use super::*;
 use crate::queue::job::{Item, Lease};
 use crate::queue::lane::Ending;
 use model::Priority;
+use model::units::Rate;
 use store::MIXED;
 
 /// Between tries to renew when the store did not answer.
@@ -60,11 +61,16 @@ impl QueueState {
             out.push(Action::LoadContent(Arc::clone(&leased.batch)));
             BatchState {
                 head: Arc::clone(&leased.batch),
+                pool: Arc::clone(self.config.pools.of(leased.batch.pool.as_deref())),
                 ranges: 0,
                 content: Content::Loading,
             }
         });
         state.ranges += 1;
+        if leased.batch.rate != Rate::Unlimited {
+            let pace = || Pace::new(leased.batch.rate, self.started);
+            self.paces.entry(batch).or_insert_with(pace);
+        }
         let mut range = Range {
             batch,
             mixed: &*leased.queue == MIXED,
