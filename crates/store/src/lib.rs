@@ -61,8 +61,21 @@ pub trait Store: Send + Sync + 'static {
     /// same lot again changes nothing; another one under its number is refused.
     async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()>;
 
+    /// Begins or renews a call that must take effect once; it counts as running for `ttl`. A try
+    /// that ended in nothing, or whose time is over, makes room for the next.
+    async fn begin_call(
+        &self,
+        call: NewCall,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<Begun>;
+
+    /// Ends a try that took no effect; without one nothing happens.
+    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()>;
+
     /// Makes the staged lots and the batch visible at once, with its counters, index map and
-    /// `batch.accepted` (and, when started, `batch.started`) events. Durable when it returns.
+    /// `batch.accepted` (and, when started, `batch.started`) events, and ends its call. Durable
+    /// when it returns. Unavailable, and nothing is done, when another try of the call took over.
     async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()>;
 
     /// Throws away what was staged; also done for leftovers when the engine is opened by an MTA.

@@ -40,6 +40,55 @@ pub struct NewBatch {
     pub accepted: u64,
     /// Recipients rejected; they have indices too.
     pub rejected: u64,
+    /// The call that submits it, when that must take effect once: ended in the same step.
+    pub call: Option<EndedCall>,
+}
+
+/// How long the answer to a call is kept at least; and no less than until its batch has ended.
+pub const CALL_KEPT: Duration = Duration::from_secs(24 * 3_600);
+
+/// A call that must take effect once, however often it is made: an idempotency key in its account.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct CallKey {
+    /// Whose.
+    pub account: String,
+    /// The caller's name for the call.
+    pub key: String,
+}
+
+/// A call that begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewCall {
+    /// Its name.
+    pub key: CallKey,
+    /// A digest of what is asked for: the same call has the same.
+    pub fingerprint: [u8; 32],
+    /// Tells one try from another; beginning again with the same renews it.
+    pub attempt: BatchId,
+}
+
+/// Whether a call may go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Begun {
+    /// It is the first, or the one before it ended without an answer.
+    Fresh,
+    /// Another is on its way.
+    Running,
+    /// It took effect before, with this answer.
+    Done(Arc<[u8]>),
+    /// Its name was given to a call that asked for something else.
+    Conflict,
+}
+
+/// A call that takes effect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedCall {
+    /// Its name.
+    pub key: CallKey,
+    /// Which try.
+    pub attempt: BatchId,
+    /// What was answered.
+    pub answer: Arc<[u8]>,
 }
 
 /// What is fixed when a batch is accepted.

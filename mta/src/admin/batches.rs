@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use model::{BatchId, BatchState, Counters, Priority, Timestamp};
 use serde::Serialize;
 use service::config::Scope;
@@ -16,8 +17,9 @@ use super::params::{NoParams, Params, Segment, batch_id};
 use super::problem::{Answer, Code, Refusal};
 use super::{Api, List};
 use crate::intake::decode::Encoding;
+use crate::intake::once;
 use crate::intake::receive::{Form, Media, drain};
-use crate::intake::submit::Submitter;
+use crate::intake::submit::{Submitted, Submitter};
 
 /// `POST /v1/batches`
 pub(super) async fn submit(
@@ -29,11 +31,12 @@ pub(super) async fn submit(
     let dry_run = params.flag("dry_run").unwrap_or(false);
     let allowed = caller.and_then(|CanSubmit(caller)| {
         params.finish()?;
-        Ok((caller, form(request.headers())?))
+        let headers = request.headers();
+        Ok((caller, form(headers)?, once::key(headers)?))
     });
     let waits = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
-    let (caller, form) = match allowed {
+    let (caller, form, key) = match allowed {
         Ok(allowed) => allowed,
         Err(refusal) => {
             // Whoever is still writing would see a broken connection in place of the answer.
@@ -48,22 +51,30 @@ pub(super) async fn submit(
         any_account: caller.may(Scope::Admin),
         waits,
         form,
+        key,
     };
     if dry_run {
         let checked = api.intake.dry_run(body, by).await?;
         return Ok(Json(checked).into_response());
     }
-    let accepted = api.intake.submit(body, by).await?;
-    Ok((StatusCode::ACCEPTED, Json(accepted)).into_response())
+    Ok(accepted(api.intake.submit(body, by).await?))
+}
+
+/// `202`, and whether it is told again.
+fn accepted(submitted: Submitted) -> Response {
+    let answer = Bytes::from_owner(submitted.answer);
+    let mut response = (StatusCode::ACCEPTED, answer).into_response();
+    let headers = response.headers_mut();
+    let json = HeaderValue::from_static("application/json");
+    headers.insert(header::CONTENT_TYPE, json);
+    if submitted.is_replayed {
+        headers.insert(once::REPLAYED, HeaderValue::from_static("true"));
+    }
+    response
 }
 
 /// How the body is written, if that is one that is taken.
 fn form(headers: &HeaderMap) -> Answer<Form> {
-    if headers.contains_key("idempotency-key") {
-        // To ignore it would be to send twice what was to be sent once.
-        let detail = "is not supported yet";
-        return Err(Refusal::at(Code::InvalidField, "Idempotency-Key", detail));
-    }
     let encoding = Encoding::of(headers)?;
     let text = headers.get(header::CONTENT_TYPE);
     let text = text.map_or("", |value| value.to_str().unwrap_or("?"));

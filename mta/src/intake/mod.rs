@@ -9,6 +9,7 @@ pub(crate) mod fields;
 mod head;
 mod lines;
 mod lots;
+pub(crate) mod once;
 mod prepare;
 pub(crate) mod receive;
 mod recipients;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aws_lc_rs::digest;
 use axum::body::Body;
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
@@ -59,6 +60,8 @@ impl Default for Limits {
 pub(crate) struct Received {
     pub(crate) head: Head,
     pub(crate) spool: Spool,
+    /// Of all its bytes, decoded, and of its form; only when asked for.
+    pub(crate) fingerprint: Option<[u8; 32]>,
     /// Freed when the call is over.
     pub(crate) permits: Vec<OwnedSemaphorePermit>,
 }
@@ -77,6 +80,26 @@ pub(crate) enum Media {
     Json,
     /// The document in the first line, each recipient in one more.
     Lines,
+}
+
+impl Media {
+    /// The beginning of a fingerprint: the same bytes mean another thing in another form.
+    fn fingerprint(self) -> digest::Context {
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(match self {
+            Self::Json => b"json ",
+            Self::Lines => b"lines ",
+        });
+        context
+    }
+}
+
+fn finish(fingerprint: digest::Context) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    for (to, from) in bytes.iter_mut().zip(fingerprint.finish().as_ref()) {
+        *to = *from;
+    }
+    bytes
 }
 
 /// Bytes that a body may have, decoded.
@@ -106,6 +129,8 @@ pub(crate) struct Receiver<'r> {
     pub(crate) dir: &'r Path,
     pub(crate) sizes: Sizes,
     pub(crate) form: Form,
+    /// Whether to tell the same body from another later.
+    pub(crate) is_fingerprinted: bool,
     /// The caller waits for `100 Continue` before it writes: a refusal needs no draining.
     pub(crate) waits: bool,
 }
@@ -121,6 +146,7 @@ impl Receiver<'_> {
         let mut intake = Intake {
             document: Document::new(self.form.media),
             spool: Spool::new(self.dir),
+            fingerprint: self.is_fingerprinted.then(|| self.form.media.fingerprint()),
             permits: Vec::new(),
             length: 0,
             began: self.clock.instant(),
@@ -142,6 +168,7 @@ impl Receiver<'_> {
         let Intake {
             document,
             mut spool,
+            fingerprint,
             permits,
             ..
         } = intake;
@@ -149,6 +176,7 @@ impl Receiver<'_> {
         Ok(Received {
             head,
             spool,
+            fingerprint: fingerprint.map(finish),
             permits,
         })
     }
@@ -161,6 +189,9 @@ impl Receiver<'_> {
             let (limit, key) = self.sizes.of(self.form.media);
             if intake.length > limit {
                 return Err(too_large(limit, key));
+            }
+            if let Some(fingerprint) = &mut intake.fingerprint {
+                fingerprint.update(&bytes);
             }
             intake
                 .document
@@ -259,6 +290,7 @@ impl Document {
 struct Intake {
     document: Document,
     spool: Spool,
+    fingerprint: Option<digest::Context>,
     permits: Vec<OwnedSemaphorePermit>,
     length: u64,
     began: Instant,
@@ -332,6 +364,7 @@ mod tests {
                 stream: 1 << 20,
             },
             form,
+            is_fingerprinted: true,
             waits,
         };
         receiver.receive(body).await

@@ -18,10 +18,11 @@ use service::clock::SharedClock;
 use service::config::{Account, Pool};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
-use store::{NewBatch, NewLot, Store};
+use store::{CallKey, EndedCall, NewBatch, NewCall, NewLot, Store};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::once::Call;
 use super::prepare::{Against, Prepared, prepare};
 use super::receive::{Form, Limits, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
@@ -53,6 +54,17 @@ pub(crate) struct Submitter {
     /// Sent `Expect: 100-continue`.
     pub(crate) waits: bool,
     pub(crate) form: Form,
+    /// `Idempotency-Key`: the call takes effect once, however often it is made.
+    pub(crate) key: Option<String>,
+}
+
+/// What a submission comes to.
+#[derive(Debug)]
+pub(crate) struct Submitted {
+    /// An [`Accepted`] as JSON.
+    pub(crate) answer: Arc<[u8]>,
+    /// It took effect before, and this is what was answered then.
+    pub(crate) is_replayed: bool,
 }
 
 /// The answer to a submission (contract, section 3).
@@ -152,15 +164,15 @@ impl Intake {
     ///
     /// # Errors
     /// The refusal; then nothing of the batch is there.
-    pub(crate) async fn submit(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Accepted> {
+    pub(crate) async fn submit(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Submitted> {
         let received = self.receive(body, &by).await?;
         let gone = CancellationToken::new();
         let _gone_on_drop = gone.clone().drop_guard();
         let (intake, hold) = (Arc::clone(self), self.shutdown.hold(Stage::Intake));
         let task = self.tasks.spawn("intake", async move {
-            let accepted = intake.accept(received, by, &gone).await;
+            let submitted = intake.accept_once(received, by, &gone).await;
             drop(hold);
-            accepted
+            submitted
         });
         task.join()
             .await
@@ -174,6 +186,7 @@ impl Intake {
             dir: &self.data_dir,
             sizes: self.sizes,
             form: by.form,
+            is_fingerprinted: by.key.is_some(),
             waits: by.waits,
         };
         receiver.receive(body).await
@@ -205,17 +218,62 @@ impl Intake {
         )
     }
 
-    async fn accept(
+    /// Accepts a batch, unless the call took effect before.
+    async fn accept_once(
         self: Arc<Self>,
         received: Received,
         by: Submitter,
         gone: &CancellationToken,
-    ) -> Answer<Accepted> {
-        let (id, now) = (self.new_id()?, self.clock.now());
+    ) -> Answer<Submitted> {
+        let id = self.new_id()?;
+        let call = by.key.clone().zip(received.fingerprint);
+        let Some((key, fingerprint)) = call else {
+            let answer = self.accept(id, received, by, None, gone).await?;
+            return Ok(Submitted::now(answer));
+        };
+        let key = CallKey {
+            account: by.account.clone(),
+            key,
+        };
+        let call = Call {
+            store: &*self.store,
+            clock: &self.clock,
+            new: NewCall {
+                key: key.clone(),
+                fingerprint,
+                attempt: id,
+            },
+        };
+        if let Some(answer) = call.begin().await? {
+            return Ok(Submitted {
+                answer,
+                is_replayed: true,
+            });
+        }
+        let accepting = Arc::clone(&self).accept(id, received, by, Some(key), gone);
+        match call.renewed_while(accepting).await {
+            Ok(answer) => Ok(Submitted::now(answer)),
+            Err(refusal) => {
+                call.drop_it().await;
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn accept(
+        self: Arc<Self>,
+        id: BatchId,
+        received: Received,
+        by: Submitter,
+        call: Option<CallKey>,
+        gone: &CancellationToken,
+    ) -> Answer<Arc<[u8]>> {
+        let now = self.clock.now();
         let Received {
             head,
             spool,
             permits,
+            fingerprint: _,
         } = received;
         let (intake, count) = (Arc::clone(&self), spool.rows());
         let prepared = blocking(move || prepare(&head, count, id, now, &intake.against(&by)));
@@ -229,17 +287,14 @@ impl Intake {
         let (sorted, staged) = tokio::join!(sorting, self.stage(id, &mut groups, gone));
         // A store that failed is the cause; that the sorting was then stopped follows from it.
         let done = match staged.and(sorted) {
-            Ok(sorted) => self.commit(&prepared, &sorted, now).await.map(|()| sorted),
+            Ok(sorted) => self.commit(&prepared, sorted, call, now).await,
             Err(refusal) => Err(refusal),
         };
         drop(permits);
-        match done {
-            Ok(sorted) => Ok(self.answer(&prepared, sorted, now)),
-            Err(refusal) => {
-                self.abandon(id).await;
-                Err(refusal)
-            }
+        if done.is_err() {
+            self.abandon(id).await;
         }
+        done
     }
 
     /// Stages groups of lots as they come.
@@ -271,21 +326,42 @@ impl Intake {
         staged
     }
 
-    async fn commit(&self, prepared: &Prepared, sorted: &Sorted, now: Timestamp) -> Answer<()> {
+    /// Makes the batch durable and tells what became of it.
+    async fn commit(
+        &self,
+        prepared: &Prepared,
+        sorted: Sorted,
+        call: Option<CallKey>,
+        now: Timestamp,
+    ) -> Answer<Arc<[u8]>> {
         let content = prepared
             .released
             .to_bytes()
             .map_err(|error| Refusal::internal("content", &error))?;
+        let (accepted, rejected) = (sorted.accepted, sorted.rejected_count);
+        let answer: Arc<[u8]> = serde_json::to_vec(&answer(prepared, sorted, now))
+            .map_err(|error| Refusal::internal("answer", &error))?
+            .into();
+        let head = &prepared.head;
         let batch = NewBatch {
-            head: prepared.head.clone(),
+            head: head.clone(),
             content: content.into(),
-            accepted: sorted.accepted,
-            rejected: sorted.rejected_count,
+            accepted,
+            rejected,
+            call: call.map(|key| EndedCall {
+                key,
+                attempt: head.id,
+                answer: Arc::clone(&answer),
+            }),
         };
         let timer = self.metrics.store_seconds("commit_batch").start_timer();
         self.store.commit_batch(batch, now).await?;
         timer.observe_duration();
-        Ok(())
+        self.metrics
+            .recipients_accepted(&head.account)
+            .inc_by(accepted);
+        tracing::info!(batch = %head.id, account = %head.account, accepted, rejected, "batch accepted");
+        Ok(answer)
     }
 
     async fn abandon(&self, id: BatchId) {
@@ -295,40 +371,39 @@ impl Intake {
         }
     }
 
-    fn answer(&self, prepared: &Prepared, sorted: Sorted, now: Timestamp) -> Accepted {
-        let head = &prepared.head;
-        self.metrics
-            .recipients_accepted(&head.account)
-            .inc_by(sorted.accepted);
-        tracing::info!(
-            batch = %head.id,
-            account = %head.account,
-            accepted = sorted.accepted,
-            rejected = sorted.rejected_count,
-            "batch accepted"
-        );
-        let state = if sorted.accepted == 0 {
-            BatchState::Completed
-        } else if head.release_at > now {
-            BatchState::Scheduled
-        } else {
-            BatchState::InProgress
-        };
-        Accepted {
-            id: head.id,
-            state,
-            accepted: sorted.accepted,
-            rejected: sorted.rejected,
-            rejected_count: sorted.rejected_count,
-            links: prepared.content.links().clone(),
-            warnings: prepared.warnings.clone(),
-        }
-    }
-
     fn new_id(&self) -> Answer<BatchId> {
         let mut random = [0_u8; 16];
         rand::fill(&mut random).map_err(|error| Refusal::internal("random", &error))?;
         Ok(BatchId::new(self.clock.now(), u128::from_be_bytes(random)))
+    }
+}
+
+impl Submitted {
+    fn now(answer: Arc<[u8]>) -> Self {
+        Self {
+            answer,
+            is_replayed: false,
+        }
+    }
+}
+
+/// The answer to a batch that is about to be committed.
+fn answer(prepared: &Prepared, sorted: Sorted, now: Timestamp) -> Accepted {
+    let state = if sorted.accepted == 0 {
+        BatchState::Completed
+    } else if prepared.head.release_at > now {
+        BatchState::Scheduled
+    } else {
+        BatchState::InProgress
+    };
+    Accepted {
+        id: prepared.head.id,
+        state,
+        accepted: sorted.accepted,
+        rejected: sorted.rejected,
+        rejected_count: sorted.rejected_count,
+        links: prepared.content.links().clone(),
+        warnings: prepared.warnings.clone(),
     }
 }
 

@@ -7,7 +7,7 @@ use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 
-use crate::harness::{Service, batch, recipients};
+use crate::harness::{Reply, Service, batch, recipients};
 
 #[tokio::test]
 async fn a_batch_is_accepted_and_read_back() {
@@ -475,6 +475,91 @@ async fn a_stream_of_lines_is_a_batch_and_may_be_compressed() {
         );
         assert_eq!(answer["rejected"][0]["index"], 1);
     }
+}
+
+/// Submits `body` under an idempotency key.
+async fn submit_once(service: &Service, key: &str, body: &str) -> Reply {
+    let headers = [
+        ("content-type", "application/json"),
+        ("idempotency-key", key),
+    ];
+    let body = Bytes::from(body.to_owned());
+    service
+        .api
+        .call(Method::POST, "/v1/batches", &headers, body)
+        .await
+}
+
+#[tokio::test]
+async fn a_call_with_a_key_takes_effect_once_across_restarts() {
+    let service = Service::start().await;
+    let (body, other) = (
+        batch(&recipients(50, 2)).to_string(),
+        batch(&recipients(3, 1)).to_string(),
+    );
+    let first = submit_once(&service, "order-7", &body).await;
+    assert_eq!(first.status, StatusCode::ACCEPTED);
+    assert_eq!(first.headers.get("idempotent-replayed"), None);
+    for _ in 0..2 {
+        let again = submit_once(&service, "order-7", &body).await;
+        assert_eq!((again.status, &again.bytes), (first.status, &first.bytes));
+        assert_eq!(again.headers["idempotent-replayed"], "true");
+    }
+    let (status, code, _) = submit_once(&service, "order-7", &other).await.problem();
+    assert_eq!((status, code.as_str()), (409, "idempotency_conflict"));
+    // A refused call is no answer: the key is free for the call that was meant.
+    assert_eq!(
+        submit_once(&service, "order-8", "{}").await.status,
+        StatusCode::UNPROCESSABLE_ENTITY
+    );
+    assert_eq!(
+        submit_once(&service, "order-8", &other).await.status,
+        StatusCode::ACCEPTED
+    );
+    for bad in ["a b", "a/b", &"k".repeat(256)] {
+        let (status, _, paths) = submit_once(&service, bad, &other).await.problem();
+        assert_eq!(
+            (status, paths),
+            (422, vec!["Idempotency-Key invalid_field".to_owned()]),
+            "{bad}"
+        );
+    }
+
+    let service = Service::at(service.stop().await).await;
+    let again = submit_once(&service, "order-7", &body).await;
+    assert_eq!((again.status, &again.bytes), (first.status, &first.bytes));
+    let batches = service.api.get("/v1/batches").await.json();
+    assert_eq!(batches["items"].as_array().map(Vec::len), Some(2));
+}
+
+#[tokio::test]
+async fn of_parallel_calls_with_one_key_one_takes_effect() {
+    let service = Service::start().await;
+    let body = batch(&recipients(2_000, 7)).to_string();
+    let calls = (0..8).map(|_| submit_once(&service, "k", &body));
+    let replies = futures_util::future::join_all(calls).await;
+    let accepted: Vec<_> = replies
+        .iter()
+        .filter(|reply| reply.status == StatusCode::ACCEPTED)
+        .collect();
+    let fresh = accepted
+        .iter()
+        .filter(|reply| !reply.headers.contains_key("idempotent-replayed"));
+    assert_eq!(fresh.count(), 1);
+    assert!(
+        accepted
+            .iter()
+            .all(|reply| reply.bytes == accepted[0].bytes)
+    );
+    for reply in &replies {
+        if reply.status != StatusCode::ACCEPTED {
+            let (status, code, _) = reply.problem();
+            assert_eq!((status, code.as_str()), (409, "idempotency_in_progress"));
+            assert_eq!(reply.headers["retry-after"], "1");
+        }
+    }
+    let batches = service.api.get("/v1/batches").await.json();
+    assert_eq!(batches["items"].as_array().map(Vec::len), Some(1));
 }
 
 #[tokio::test]

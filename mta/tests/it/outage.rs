@@ -6,11 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
 use store::{
-    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
-    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
-    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
-    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
+    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
+    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals,
 };
 use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
 use tokio::sync::watch;
@@ -68,6 +68,14 @@ impl Store for Remote {
 
     async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()> {
         self.inner.commit_batch(batch, now).await
+    }
+
+    async fn begin_call(&self, call: NewCall, now: Timestamp, ttl: Duration) -> Result<Begun> {
+        self.inner.begin_call(call, now, ttl).await
+    }
+
+    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()> {
+        self.inner.drop_call(key, attempt).await
     }
 
     async fn abandon_batch(&self, batch: BatchId) -> Result<()> {

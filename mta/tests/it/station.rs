@@ -176,6 +176,7 @@ impl Station {
             content: self.content().into(),
             accepted: to.len() as u64,
             rejected: 0,
+            call: None,
         };
         self.store
             .commit_batch(batch, now)

@@ -192,6 +192,7 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
         content: Arc::from(&b"{}"[..]),
         accepted: recipients.into(),
         rejected: 0,
+        call: None,
     };
     store.commit_batch(batch, now).await.expect("committed");
 }

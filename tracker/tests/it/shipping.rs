@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use store::{
-    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
-    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
-    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
-    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
+    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
+    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals,
 };
 
 /// A real store behind a network that fails: before the call, or after it, when only the answer is
@@ -76,6 +76,14 @@ impl Store for Faulty {
     async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()> {
         self.inner.commit_batch(batch, now).await
     }
+    async fn begin_call(&self, call: NewCall, now: Timestamp, ttl: Duration) -> Result<Begun> {
+        self.inner.begin_call(call, now, ttl).await
+    }
+
+    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()> {
+        self.inner.drop_call(key, attempt).await
+    }
+
     async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
         self.inner.abandon_batch(batch).await
     }

@@ -2,8 +2,12 @@
 
 use super::Fixture;
 use super::support::*;
-use crate::{BatchQuery, Control, Result, StoreError};
-use model::{BatchState, MessageId};
+use crate::{
+    BatchChange, BatchQuery, Begun, CALL_KEPT, CallKey, Control, EndedCall, NewBatch, NewCall,
+    Result, StoreError,
+};
+use model::{BatchId, BatchState, MessageId, Timestamp};
+use std::time::Duration;
 
 /// What is staged is no batch, no work and no event until it is committed; it can be abandoned.
 pub async fn nothing_is_visible_before_the_commit(fixture: &dyn Fixture) -> Result<()> {
@@ -226,5 +230,150 @@ pub async fn mail_waits_for_its_release_time(fixture: &dyn Fixture) -> Result<()
         kinds(&all_events(&*store).await?),
         ["batch.accepted", "batch.started"]
     );
+    Ok(())
+}
+
+const RUNNING: Duration = Duration::from_secs(60);
+
+fn call(account: &str, fingerprint: u8, attempt: BatchId) -> NewCall {
+    NewCall {
+        key: CallKey {
+            account: account.to_owned(),
+            key: "order-7".to_owned(),
+        },
+        fingerprint: [fingerprint; 32],
+        attempt,
+    }
+}
+
+/// The commit of `spec` as the end of `call`.
+fn ending(spec: &Spec, call: &NewCall) -> NewBatch {
+    NewBatch {
+        call: Some(EndedCall {
+            key: call.key.clone(),
+            attempt: call.attempt,
+            answer: b"202".as_slice().into(),
+        }),
+        ..spec.committed()
+    }
+}
+
+/// Whoever calls again while the first is at it waits; afterwards they get its answer, from every
+/// process; the same name for something else is refused. Names belong to an account.
+pub async fn a_call_takes_effect_once(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let (spec, other) = (
+        Spec::new(1, people(3, "x.example")),
+        Spec::new(2, people(3, "x.example")),
+    );
+    let first = call("acme", 7, spec.head.id);
+    let second = call("acme", 7, other.head.id);
+    assert_eq!(
+        store.begin_call(first.clone(), T0, RUNNING).await?,
+        Begun::Fresh
+    );
+    assert_eq!(
+        store.begin_call(second.clone(), T0, RUNNING).await?,
+        Begun::Running
+    );
+    let elsewhere = call("other", 7, other.head.id);
+    assert_eq!(
+        store.begin_call(elsewhere, T0, RUNNING).await?,
+        Begun::Fresh
+    );
+
+    store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await?;
+    store.commit_batch(ending(&spec, &first), T0).await?;
+    // Whoever got no answer asks again.
+    store.commit_batch(ending(&spec, &first), T0).await?;
+    let done = Begun::Done(b"202".as_slice().into());
+    assert_eq!(store.begin_call(second.clone(), T0, RUNNING).await?, done);
+    assert_eq!(
+        store
+            .begin_call(call("acme", 8, other.head.id), T0, RUNNING)
+            .await?,
+        Begun::Conflict
+    );
+    drop(store);
+    let store = fixture.mta().await;
+    assert_eq!(store.begin_call(second, T0, RUNNING).await?, done);
+    Ok(())
+}
+
+/// An answer is kept for a day, and longer while its batch is at work.
+pub async fn a_call_is_kept_until_its_batch_has_ended(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let spec = Spec::new(1, people(3, "x.example"));
+    let first = call("acme", 7, spec.head.id);
+    store.begin_call(first.clone(), T0, RUNNING).await?;
+    store
+        .stage_lots(spec.head.id, spec.lots(store.partitions()))
+        .await?;
+    store.commit_batch(ending(&spec, &first), T0).await?;
+    let again = |at: Timestamp| store.begin_call(call("acme", 7, BatchId::new(T0, 9)), at, RUNNING);
+    let done = Begun::Done(b"202".as_slice().into());
+    assert_eq!(again(T0 + CALL_KEPT + RUNNING).await?, done);
+    store
+        .change_batch(spec.head.id, BatchChange::Cancel, T0)
+        .await?;
+    assert_eq!(again(T0 + CALL_KEPT - RUNNING).await?, done);
+    assert_eq!(again(T0 + CALL_KEPT + RUNNING).await?, Begun::Fresh);
+    Ok(())
+}
+
+/// A try that is refused, or that takes too long, or whose process is gone, blocks nobody; and a
+/// try that was overtaken commits nothing.
+pub async fn a_call_that_ends_in_nothing_makes_room(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let (spec, other) = (
+        Spec::new(1, people(3, "x.example")),
+        Spec::new(2, people(3, "x.example")),
+    );
+    let (first, second) = (
+        call("acme", 7, spec.head.id),
+        call("acme", 7, other.head.id),
+    );
+    store.begin_call(first.clone(), T0, RUNNING).await?;
+    store.drop_call(first.key.clone(), other.head.id).await?;
+    assert_eq!(
+        store.begin_call(second.clone(), T0, RUNNING).await?,
+        Begun::Running
+    );
+    store.drop_call(first.key.clone(), spec.head.id).await?;
+    assert_eq!(
+        store.begin_call(second.clone(), T0, RUNNING).await?,
+        Begun::Fresh
+    );
+
+    // The second renews, and the first takes over only when that has run out.
+    let (renewed, late) = (T0 + RUNNING / 2, T0 + RUNNING * 2);
+    assert_eq!(
+        store.begin_call(second.clone(), renewed, RUNNING).await?,
+        Begun::Fresh
+    );
+    assert_eq!(
+        store
+            .begin_call(first.clone(), T0 + RUNNING, RUNNING)
+            .await?,
+        Begun::Running
+    );
+    assert_eq!(
+        store.begin_call(first.clone(), late, RUNNING).await?,
+        Begun::Fresh
+    );
+    for spec in [&spec, &other] {
+        store
+            .stage_lots(spec.head.id, spec.lots(store.partitions()))
+            .await?;
+    }
+    let overtaken = store.commit_batch(ending(&other, &second), late).await;
+    assert!(
+        matches!(overtaken, Err(StoreError::Unavailable(_))),
+        "{overtaken:?}"
+    );
+    assert_eq!(store.batch(other.head.id).await?, None);
+    store.commit_batch(ending(&spec, &first), late).await?;
     Ok(())
 }

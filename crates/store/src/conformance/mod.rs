@@ -50,6 +50,9 @@ macro_rules! conformance_tests {
             staging_can_be_repeated
             a_commit_that_does_not_add_up_is_refused
             all_rejected_is_completed_at_once
+            a_call_takes_effect_once
+            a_call_is_kept_until_its_batch_has_ended
+            a_call_that_ends_in_nothing_makes_room
             mail_waits_for_its_release_time
             a_range_is_split_as_wanted
             transactional_mail_goes_first_and_batches_take_turns

@@ -118,6 +118,7 @@ impl Spec {
             content: format!("content of {}", self.head.id).into_bytes().into(),
             accepted: self.emails.len() as u64,
             rejected: self.rejected.len() as u64,
+            call: None,
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod books;
 mod cache;
+mod calls;
 mod control;
 #[cfg(test)]
 mod damaged;
@@ -28,11 +29,11 @@ mod suppress;
 mod writer;
 
 use crate::{
-    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, ChangeOutcome,
-    ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace, LeaseRequest,
-    LeasedRange, MessageStory, NewBatch, NewLot, Note, Page, RangeRef, RecipientQuery,
-    RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals,
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
+    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
+    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -133,6 +134,7 @@ impl SqliteStore {
                 )));
             }
             stage::abandon_leftovers(&mut connection)?;
+            calls::drop_leftovers(&connection)?;
         }
         let cache = Arc::new(Cache::new());
         let changes = Arc::new(watch::Sender::new(writer::Written::default()));
@@ -187,6 +189,18 @@ impl Store for SqliteStore {
             .map_err(|error| StoreError::Unavailable(error.to_string()))??;
         self.writer()?
             .write_soft(move |step| stage::stage(step, batch, lots))
+            .await
+    }
+
+    async fn begin_call(&self, call: NewCall, now: Timestamp, ttl: Duration) -> Result<Begun> {
+        self.writer()?
+            .write(move |step| calls::begin(step.connection, &call, now, ttl))
+            .await
+    }
+
+    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()> {
+        self.writer()?
+            .write(move |step| calls::drop_call(step.connection, &key, attempt))
             .await
     }
 
@@ -532,6 +546,7 @@ mod tests {
             content: b"content".as_slice().into(),
             accepted,
             rejected: 0,
+            call: None,
         }
     }
 

@@ -15,3 +15,15 @@ CREATE TABLE suspension (
   by TEXT NOT NULL,
   since INTEGER NOT NULL
 ) WITHOUT ROWID;
+-- Calls that must take effect once. `answer` NULL: running until `until`; else kept until then, and until `batch` has ended.
+CREATE TABLE call (
+  account TEXT NOT NULL,
+  key TEXT NOT NULL,
+  fingerprint BLOB NOT NULL,
+  attempt BLOB NOT NULL,
+  until INTEGER NOT NULL,
+  batch BLOB,
+  answer BLOB,
+  PRIMARY KEY (account, key)
+);
+CREATE INDEX call_until ON call (until);

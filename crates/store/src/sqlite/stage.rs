@@ -7,6 +7,7 @@
 //! lot: it is made in passes of [`PASS`] indices, so that memory does not grow with the batch.
 
 use super::books::Books;
+use super::calls;
 use super::ids::{self, BatchNo};
 use super::range::TRANSACTIONAL;
 use super::writer::{Step, Writer};
@@ -205,6 +206,9 @@ fn write_map(connection: &Connection, pieces: &[(i64, Vec<u8>)]) -> Result<()> {
 
 fn finish(step: &mut Step<'_>, no: BatchNo, batch: &NewBatch, now: Timestamp) -> Result<()> {
     check_staged(step.connection, no, batch)?;
+    if let Some(call) = &batch.call {
+        calls::end(step.connection, call, batch.head.id, now)?;
+    }
     let (first, last) = ids::lot_range(no);
     step.connection
         .prepare_cached("DELETE FROM staged WHERE lot BETWEEN ?1 AND ?2")?

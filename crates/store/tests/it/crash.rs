@@ -170,6 +170,7 @@ async fn submit(store: &SqliteStore, id: BatchId) {
         content: b"content".as_slice().into(),
         accepted: u64::from(ROWS),
         rejected: 0,
+        call: None,
     };
     store.commit_batch(batch, T0).await.expect("committed");
 }
