@@ -17,5 +17,6 @@ pub mod resolve;
 pub mod sending;
 pub mod shaping;
 pub mod ship;
+pub mod tlspolicy;
 
 pub use app::{Deps, Mta, start};

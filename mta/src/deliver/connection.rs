@@ -81,7 +81,9 @@ pub(super) async fn serve(
         at: now + deliver.timeouts.idle,
     };
     let pacer = deliver.pacer(&plan.policy, plan.source);
-    deliver.tell(Event::Ready(plan.conn)).await;
+    deliver
+        .tell(Event::Ready(plan.conn, Arc::new(established.security)))
+        .await;
     let connection = Connection {
         deliver,
         plan,

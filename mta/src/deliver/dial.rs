@@ -1,13 +1,12 @@
 //! From a route to a session that takes messages: hosts in turn, addresses in turn, STARTTLS.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::{Blame, Class};
 use rustls::pki_types::ServerName;
-use service::config::{Source, TlsPolicy};
-use service::metrics::{SmtpStage, TlsResult};
+use service::config::Source;
+use service::metrics::{SmtpStage, TlsHandshake, TlsResult};
 use smtp::client::{Event as Spoken, Interruption, StartTls};
 use smtp::{ClientSession, SessionError, Stage};
 use tokio::net::{TcpSocket, TcpStream};
@@ -16,10 +15,13 @@ use tokio_rustls::TlsConnector;
 
 use super::Deliver;
 use super::io::{Stream, Wire};
+use super::secure::Terms;
+use super::tls::Observer;
 use crate::classify::Peer;
 use crate::queue::Event;
 use crate::queue::job::{ConnId, Policy, Trouble};
-use crate::resolve::{Host, Route};
+use crate::resolve::{Addresses, Host, Route};
+use crate::tlspolicy::Security;
 
 /// Addresses tried for one connection.
 const ADDRESSES_MAX: usize = 8;
@@ -33,8 +35,10 @@ pub(super) struct Established {
     pub(super) host: Box<str>,
     /// `mx1.x.example:25`.
     pub(super) host_key: Box<str>,
-    /// Version and cipher.
+    /// Version, cipher, and how far the certificate was checked.
     pub(super) tls: Option<Box<str>>,
+    /// What it has to show to the domains whose mail it may carry.
+    pub(super) security: Security,
 }
 
 /// Where one connection goes.
@@ -42,7 +46,7 @@ struct Target<'a> {
     host: &'a Host,
     address: SocketAddr,
     source: &'a Source,
-    policy: TlsPolicy,
+    terms: &'a Terms,
 }
 
 impl Target<'_> {
@@ -78,18 +82,19 @@ impl Deliver {
         let mut tries = 0;
         for host in self.hosts_in_order(route) {
             let started = self.clock.instant();
-            let addresses = self.resolver.addresses(&host, route).await;
+            let found = self.look_up(&host, route, policy).await;
             self.measure(SmtpStage::Dns, started);
-            let addresses = match addresses {
-                Ok(addresses) => addresses,
+            let (addresses, terms) = match found {
+                Ok(found) => found,
                 Err(trouble) => {
                     last = Some(trouble);
                     continue;
                 }
             };
-            for &address in addresses
-                .iter()
-                .filter(|address| can_reach(source, **address))
+            let addresses = addresses.in_order(self.families, &mut fastrand::Rng::new());
+            for address in addresses
+                .into_iter()
+                .filter(|address| can_reach(source, *address))
             {
                 if tries >= ADDRESSES_MAX {
                     break;
@@ -99,7 +104,7 @@ impl Deliver {
                     host: &host,
                     address: SocketAddr::new(address, host.port),
                     source,
-                    policy: policy.limits.tls,
+                    terms: &terms,
                 };
                 match self.open(&target).await {
                     Ok(established) => {
@@ -107,7 +112,10 @@ impl Deliver {
                         return Ok(established);
                     }
                     Err(error) => {
-                        self.hosts.went_down(&target.key(), self.clock.instant());
+                        // A host that one domain does not trust is as good as ever to the others.
+                        if !is_about_tls(&error) {
+                            self.hosts.went_down(&target.key(), self.clock.instant());
+                        }
                         let peer = Peer {
                             host: &host.name,
                             destination: policy.destination.as_str(),
@@ -119,6 +127,24 @@ impl Deliver {
             }
         }
         Err(last.unwrap_or_else(|| no_address(source)))
+    }
+
+    /// The addresses of a host, and on which terms it may be given what goes by `route`.
+    async fn look_up(
+        &self,
+        host: &Host,
+        route: &Route,
+        policy: &Policy,
+    ) -> Result<(Addresses, Terms), Trouble> {
+        let addresses = self.resolver.addresses(host, route).await?;
+        let terms = self.terms(host, &addresses, route, policy.limits.tls);
+        match terms.await {
+            Ok(terms) => Ok((addresses, terms)),
+            Err(trouble) => {
+                self.metrics.tls.at(TlsResult::Refused).inc();
+                Err(trouble)
+            }
+        }
     }
 
     /// By preference; those that did not answer lately come last.
@@ -133,30 +159,22 @@ impl Deliver {
     }
 
     async fn open(&self, target: &Target<'_>) -> Result<Established, SessionError> {
-        let plain_known = self.hosts.has_no_tls(&target.key(), self.clock.instant());
-        let starttls = match target.policy {
-            TlsPolicy::None => StartTls::Never,
-            TlsPolicy::Opportunistic if plain_known => StartTls::Never,
-            TlsPolicy::Opportunistic => StartTls::Opportunistic,
-            TlsPolicy::Require | TlsPolicy::RequireVerified => StartTls::Required,
-        };
-        match self.establish(target, starttls).await {
-            Ok(established) => {
-                self.count_tls(target.policy, &established, plain_known);
-                Ok(established)
-            }
+        let starttls = target.terms.starttls;
+        let opened = match self.establish(target, starttls).await {
             Err(Failure::TryPlain(why)) => {
                 tracing::info!(host = %target.host.name, %why, "TLS failed, going on in plaintext");
                 self.hosts.tls_broke(&target.key(), self.clock.instant());
-                let plain = self
-                    .establish(target, StartTls::Never)
-                    .await
-                    .map_err(|failure| match failure {
-                        Failure::Session(error) => error,
-                        Failure::TryPlain(why) => SessionError::TlsFailed(why),
-                    })?;
-                self.metrics.tls.at(TlsResult::FallenBack).inc();
-                Ok(plain)
+                self.establish(target, StartTls::Never).await
+            }
+            opened => opened,
+        };
+        match opened {
+            Ok(established) => {
+                let encrypted = established.tls.is_some();
+                let fallen_back = self.hosts.has_no_tls(&target.key(), self.clock.instant());
+                let result = target.terms.result(encrypted, fallen_back);
+                self.metrics.tls.at(result).inc();
+                Ok(established)
             }
             Err(Failure::Session(error)) => {
                 if is_about_tls(&error) {
@@ -164,18 +182,9 @@ impl Deliver {
                 }
                 Err(error)
             }
+            // In plaintext there is no handshake that could fail.
+            Err(Failure::TryPlain(why)) => Err(SessionError::TlsFailed(why)),
         }
-    }
-
-    fn count_tls(&self, policy: TlsPolicy, established: &Established, fallen_back: bool) {
-        let result = match (policy, &established.tls) {
-            (TlsPolicy::RequireVerified, Some(_)) => TlsResult::Verified,
-            (_, Some(_)) => TlsResult::Unverified,
-            (TlsPolicy::None, None) => TlsResult::Off,
-            (_, None) if fallen_back => TlsResult::FallenBack,
-            (_, None) => TlsResult::NotOffered,
-        };
-        self.metrics.tls.at(result).inc();
     }
 
     async fn establish(
@@ -203,6 +212,7 @@ impl Deliver {
                         session,
                         host: target.label(),
                         host_key: target.key().into(),
+                        security: target.terms.security(target.host, tls.is_some()),
                         tls,
                     });
                 }
@@ -281,10 +291,17 @@ impl Deliver {
     }
 
     async fn handshake(&self, wire: Wire, target: &Target<'_>) -> Result<(Wire, Box<str>), String> {
-        let config = if target.policy == TlsPolicy::RequireVerified {
-            &self.tls.verified
-        } else {
-            &self.tls.any
+        let terms = target.terms;
+        let setup = |error: rustls::Error| error.to_string();
+        let (config, observer) = match terms.observes {
+            true => {
+                let (config, observer) = self.tls.observing().map_err(setup)?;
+                (config, Some(observer))
+            }
+            false => {
+                let config = self.tls.of(&target.source.name, &terms.demand);
+                (config.map_err(setup)?, None)
+            }
         };
         let name = match target.host.name.parse::<IpAddr>() {
             Ok(address) => ServerName::IpAddress(address.into()),
@@ -295,25 +312,26 @@ impl Deliver {
             .stream
             .into_plain()
             .ok_or_else(|| "STARTTLS within TLS".to_owned())?;
-        let connecting = TlsConnector::from(Arc::clone(config)).connect(name, plain);
+        let connecting = TlsConnector::from(config).connect(name, plain);
         let connected = timeout(self.timeouts.starttls, connecting.into_fallible()).await;
         let stream = match connected.map_err(|_| "timed out".to_owned())? {
             Ok(stream) => stream,
             Err((error, plain)) => {
+                self.metrics.tls_handshakes.at(TlsHandshake::Failed).inc();
                 Wire::new(Stream::Plain(plain)).hang_up().await;
                 return Err(error.to_string());
             }
         };
         let (_, connection) = stream.get_ref();
-        let version = connection
-            .protocol_version()
-            .and_then(|version| version.as_str())
-            .unwrap_or("TLS");
-        let cipher = connection
-            .negotiated_cipher_suite()
-            .and_then(|suite| suite.suite().as_str())
-            .unwrap_or_default();
-        let label = format!("{version} {cipher}").into();
+        let kind = match connection.handshake_kind() {
+            Some(rustls::HandshakeKind::Resumed) => TlsHandshake::Resumed,
+            _ => TlsHandshake::Full,
+        };
+        self.metrics.tls_handshakes.at(kind).inc();
+        if let Some(objection) = observer.as_deref().and_then(Observer::objection) {
+            tracing::info!(host = %target.host.name, %objection, "an MTA-STS policy in testing would refuse this host");
+        }
+        let label = format!("{}, {}", protocol(connection), terms.label()).into();
         Ok((Wire::new(Stream::Tls(Box::new(stream))), label))
     }
 
@@ -371,7 +389,11 @@ impl Deliver {
             | SessionError::Io { .. } => (Class::ConnectFailure, Blame::Destination, None),
             SessionError::Hello(_) => (Class::Other, Blame::Us, None),
         };
-        let text = format!("{}: {error}", target.label());
+        let because = match is_about_tls(error) {
+            true => target.terms.because(),
+            false => "",
+        };
+        let text = format!("{}: {error}{because}", target.label());
         Trouble {
             class,
             blame,
@@ -406,6 +428,19 @@ fn is_about_tls(error: &SessionError) -> bool {
             | SessionError::TlsRefused(_)
             | SessionError::PlaintextAfterStartTls
     )
+}
+
+/// Version and cipher.
+fn protocol(connection: &rustls::ClientConnection) -> String {
+    let version = connection
+        .protocol_version()
+        .and_then(|version| version.as_str())
+        .unwrap_or("TLS");
+    let cipher = connection
+        .negotiated_cipher_suite()
+        .and_then(|suite| suite.suite().as_str())
+        .unwrap_or_default();
+    format!("{version} {cipher}")
 }
 
 fn can_reach(source: &Source, address: IpAddr) -> bool {

@@ -8,6 +8,7 @@ mod connection;
 mod dial;
 mod hosts;
 mod io;
+mod secure;
 mod tls;
 
 pub use tls::{TlsConfigs, TlsSetupError};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use service::clock::SharedClock;
-use service::config::{SmtpTimeouts, Source};
+use service::config::{Families, SmtpTimeouts, Source};
 use service::metrics::Metrics;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -52,7 +53,8 @@ pub struct Deliver {
     metrics: Arc<Metrics>,
     timeouts: SmtpTimeouts,
     sources: Vec<Source>,
-    tls: TlsConfigs,
+    tls: Arc<TlsConfigs>,
+    families: Families,
     hosts: HostMemory,
     queue: mpsc::Sender<Event>,
     started: Instant,
@@ -79,7 +81,9 @@ pub struct DeliverDeps {
     /// Egress sources, by index.
     pub sources: Vec<Source>,
     /// TLS.
-    pub tls: TlsConfigs,
+    pub tls: Arc<TlsConfigs>,
+    /// Which addresses of hosts are used.
+    pub families: Families,
     /// Where reports go.
     pub queue: mpsc::Sender<Event>,
 }
@@ -115,6 +119,7 @@ impl Deliver {
             timeouts: deps.timeouts,
             sources: deps.sources,
             tls: deps.tls,
+            families: deps.families,
             hosts: HostMemory::default(),
             queue: deps.queue,
             pacers: Mutex::default(),

@@ -18,6 +18,8 @@ use super::pool::{Pool, Pools};
 use super::target::DEPTH;
 use super::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
 use crate::resolve::{Host, Route};
+use crate::tlspolicy::sts::{Mode, StsPolicy};
+use crate::tlspolicy::{Asked, Level, Security};
 
 /// Worlds in each test; more of them find more.
 const SEEDS: u64 = 12;
@@ -40,6 +42,18 @@ const DOMAINS: [&str; 5] = [
     "gone.example",
     "dead.example",
 ];
+
+/// The hosts of two domains.
+const SHARED: &str = "mx.shared.example";
+
+/// What a domain asks of connections.
+fn asked_by(domain: &str) -> Asked {
+    let sts = || Arc::new(StsPolicy::of(Mode::Enforce, &[SHARED]));
+    Asked {
+        dane: false,
+        sts: (domain == "b.example").then(sts),
+    }
+}
 
 /// Where a recipient stands, as the store has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +93,7 @@ struct FakeRange {
 
 #[derive(Debug)]
 struct FakeConn {
+    security: Security,
     ready: bool,
     jobs: Vec<Job>,
     sent: u32,
@@ -214,7 +229,7 @@ impl World {
             if let Event::Closed(conn, _) = &event {
                 self.conns.remove(conn);
             }
-            if let Event::Ready(conn) = &event {
+            if let Event::Ready(conn, _) = &event {
                 self.conns.get_mut(conn).expect("open").ready = true;
             }
             let actions = self.queue.apply([event], self.clock());
@@ -715,8 +730,8 @@ impl World {
                 model::Blame::Destination,
                 false,
             )),
-            // Two domains share their hosts.
-            "a.example" | "b.example" => Ok("mx.shared.example"),
+            // Two domains share their hosts, and one asks for verified certificates.
+            "a.example" | "b.example" => Ok(SHARED),
             other => Ok(other),
         };
         let answer = answer.map(|host| {
@@ -726,7 +741,7 @@ impl World {
                 port: 25,
             };
             (
-                Arc::new(Route::new(vec![host], false)),
+                Arc::new(Route::new(vec![host], false).asking(asked_by(domain.as_str()))),
                 Duration::from_secs(self.random.u64(1..60)),
             )
         });
@@ -737,18 +752,34 @@ impl World {
         let key = route.key().to_owned();
         let down = key.starts_with("dead")
             || (key.starts_with("mx.shared") && !self.down.is_empty() && self.chaos);
+        let asks = route.asked().is_anything();
+        let security = Security {
+            host: SHARED.into(),
+            level: if asks {
+                Level::Verified
+            } else {
+                Level::Encrypted
+            },
+            dane_kept: false,
+        };
+        let ready = Event::Ready(conn, Arc::new(security.clone()));
+        let insecure = asks && self.chaos && self.random.u32(..4) == 0;
         self.conns.insert(
             conn,
             FakeConn {
+                security,
                 ready: false,
                 jobs: Vec::new(),
                 sent: 0,
-                domain_down: down,
+                domain_down: down || insecure,
             },
         );
-        if down {
+        if down || insecure {
             let trouble = Trouble {
-                class: model::Class::ConnectFailure,
+                class: match insecure {
+                    true => model::Class::TlsFailure,
+                    false => model::Class::ConnectFailure,
+                },
                 blame: model::Blame::Destination,
                 text: "refused".into(),
                 reply: None,
@@ -757,7 +788,7 @@ impl World {
             };
             self.soon(Event::Closed(conn, ConnEnd::Unreachable(trouble)), 300);
         } else {
-            self.soon(Event::Ready(conn), 100);
+            self.soon(ready, 100);
         }
     }
 
@@ -770,7 +801,7 @@ impl World {
         }
         conn.ready = false;
         self.later
-            .retain(|_, event| !matches!(event, Event::Ready(other) if *other == id));
+            .retain(|_, event| !matches!(event, Event::Ready(other, _) if *other == id));
         for job in std::mem::take(&mut conn.jobs) {
             self.soon(Event::Report(job.id, Fate::Returned(Returned::Closed)), 20);
         }
@@ -827,6 +858,13 @@ impl World {
             return self.soon(Event::Report(job.id, Fate::Returned(Returned::Closed)), 20);
         };
         conn.sent += 1;
+        let asked = asked_by(job.item.row.email.domain());
+        assert!(
+            conn.security.satisfies(&asked, job.policy.limits.tls),
+            "seed {seed}: {} over {:?}",
+            job.item.row.email.domain(),
+            conn.security
+        );
         assert!(
             conn.jobs.len() < DEPTH && conn.sent <= 7,
             "seed {seed}: more than a connection takes"

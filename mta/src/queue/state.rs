@@ -26,6 +26,7 @@ use super::target::{Conn, Dest};
 use crate::classify::Notice;
 use crate::resolve::Route;
 use crate::shaping::{Destination, Pacer, SharedPacer, Spread, destination_of};
+use crate::tlspolicy::Security;
 
 /// Lookups of domains under way.
 const RESOLVES_MAX: usize = 128;
@@ -106,8 +107,8 @@ pub enum Event {
         /// Whether its messages can be composed.
         ready: Result<(), (String, bool)>,
     },
-    /// A connection takes messages.
-    Ready(ConnId),
+    /// A connection takes messages, and this is what it has to show.
+    Ready(ConnId, Arc<Security>),
     /// What became of a message.
     Report(JobId, Fate),
     /// A destination asks for less, or wants none of this source, by what it said on a connection.
@@ -405,7 +406,7 @@ impl QueueState {
             }
             Event::Resolved { domain, answer } => self.on_resolved(&domain, answer, now, out),
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
-            Event::Ready(conn) => self.on_ready(conn),
+            Event::Ready(conn, security) => self.on_ready(conn, security),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
             Event::Noticed(conn, notice) => self.on_notice(conn, &notice),
             Event::Closing(conn) => self.on_closing(conn),

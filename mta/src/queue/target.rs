@@ -4,9 +4,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use service::config::TlsPolicy;
+
 use super::job::{ConnId, Policy};
 use crate::resolve::Route;
 use crate::shaping::Pacer;
+use crate::tlspolicy::Security;
 
 /// Messages that a connection has at a time: one whose reply is awaited, one whose envelope went
 /// along, and one composed, so that its envelope leaves in one write with the content before.
@@ -54,6 +57,24 @@ pub(super) struct Target {
     breaks: u32,
 }
 
+/// Which mail a connection may carry: to the hosts of its route, for domains that ask no more than
+/// it has to show.
+#[derive(Debug, Clone)]
+pub(super) struct Carrier {
+    /// Index of its source.
+    pub(super) source: usize,
+    route: Arc<Route>,
+    security: Arc<Security>,
+}
+
+impl Carrier {
+    /// Whether mail that goes by `route` may go over this connection, where the operator wants
+    /// `floor`.
+    pub(super) fn takes(&self, route: &Route, floor: TlsPolicy) -> bool {
+        self.route.key() == route.key() && self.security.satisfies(route.asked(), floor)
+    }
+}
+
 /// A connection as the queue sees it.
 #[derive(Debug)]
 pub(super) struct Conn {
@@ -63,7 +84,8 @@ pub(super) struct Conn {
     /// Index of the source.
     pub(super) source: usize,
     pub(super) route: Arc<Route>,
-    pub(super) ready: bool,
+    /// What it has to show; none until it is ready.
+    pub(super) security: Option<Arc<Security>>,
     /// Asked to end.
     pub(super) closing: bool,
     pub(super) in_flight: usize,
@@ -72,9 +94,23 @@ pub(super) struct Conn {
 }
 
 impl Conn {
+    /// What it may carry; none until it is ready.
+    pub(super) fn carrier(&self) -> Option<Carrier> {
+        Some(Carrier {
+            source: self.source,
+            route: Arc::clone(&self.route),
+            security: Arc::clone(self.security.as_ref()?),
+        })
+    }
+
     /// Whether it can be handed another message.
     pub(super) fn has_room(&self, messages_max: u32) -> bool {
-        self.ready && !self.closing && self.in_flight < DEPTH && self.sent < messages_max
+        self.is_ready() && !self.closing && self.in_flight < DEPTH && self.sent < messages_max
+    }
+
+    /// Whether it takes messages.
+    pub(super) fn is_ready(&self) -> bool {
+        self.security.is_some()
     }
 }
 

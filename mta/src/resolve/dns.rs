@@ -1,18 +1,23 @@
 //! Questions to DNS, over hickory.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use hickory_resolver::config::{
     ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
 };
-use hickory_resolver::lookup::Lookup;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::net::{DnsError as HickoryDnsError, NetError};
-use hickory_resolver::proto::op::ResponseCode;
+use hickory_resolver::net::xfer::{DnsHandle as _, FirstAnswer as _};
+use hickory_resolver::net::{DnsError as HickoryDnsError, NetError, RetryDnsHandle};
+use hickory_resolver::proto::op::{
+    DnsRequest, DnsRequestOptions, DnsResponse, Edns, Message, Query, ResponseCode,
+};
 use hickory_resolver::proto::rr::{Name, RData, RecordType};
-use hickory_resolver::{Resolver, TokioResolver};
+use hickory_resolver::{NameServerPool, PoolContext, TlsConfig};
+
+use crate::tlspolicy::dane::Tlsa;
 
 /// Records and for how long they hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +26,11 @@ pub struct Answer<T> {
     pub records: Vec<T>,
     /// The shortest TTL among them.
     pub ttl: Duration,
+    /// Validated by DNSSEC, aliases on the way included, by a name server that is believed.
+    pub secure: bool,
+    /// The name that the records stand at, when aliases led there from another; lower case
+    /// without final dot.
+    pub canonical: Option<Box<str>>,
 }
 
 /// Why there are no records.
@@ -30,7 +40,7 @@ pub enum DnsError {
     NoDomain(Duration),
     /// The name exists and has none of that type; for how long that is known.
     NoRecords(Duration),
-    /// SERVFAIL, no answer, nonsense.
+    /// SERVFAIL (also for what DNSSEC finds bogus), no answer, nonsense.
     Temporary(String),
 }
 
@@ -48,6 +58,25 @@ pub trait Dns: Send + Sync + 'static {
     /// # Errors
     /// See [`DnsError`].
     async fn addresses(&self, host: &str, locally: bool) -> Result<Answer<IpAddr>, DnsError>;
+
+    /// TXT records, the strings of each joined.
+    ///
+    /// # Errors
+    /// See [`DnsError`].
+    async fn txt(&self, name: &str) -> Result<Answer<Vec<u8>>, DnsError>;
+
+    /// TLSA records (RFC 6698).
+    ///
+    /// # Errors
+    /// See [`DnsError`].
+    async fn tlsa(&self, name: &str) -> Result<Answer<Tlsa>, DnsError>;
+
+    /// Whether the name server says of `name`, whose SOA is asked for, that it is validated: the
+    /// proof that DNSSEC works from here. False also where its word is not believed.
+    ///
+    /// # Errors
+    /// When there is no telling now.
+    async fn validates(&self, name: &str) -> Result<bool, DnsError>;
 }
 
 /// Each question is sent this often, each time with this deadline.
@@ -57,20 +86,26 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const IN_FLIGHT: usize = 512;
 /// How long is believed that nothing exists when there is no SOA.
 const NEGATIVE_TTL: Duration = Duration::from_secs(30);
+/// Aliases that are followed one after the other, where the name server does not do it itself.
+const ALIASES_MAX: usize = 8;
 
 /// The configured name servers, or the system's.
 pub struct SystemDns {
-    resolver: TokioResolver,
+    servers: RetryDnsHandle<NameServerPool<TokioRuntimeProvider>>,
+    options: DnsRequestOptions,
     /// Names of the machine itself (its hosts file) are looked up the machine's way.
     uses_system: bool,
+    /// Whether the name servers are believed when they say that they validated.
+    believes_ad: bool,
 }
 
 impl SystemDns {
-    /// Asks `nameservers`; when there are none, those of the system.
+    /// Asks `nameservers`; when there are none, those of the system. The AD bit is believed of
+    /// name servers on loopback, to which nobody else has the way, or of any with `trust_ad`.
     ///
     /// # Errors
     /// When the system's configuration cannot be read.
-    pub fn new(nameservers: &[SocketAddr]) -> Result<Self, String> {
+    pub fn new(nameservers: &[SocketAddr], trust_ad: bool) -> Result<Self, String> {
         let system = || hickory_resolver::system_conf::read_system_conf();
         let (config, mut options) = match nameservers {
             [] => system()
@@ -84,35 +119,99 @@ impl SystemDns {
         options.attempts = ATTEMPTS;
         options.use_hosts_file = ResolveHosts::Never;
         options.max_active_requests = IN_FLIGHT;
-        // Answers are kept by `Resolver`, with failures; twice would only make them older.
-        options.cache_size = 0;
-        let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
-        *builder.options_mut() = options;
-        let resolver = builder.build().map_err(|error| error.to_string())?;
+        let believes_ad = trust_ad
+            || config
+                .name_servers
+                .iter()
+                .all(|server| server.ip.is_loopback());
+        let mut request = DnsRequestOptions::default();
+        request.use_edns = true;
+        request.edns_payload_len = options.edns_payload_len;
+        request.recursion_desired = true;
+        // None of the servers is spoken to over TLS.
+        let tls = TlsConfig::new().map_err(|error| error.to_string())?;
+        let context = Arc::new(PoolContext::new(options, tls));
+        let pool = NameServerPool::from_config(
+            config.name_servers.iter().cloned(),
+            context,
+            TokioRuntimeProvider::default(),
+        );
         Ok(Self {
-            resolver,
+            servers: RetryDnsHandle::new(pool, ATTEMPTS),
+            options: request,
             uses_system: nameservers.is_empty(),
+            believes_ad,
         })
     }
 
-    async fn lookup(&self, name: &str, kind: RecordType) -> Result<Lookup, DnsError> {
-        let absolute = Name::from_ascii(format!("{name}."))
-            .map_err(|error| DnsError::Temporary(error.to_string()))?;
-        let lookup = self
-            .resolver
-            .lookup(absolute, kind)
+    /// Whether a name server's word that it validated would be believed.
+    pub fn believes_ad(&self) -> bool {
+        self.believes_ad
+    }
+
+    async fn ask(&self, name: &Name, kind: RecordType) -> Result<DnsResponse, DnsError> {
+        let mut message = Message::query();
+        message.metadata.recursion_desired = true;
+        // "Tell me whether you validated" (RFC 6840 §5.7), without the signatures themselves.
+        message.metadata.authentic_data = true;
+        message
+            .edns
+            .get_or_insert_with(Edns::new)
+            .set_max_payload(self.options.edns_payload_len);
+        message.queries.push(Query::query(name.clone(), kind));
+        let request = DnsRequest::new(message, self.options);
+        self.servers
+            .send(request)
+            .first_answer()
             .await
-            .map_err(failure)?;
-        Ok(lookup)
+            .and_then(|response| HickoryDnsError::from_response(response).map_err(NetError::from))
+            .map_err(failure)
+    }
+
+    async fn lookup<T>(
+        &self,
+        name: &str,
+        kind: RecordType,
+        pick: impl Fn(&RData) -> Option<T>,
+    ) -> Result<Answer<T>, DnsError> {
+        let mut at = absolute(name)?;
+        let (mut secure, mut ttl, mut aliased) = (self.believes_ad, u32::MAX, false);
+        for _ in 0..ALIASES_MAX {
+            let response = self.ask(&at, kind).await?;
+            secure &= response.metadata.authentic_data;
+            let (target, seen) = follow(&response, &at);
+            ttl = ttl.min(seen);
+            aliased |= target != at;
+            at = target;
+            let at_target = response.answers.iter().filter(|record| record.name == at);
+            let records: Vec<T> = at_target
+                .inspect(|record| ttl = ttl.min(record.ttl))
+                .filter_map(|record| pick(&record.data))
+                .collect();
+            if !records.is_empty() {
+                return Ok(Answer {
+                    records,
+                    ttl: Duration::from_secs(u64::from(ttl)),
+                    secure,
+                    canonical: aliased.then(|| text_of(&at).into()),
+                });
+            }
+            if seen == u32::MAX {
+                return Err(DnsError::NoRecords(NEGATIVE_TTL));
+            }
+        }
+        Err(DnsError::Temporary(format!(
+            "{name} leads from alias to alias"
+        )))
     }
 
     async fn of_kind(&self, host: &str, kind: RecordType) -> Result<Answer<IpAddr>, DnsError> {
-        let lookup = self.lookup(host, kind).await?;
-        answer(&lookup, |data| match data {
+        let pick = |data: &RData| match data {
             RData::A(address) => Some(IpAddr::V4(address.0)),
             RData::AAAA(address) => Some(IpAddr::V6(address.0)),
             _ => None,
-        })
+        };
+        self.lookup(host, kind, pick).await
     }
 }
 
@@ -124,25 +223,32 @@ fn server(at: &SocketAddr) -> NameServerConfig {
     NameServerConfig::new(at.ip(), true, connections.to_vec())
 }
 
-fn answer<T>(lookup: &Lookup, pick: impl Fn(&RData) -> Option<T>) -> Result<Answer<T>, DnsError> {
-    let ttl = lookup
-        .answers()
-        .iter()
-        .map(|record| record.ttl)
-        .min()
-        .unwrap_or(0);
-    let records: Vec<T> = lookup
-        .answers()
-        .iter()
-        .filter_map(|record| pick(&record.data))
-        .collect();
-    match records.is_empty() {
-        true => Err(DnsError::NoRecords(NEGATIVE_TTL)),
-        false => Ok(Answer {
-            records,
-            ttl: Duration::from_secs(u64::from(ttl)),
-        }),
+fn absolute(name: &str) -> Result<Name, DnsError> {
+    Name::from_ascii(format!("{}.", name.trim_end_matches('.')))
+        .map_err(|error| DnsError::Temporary(error.to_string()))
+}
+
+fn text_of(name: &Name) -> String {
+    let text = name.to_ascii().to_ascii_lowercase();
+    text.trim_end_matches('.').to_owned()
+}
+
+/// Where the aliases in an answer lead from `name`, and their shortest TTL.
+fn follow(response: &DnsResponse, name: &Name) -> (Name, u32) {
+    let (mut at, mut ttl) = (name.clone(), u32::MAX);
+    // Each alias at most once: a ring of them ends.
+    for _ in 0..response.answers.len().min(ALIASES_MAX) {
+        let alias = response
+            .answers
+            .iter()
+            .find_map(|record| match &record.data {
+                RData::CNAME(target) if record.name == at => Some((record.ttl, target.0.clone())),
+                _ => None,
+            });
+        let Some((seen, target)) = alias else { break };
+        (at, ttl) = (target, ttl.min(seen));
     }
+    (at, ttl)
 }
 
 fn failure(error: NetError) -> DnsError {
@@ -164,14 +270,11 @@ fn failure(error: NetError) -> DnsError {
 #[async_trait]
 impl Dns for SystemDns {
     async fn mx(&self, domain: &str) -> Result<Answer<(u16, String)>, DnsError> {
-        let lookup = self.lookup(domain, RecordType::MX).await?;
-        answer(&lookup, |data| match data {
-            RData::MX(mx) => {
-                let host = mx.exchange.to_ascii().to_ascii_lowercase();
-                Some((mx.preference, host.trim_end_matches('.').to_owned()))
-            }
+        let pick = |data: &RData| match data {
+            RData::MX(mx) => Some((mx.preference, text_of(&mx.exchange))),
             _ => None,
-        })
+        };
+        self.lookup(domain, RecordType::MX, pick).await
     }
 
     async fn addresses(&self, host: &str, locally: bool) -> Result<Answer<IpAddr>, DnsError> {
@@ -185,6 +288,8 @@ impl Dns for SystemDns {
                 false => Ok(Answer {
                     records,
                     ttl: NEGATIVE_TTL,
+                    secure: false,
+                    canonical: None,
                 }),
             };
         }
@@ -193,13 +298,12 @@ impl Dns for SystemDns {
             self.of_kind(host, RecordType::AAAA)
         );
         match (v4, v6) {
-            (Ok(v4), Ok(v6)) => {
-                let ttl = v4.ttl.min(v6.ttl);
-                Ok(Answer {
-                    records: v6.records.into_iter().chain(v4.records).collect(),
-                    ttl,
-                })
-            }
+            (Ok(v4), Ok(v6)) => Ok(Answer {
+                records: v6.records.into_iter().chain(v4.records).collect(),
+                ttl: v4.ttl.min(v6.ttl),
+                secure: v4.secure && v6.secure,
+                canonical: v4.canonical.filter(|_| v4.secure && v6.secure),
+            }),
             (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
             // What one family could not answer, the other cannot deny.
             (Err(DnsError::Temporary(why)), Err(_)) | (Err(_), Err(DnsError::Temporary(why))) => {
@@ -207,5 +311,31 @@ impl Dns for SystemDns {
             }
             (Err(none), Err(_)) => Err(none),
         }
+    }
+
+    async fn txt(&self, name: &str) -> Result<Answer<Vec<u8>>, DnsError> {
+        let pick = |data: &RData| match data {
+            RData::TXT(text) => Some(text.txt_data.concat()),
+            _ => None,
+        };
+        self.lookup(name, RecordType::TXT, pick).await
+    }
+
+    async fn tlsa(&self, name: &str) -> Result<Answer<Tlsa>, DnsError> {
+        let pick = |data: &RData| match data {
+            RData::TLSA(tlsa) => Some(Tlsa {
+                usage: tlsa.cert_usage.into(),
+                selector: tlsa.selector.into(),
+                matching: tlsa.matching.into(),
+                data: tlsa.cert_data.as_slice().into(),
+            }),
+            _ => None,
+        };
+        self.lookup(name, RecordType::TLSA, pick).await
+    }
+
+    async fn validates(&self, name: &str) -> Result<bool, DnsError> {
+        let response = self.ask(&absolute(name)?, RecordType::SOA).await?;
+        Ok(self.believes_ad && response.metadata.authentic_data)
     }
 }

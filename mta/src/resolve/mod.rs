@@ -20,9 +20,12 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use model::{Blame, Class, Domain};
 use service::clock::SharedClock;
+use service::config::Families;
 use service::config::shaping::Routes;
 
 use crate::queue::job::Trouble;
+use crate::tlspolicy::Asked;
+use crate::tlspolicy::dane::Tlsa;
 use cache::Cache;
 
 /// Answers are kept at least this long, whatever their TTL, and at most a day.
@@ -56,6 +59,9 @@ pub struct Route {
     key: Arc<str>,
     /// By the operator's word: not checked as private.
     is_static: bool,
+    /// What names the hosts is validated by DNSSEC.
+    is_secure: bool,
+    asked: Asked,
 }
 
 impl Route {
@@ -72,7 +78,32 @@ impl Route {
             hosts,
             key: parts.join(",").into(),
             is_static,
+            is_secure: false,
+            asked: Asked::default(),
         }
+    }
+
+    fn secure(mut self, is_secure: bool) -> Self {
+        self.is_secure = is_secure;
+        self
+    }
+
+    /// Whether the records that name the hosts are validated by DNSSEC.
+    pub fn is_secure(&self) -> bool {
+        self.is_secure
+    }
+
+    /// The same route, for a domain that asks this of its connections.
+    #[must_use]
+    pub fn asking(mut self, asked: Asked) -> Self {
+        self.asked = asked;
+        self
+    }
+
+    /// What the domain asks of the connections to these hosts. Other domains with the same hosts
+    /// may ask something else: it is not part of [`Route::key`].
+    pub fn asked(&self) -> &Asked {
+        &self.asked
     }
 
     /// What tells routes apart: the same hosts and ports.
@@ -105,6 +136,46 @@ impl Route {
     }
 }
 
+/// The addresses of a host that may be connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    list: Arc<[IpAddr]>,
+    /// Validated by DNSSEC.
+    pub secure: bool,
+    /// The name that they stand at, when the host is an alias for it.
+    pub canonical: Option<Arc<str>>,
+}
+
+impl Addresses {
+    fn literal(address: IpAddr) -> Self {
+        Self {
+            list: [address].into(),
+            secure: false,
+            canonical: None,
+        }
+    }
+
+    /// At random within a family, so that all of them get their share, and the families as the
+    /// operator wants them.
+    pub fn in_order(&self, families: Families, random: &mut fastrand::Rng) -> Vec<IpAddr> {
+        let wanted = |address: &&IpAddr| match families {
+            Families::PreferIpv4 | Families::PreferIpv6 => true,
+            Families::Ipv4 => address.is_ipv4(),
+            Families::Ipv6 => address.is_ipv6(),
+        };
+        let mut list: Vec<_> = self.list.iter().filter(wanted).copied().collect();
+        random.shuffle(&mut list);
+        let v4_first = families == Families::PreferIpv4;
+        list.sort_by_key(|address| address.is_ipv4() != v4_first);
+        list
+    }
+
+    /// All of them.
+    pub fn all(&self) -> &[IpAddr] {
+        &self.list
+    }
+}
+
 /// Routes and addresses, with their memory. Shared by reference.
 pub struct Resolver {
     dns: Arc<dyn Dns>,
@@ -113,7 +184,8 @@ pub struct Resolver {
     port: u16,
     allowed_private: Vec<IpNet>,
     mx: Cache<Result<Arc<Route>, Trouble>>,
-    addresses: Cache<Result<Arc<[IpAddr]>, Trouble>>,
+    addresses: Cache<Result<Addresses, Trouble>>,
+    tlsa: Cache<Result<Arc<[Tlsa]>, String>>,
 }
 
 impl std::fmt::Debug for Resolver {
@@ -142,6 +214,7 @@ impl Resolver {
             allowed_private,
             mx: Cache::new(NAMES_MAX),
             addresses: Cache::new(NAMES_MAX),
+            tlsa: Cache::new(NAMES_MAX),
         }
     }
 
@@ -184,9 +257,9 @@ impl Resolver {
     ///
     /// # Errors
     /// When there are none: not final, as other hosts or another time may do.
-    pub async fn addresses(&self, host: &Host, route: &Route) -> Result<Arc<[IpAddr]>, Trouble> {
+    pub async fn addresses(&self, host: &Host, route: &Route) -> Result<Addresses, Trouble> {
         if let Ok(address) = host.name.parse::<IpAddr>() {
-            return self.permitted(host, &[address], route);
+            return self.permitted(host, Addresses::literal(address), route);
         }
         let (answer, _) = self
             .addresses
@@ -200,26 +273,48 @@ impl Resolver {
                 async move { find_addresses(&*dns, &name, is_static, clock.instant()).await }
             })
             .await;
-        self.permitted(host, &answer?, route)
+        self.permitted(host, answer?, route)
+    }
+
+    /// The TLSA records for `port` of `name`, validated by DNSSEC; empty when there are none, or
+    /// none that are validated.
+    ///
+    /// # Errors
+    /// Why there is no telling; mail for who asks for DANE must not go to this host now (RFC 7672
+    /// §2.1.1).
+    pub async fn tlsa(&self, name: &str, port: u16) -> Result<Arc<[Tlsa]>, String> {
+        let name = format!("_{port}._tcp.{name}");
+        let now = self.clock.instant();
+        let asked = self.tlsa.get(&name, now, || {
+            let (dns, clock, name) = (Arc::clone(&self.dns), self.clock.clone(), name.clone());
+            async move {
+                let answer = dns.tlsa(&name).await;
+                let now = clock.instant();
+                match answer {
+                    Ok(answer) if answer.secure => {
+                        (Ok(answer.records.into()), now + positive(answer.ttl))
+                    }
+                    Ok(answer) => (Ok(Arc::default()), now + positive(answer.ttl)),
+                    Err(DnsError::NoRecords(ttl) | DnsError::NoDomain(ttl)) => {
+                        (Ok(Arc::default()), now + negative(ttl))
+                    }
+                    Err(DnsError::Temporary(why)) => (Err(why), now + FAILURE_TTL),
+                }
+            }
+        });
+        asked.await.0
     }
 
     /// Leaves out what must not be connected to: an MX record is a stranger's word.
     fn permitted(
         &self,
         host: &Host,
-        addresses: &[IpAddr],
+        addresses: Addresses,
         route: &Route,
-    ) -> Result<Arc<[IpAddr]>, Trouble> {
-        let fits = |address: &&IpAddr| {
-            let address = address.to_canonical();
-            route.is_static
-                || !private::is_private(address)
-                || self
-                    .allowed_private
-                    .iter()
-                    .any(|net| net.contains(&address))
-        };
+    ) -> Result<Addresses, Trouble> {
+        let fits = |address: &&IpAddr| route.is_static || self.may_connect(**address);
         let permitted: Vec<IpAddr> = addresses
+            .list
             .iter()
             .filter(fits)
             .copied()
@@ -229,7 +324,17 @@ impl Resolver {
             let text = format!("{} has only addresses that are not public", host.name);
             return Err(trouble(Class::Policy, Blame::Destination, text, false));
         }
-        Ok(permitted.into())
+        Ok(Addresses {
+            list: permitted.into(),
+            ..addresses
+        })
+    }
+
+    /// Whether a stranger's DNS may lead us to this address.
+    pub fn may_connect(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        let is_allowed = |net: &IpNet| net.contains(&address);
+        !private::is_private(address) || self.allowed_private.iter().any(is_allowed)
     }
 }
 
@@ -255,7 +360,7 @@ async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kep
             return keep(Err(no_answer(domain, &why)), now, FAILURE_TTL);
         }
     };
-    let ttl = positive(hosts.ttl);
+    let (ttl, is_secure) = (positive(hosts.ttl), hosts.secure);
     // RFC 7505: a single MX of preference 0 and an empty name. Beside others the empty name means
     // nothing.
     let is_null = |(_, name): &&(u16, String)| name.is_empty();
@@ -273,7 +378,8 @@ async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kep
         name: name.as_str().into(),
         port,
     });
-    keep(Ok(Arc::new(Route::new(hosts.collect(), false))), now, ttl)
+    let route = Route::new(hosts.collect(), false).secure(is_secure);
+    keep(Ok(Arc::new(route)), now, ttl)
 }
 
 /// Without MX records the domain itself is the host, if it has an address (RFC 5321 §5.1).
@@ -285,17 +391,15 @@ async fn implicit_mx(
     ttl: Duration,
 ) -> Kept<Arc<Route>> {
     match dns.addresses(domain, false).await {
-        Ok(_) => {
+        Ok(found) => {
             let host = Host {
                 preference: 0,
                 name: domain.into(),
                 port,
             };
-            keep(
-                Ok(Arc::new(Route::new(vec![host], false))),
-                now,
-                positive(ttl),
-            )
+            // One zone holds both: where its addresses are validated, so is that it has no MX.
+            let route = Route::new(vec![host], false).secure(found.secure);
+            keep(Ok(Arc::new(route)), now, positive(ttl))
         }
         Err(DnsError::NoRecords(_) | DnsError::NoDomain(_)) => {
             let text = format!("the domain {domain} has neither MX nor address records");
@@ -314,9 +418,16 @@ async fn find_addresses(
     host: &str,
     is_static: bool,
     now: Instant,
-) -> Kept<Arc<[IpAddr]>> {
+) -> Kept<Addresses> {
     match dns.addresses(host, is_static).await {
-        Ok(answer) => keep(Ok(answer.records.into()), now, positive(answer.ttl)),
+        Ok(answer) => {
+            let addresses = Addresses {
+                list: answer.records.into(),
+                secure: answer.secure,
+                canonical: answer.canonical.map(Into::into),
+            };
+            keep(Ok(addresses), now, positive(answer.ttl))
+        }
         Err(DnsError::NoRecords(ttl) | DnsError::NoDomain(ttl)) => {
             let text = format!("the mail host {host} has no address");
             keep(

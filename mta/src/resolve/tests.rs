@@ -29,6 +29,8 @@ impl Dns for Table {
         Ok(Answer {
             records,
             ttl: Duration::from_secs(60),
+            secure: false,
+            canonical: None,
         })
     }
 
@@ -44,7 +46,21 @@ impl Dns for Table {
         Ok(Answer {
             records,
             ttl: Duration::from_secs(60),
+            secure: false,
+            canonical: None,
         })
+    }
+
+    async fn txt(&self, _: &str) -> Result<Answer<Vec<u8>>, DnsError> {
+        Err(DnsError::NoDomain(Duration::from_secs(60)))
+    }
+
+    async fn tlsa(&self, _: &str) -> Result<Answer<Tlsa>, DnsError> {
+        Err(DnsError::NoDomain(Duration::from_secs(60)))
+    }
+
+    async fn validates(&self, _: &str) -> Result<bool, DnsError> {
+        Ok(false)
     }
 }
 
@@ -150,7 +166,13 @@ async fn private_targets_are_refused_unless_the_operator_says_so() {
             .addresses(&host(name), &route(name, is_static))
             .await;
         found
-            .map(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>())
+            .map(|found| {
+                found
+                    .all()
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+            })
             .map_err(|trouble| trouble.class)
     };
     assert_eq!(

@@ -122,7 +122,7 @@ impl SendingHandle {
 pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let failed = CancellationToken::new();
     let now = deps.clock.instant();
-    let tls = TlsConfigs::new(deps.smtp.ca_file.as_deref())?;
+    let tls = Arc::new(TlsConfigs::new(deps.smtp.ca_file.as_deref())?);
     let resolver = resolver(&deps)?;
     let journal = deps.journal.clone();
     let starts = tokio::task::spawn_blocking(move || recover(&journal))
@@ -154,6 +154,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         timeouts: deps.smtp.timeouts,
         sources: deps.smtp.sources.clone(),
         tls,
+        families: deps.smtp.families,
         queue: queue.clone(),
     }));
     let handle = SendingHandle {
@@ -199,7 +200,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
 }
 
 fn resolver(deps: &SendingDeps) -> Result<Arc<Resolver>, StartError> {
-    let dns = SystemDns::new(&deps.dns.nameservers).map_err(StartError::Dns)?;
+    let dns = SystemDns::new(&deps.dns.nameservers, deps.dns.trust_ad).map_err(StartError::Dns)?;
     Ok(Arc::new(Resolver::new(
         Arc::new(dns),
         deps.clock.clone(),

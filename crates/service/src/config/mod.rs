@@ -23,7 +23,9 @@ pub use sections::{
     RedisTopology, Retention, Shaping, Smtp, SmtpTimeouts, Source, Store, StoreUrl, Tracker,
     Tracking, Webhooks, WeightedSource,
 };
-pub use values::{AmbiguousPolicy, DkimPolicy, Scope, Secret, StatusProfile, TlsPolicy};
+pub use values::{
+    AmbiguousPolicy, DanePolicy, DkimPolicy, Families, Scope, Secret, StatusProfile, TlsPolicy,
+};
 
 use document::FileConfig;
 use reader::Reader;

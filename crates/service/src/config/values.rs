@@ -226,6 +226,24 @@ macro_rules! choices {
 }
 
 choices! {
+    /// Which addresses of a host are connected to, and which first.
+    Families {
+        /// IPv4, then IPv6.
+        PreferIpv4 = "prefer_ipv4",
+        /// IPv6, then IPv4.
+        PreferIpv6 = "prefer_ipv6",
+        /// IPv4 alone.
+        Ipv4 = "ipv4",
+        /// IPv6 alone.
+        Ipv6 = "ipv6",
+    }
+    /// Whether TLSA records are kept to.
+    DanePolicy {
+        /// Where the name servers are believed and show that they validate.
+        Auto = "auto",
+        /// Never.
+        Off = "off",
+    }
     /// Whether mail may leave unsigned.
     DkimPolicy {
         /// A batch whose From domain has no key is refused.
@@ -270,7 +288,9 @@ choices! {
 }
 
 one_of!(
+    DanePolicy,
     DkimPolicy,
+    Families,
     StatusProfile,
     AmbiguousPolicy,
     TlsPolicy,

@@ -117,6 +117,16 @@ pub(super) const TLS: Family = family(
     "Connections by how they came to their security",
     &["result"],
 );
+pub(super) const TLS_HANDSHAKES: Family = family(
+    "hikyaku_tls_handshakes_total",
+    "TLS handshakes with MX hosts",
+    &["kind"],
+);
+pub(super) const DANE_AVAILABLE: Family = family(
+    "hikyaku_dane_available",
+    "1 while the name servers are believed and show that they validate",
+    &[],
+);
 pub(super) const DKIM_SIGNATURES: Family = family(
     "hikyaku_dkim_signatures_total",
     "DKIM signatures",

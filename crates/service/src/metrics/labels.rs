@@ -131,7 +131,9 @@ labels! {
     }
     /// How a connection came to its security.
     TlsResult {
-        /// TLS, and the certificate verifies.
+        /// TLS, and the certificate matches a TLSA record of the host.
+        Dane = "dane",
+        /// TLS, and the certificate verifies, as a policy wants it.
         Verified = "verified",
         /// TLS with any certificate.
         Unverified = "unverified",
@@ -143,6 +145,15 @@ labels! {
         Refused = "refused",
         /// Policy says never.
         Off = "off",
+    }
+    /// What became of a TLS handshake.
+    TlsHandshake {
+        /// A new session.
+        Full = "full",
+        /// An earlier session went on.
+        Resumed = "resumed",
+        /// None.
+        Failed = "failed",
     }
     /// Which limit of a destination.
     LimitKind {

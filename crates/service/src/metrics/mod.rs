@@ -22,8 +22,8 @@ use model::{Actor, HitKind};
 pub use destinations::{Destination, Destinations, MOST_DESTINATIONS};
 pub use labels::{
     DroppedKind, DuplicateCause, Label, LimitKind, QueueState, Resolved, Resolved2,
-    SignatureAlgorithm, SignatureResult, SmtpStage, ThrottleReason, TlsResult, TrackerKind,
-    TrackerResult,
+    SignatureAlgorithm, SignatureResult, SmtpStage, ThrottleReason, TlsHandshake, TlsResult,
+    TrackerKind, TrackerResult,
 };
 
 /// The media type of [`Metrics::render`].
@@ -54,6 +54,10 @@ pub struct Metrics {
     pub smtp_stage_seconds: Resolved<SmtpStage, Histogram>,
     /// `hikyaku_tls_total[result]`
     pub tls: Resolved<TlsResult, IntCounter>,
+    /// `hikyaku_tls_handshakes_total[kind]`
+    pub tls_handshakes: Resolved<TlsHandshake, IntCounter>,
+    /// `hikyaku_dane_available`: 1 while the name servers show that they validate.
+    pub dane_available: IntGauge,
     /// `hikyaku_dkim_signatures_total[algorithm,result]`
     pub dkim_signatures: Resolved2<SignatureAlgorithm, SignatureResult, IntCounter>,
     /// `hikyaku_journal_pending_records`: written here, not yet in the store.
@@ -98,6 +102,8 @@ impl Metrics {
             delivery_age_seconds: r.histogram(&families::DELIVERY_AGE_SECONDS),
             smtp_stage_seconds: Resolved::of(&r.histograms(&families::SMTP_STAGE_SECONDS)),
             tls: Resolved::of(&r.counters(&families::TLS)),
+            tls_handshakes: Resolved::of(&r.counters(&families::TLS_HANDSHAKES)),
+            dane_available: r.int_gauge(&families::DANE_AVAILABLE),
             dkim_signatures: Resolved2::of(&r.counters(&families::DKIM_SIGNATURES)),
             journal_pending_records: r.int_gauge(&families::JOURNAL_PENDING_RECORDS),
             journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),

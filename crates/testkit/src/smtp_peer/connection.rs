@@ -109,10 +109,10 @@ impl Connection {
     }
 
     async fn serve_tls(&mut self, stream: TcpStream) -> io::Result<()> {
-        let Some(certificate) = self.dialogue.temper.tls.as_ref() else {
+        let Some(config) = self.dialogue.temper.tls.as_ref() else {
             return Ok(());
         };
-        let acceptor = TlsAcceptor::from(certificate.server_config());
+        let acceptor = TlsAcceptor::from(Arc::clone(config));
         let mut stream = match acceptor.accept(stream).await {
             Ok(stream) => stream,
             Err(error) => {

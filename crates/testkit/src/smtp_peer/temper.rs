@@ -79,7 +79,7 @@ pub struct Temper {
     pub server: ServerConfig,
     /// What it keeps; as of the start.
     pub keep: Keep,
-    pub(super) tls: Option<SelfSigned>,
+    pub(super) tls: Option<Arc<rustls::ServerConfig>>,
     pub(super) greeting_delay: Duration,
     pub(super) command_delay: Duration,
     pub(super) message_delay: Duration,
@@ -271,7 +271,15 @@ impl Temper {
     #[must_use]
     pub fn with_tls(mut self, certificate: &SelfSigned) -> Self {
         self.server.starttls = true;
-        self.tls = Some(certificate.clone());
+        self.tls = Some(certificate.server_config());
+        self
+    }
+
+    /// Offers STARTTLS as `config` says.
+    #[must_use]
+    pub fn with_tls_config(mut self, config: Arc<rustls::ServerConfig>) -> Self {
+        self.server.starttls = true;
+        self.tls = Some(config);
         self
     }
 

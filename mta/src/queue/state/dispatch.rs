@@ -1,9 +1,12 @@
 //! Handing messages to connections, opening those, and taking back what they report.
 
 use super::*;
+use service::config::TlsPolicy;
+
 use crate::queue::control::Permission;
 use crate::queue::decide::expires_at;
 use crate::queue::job::Item;
+use crate::queue::target::Carrier;
 
 /// Domains of a destination that are looked at for one message.
 const SCAN_MAX: usize = 64;
@@ -22,14 +25,10 @@ impl QueueState {
     /// Hands one message to the least busy connection; false when none can go.
     fn hand_out(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) -> bool {
         for id in self.conns_with_room(key, now.instant) {
-            let Some((route, source)) = self
-                .conns
-                .get(&id)
-                .map(|conn| (Arc::clone(&conn.route), conn.source))
-            else {
+            let Some(carrier) = self.conns.get(&id).and_then(Conn::carrier) else {
                 continue;
             };
-            if let Some(waiting) = self.take_for(key, &route, source, now, out) {
+            if let Some(waiting) = self.take_for(key, &carrier, now, out) {
                 self.send(id, key, waiting, now, out);
                 return true;
             }
@@ -66,19 +65,19 @@ impl QueueState {
         found
     }
 
-    /// Takes the next message of a destination that goes to the hosts of `route`. Whatever turns
+    /// Takes the next message of a destination that `carrier` may carry. Whatever turns
     /// out not to be sendable on the way is ended or handed back.
     fn take_for(
         &mut self,
         key: &Destination,
-        route: &Arc<Route>,
-        source: usize,
+        carrier: &Carrier,
         now: Now,
         out: &mut Vec<Action>,
     ) -> Option<Waiting> {
+        let floor = self.dests.get(key)?.policy.limits.tls;
         for _ in 0..SCAN_MAX.min(self.dests.get(key)?.lanes.len()) {
             let name = self.dests.get_mut(key)?.lanes.pop_front()?;
-            let found = self.take_of_lane(&name, route, source, now, out);
+            let found = self.take_of_lane(&name, (carrier, floor), now, out);
             match self.lanes.get_mut(&name) {
                 Some(lane) if lane.is_empty() => {
                     self.lanes.remove(&name);
@@ -102,8 +101,7 @@ impl QueueState {
     fn take_of_lane(
         &mut self,
         name: &str,
-        route: &Arc<Route>,
-        source: usize,
+        (carrier, floor): (&Carrier, TlsPolicy),
         now: Now,
         out: &mut Vec<Action>,
     ) -> Option<Waiting> {
@@ -119,17 +117,15 @@ impl QueueState {
             let lane = lanes.get_mut(name)?;
             let destination = match &lane.way {
                 Way::Known {
-                    route: of,
-                    destination,
-                    ..
-                } if of.key() == route.key() => destination.clone(),
+                    route, destination, ..
+                } if carrier.takes(route, floor) => destination.clone(),
                 Way::Known { .. } | Way::Asked | Way::Unknown => return None,
             };
             let waiting = lane.take(|item| {
                 let fits = may_start(ranges, batches, item, now.instant)
                     && batches
                         .get(&item.batch.id)
-                        .is_some_and(|batch| batch.pool.weight(source).is_some());
+                        .is_some_and(|batch| batch.pool.weight(carrier.source).is_some());
                 let planned = paces.get(&item.batch.id).map(|pace| pace.plan.next());
                 let late = planned.filter(|at| fits && *at > now.instant);
                 wakes.extend(late.map(|at| (at, destination.clone())));
@@ -214,7 +210,7 @@ impl QueueState {
             let ready = target
                 .conns
                 .iter()
-                .filter(|id| self.conns.get(id).is_some_and(|conn| conn.ready))
+                .filter(|id| self.conns.get(id).is_some_and(Conn::is_ready))
                 .count();
             let opening = target.conns.len() - ready;
             let limit = usize::try_from(dest.policy.limits.connections).unwrap_or(usize::MAX);
@@ -243,7 +239,7 @@ impl QueueState {
                 target: at,
                 source,
                 route: Arc::clone(&route),
-                ready: false,
+                security: None,
                 closing: false,
                 in_flight: 0,
                 sent: 0,
@@ -277,8 +273,9 @@ impl QueueState {
                 .flat_map(|target| &target.conns)
                 .filter_map(|id| self.conns.get(id));
             conns.any(|conn| {
+                let takes = |carrier: Carrier| carrier.takes(route, dest.policy.limits.tls);
                 conn.has_room(max)
-                    && conn.route.key() == route.key()
+                    && conn.carrier().is_some_and(takes)
                     && pool.weight(conn.source).is_some()
             })
         };
@@ -307,7 +304,7 @@ impl QueueState {
         };
         for id in dest.targets.iter().flat_map(|target| &target.conns) {
             if let Some(conn) = self.conns.get_mut(id)
-                && conn.ready
+                && conn.is_ready()
                 && !conn.closing
                 && conn.in_flight == 0
             {
@@ -323,7 +320,7 @@ impl QueueState {
         };
         let Self { conns, dests, .. } = self;
         let idle = conns.iter_mut().find(|(_, conn)| {
-            conn.ready
+            conn.is_ready()
                 && !conn.closing
                 && conn.in_flight == 0
                 && !has_lanes(dests, &conn.destination)
@@ -334,11 +331,11 @@ impl QueueState {
         }
     }
 
-    pub(super) fn on_ready(&mut self, id: ConnId) {
+    pub(super) fn on_ready(&mut self, id: ConnId, security: Arc<Security>) {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
-        conn.ready = true;
+        conn.security = Some(security);
         if let Some(dest) = self.dests.get_mut(&conn.destination) {
             dest.reached();
         }
@@ -384,6 +381,9 @@ impl QueueState {
     /// A connection could not be had. If there is no other, the destination is left alone for a
     /// while, and what waits for it has had an attempt.
     fn not_reached(&mut self, conn: &Conn, trouble: &Trouble, now: Now, out: &mut Vec<Action>) {
+        if trouble.class == model::Class::TlsFailure && conn.route.asked().is_anything() {
+            return self.not_secured(conn, trouble, now, out);
+        }
         let key = &conn.destination;
         let Self { dests, conns, .. } = self;
         let Some(dest) = dests.get_mut(key) else {
@@ -393,7 +393,7 @@ impl QueueState {
             .targets
             .iter()
             .flat_map(|target| &target.conns)
-            .any(|id| conns.get(id).is_some_and(|conn| conn.ready));
+            .any(|id| conns.get(id).is_some_and(Conn::is_ready));
         if others {
             if let Some(target) = dest.targets.get_mut(conn.target) {
                 target.broke(now.instant);
@@ -412,6 +412,35 @@ impl QueueState {
             self.held.insert(name, until);
             for waiting in lane.drain() {
                 self.end_waiting(&waiting, Finding::Unreachable(trouble.clone()), now, out);
+            }
+        }
+    }
+
+    /// A connection did not satisfy what its domain asks: that is the trouble of the domains that
+    /// ask the same, and of nobody else who sends to these hosts.
+    fn not_secured(&mut self, conn: &Conn, trouble: &Trouble, now: Now, out: &mut Vec<Action>) {
+        let Some(dest) = self.dests.get(&conn.destination) else {
+            return;
+        };
+        let retry = dest.policy.limits.retry.first().copied();
+        let until = now.instant + retry.unwrap_or(PATIENCE);
+        let names: Vec<_> = dest.lanes.iter().cloned().collect();
+        for name in names {
+            let Some(lane) = self.lanes.get_mut(&name) else {
+                continue;
+            };
+            let is_like = |route: &Route| {
+                route.key() == conn.route.key() && route.asked().is_like(conn.route.asked())
+            };
+            if !matches!(&lane.way, Way::Known { route, .. } if is_like(route)) {
+                continue;
+            }
+            let waiting = lane.drain();
+            // Looked up again for the next attempt: the policy may have been what was wrong.
+            self.lanes.remove(&name);
+            self.held.insert(name, until);
+            for one in waiting {
+                self.end_waiting(&one, Finding::Unreachable(trouble.clone()), now, out);
             }
         }
     }

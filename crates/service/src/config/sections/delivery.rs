@@ -9,7 +9,7 @@ use model::Domain;
 
 use super::{name, unique};
 use crate::config::reader::Section;
-use crate::config::values::{AmbiguousPolicy, OrOff};
+use crate::config::values::{AmbiguousPolicy, Families, OrOff};
 
 /// `[smtp]`
 #[derive(Debug, Clone)]
@@ -26,6 +26,12 @@ pub struct Smtp {
     pub ambiguous_after: Duration,
     /// Extra roots in PEM.
     pub ca_file: Option<PathBuf>,
+    /// Which addresses of hosts are used.
+    pub families: Families,
+    /// Whether MTA-STS policies are looked up and kept to.
+    pub mta_sts: bool,
+    /// Where policy hosts listen: 443 but for tests.
+    pub mta_sts_port: u16,
     /// Networks that may be delivered to although they are private.
     pub allow_private_mx: Vec<IpNet>,
     /// Deadlines.
@@ -98,12 +104,7 @@ pub(super) fn smtp(section: &mut Section<'_>) -> Smtp {
         .unwrap_or_else(|| gethostname::gethostname().to_string_lossy().into_owned());
     let directory = section.directory();
     Smtp {
-        port: section
-            .checked("port", |port| match port {
-                0 => Err("0 is not a port".to_owned()),
-                _ => Ok(()),
-            })
-            .unwrap_or(25),
+        port: section.checked("port", port).unwrap_or(25),
         bounce_domain: section.value("bounce_domain", OrOff(None)).0,
         ambiguous: section.value("ambiguous", AmbiguousPolicy::Retry),
         ambiguous_after: section.value("ambiguous_after", seconds(1_800)),
@@ -112,10 +113,20 @@ pub(super) fn smtp(section: &mut Section<'_>) -> Smtp {
                 file.map(|file| readable(directory.join(file))).transpose()
             })
             .flatten(),
+        families: section.value("families", Families::PreferIpv4),
+        mta_sts: section.value("mta_sts", true),
+        mta_sts_port: section.checked("mta_sts_port", port).unwrap_or(443),
         allow_private_mx: section.list("allow_private_mx").unwrap_or_default(),
         timeouts: section.table("timeouts", timeouts),
         sources: sources(section, &ehlo),
         ehlo,
+    }
+}
+
+fn port(port: &u16) -> Result<(), String> {
+    match port {
+        0 => Err("0 is not a port".to_owned()),
+        _ => Ok(()),
     }
 }
 

@@ -18,7 +18,7 @@ pub use delivery::{Pool, Smtp, SmtpTimeouts, Source, WeightedSource};
 pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
 
 use super::reader::Section;
-use super::values::{NameServer, OrOff};
+use super::values::{DanePolicy, NameServer, OrOff};
 use super::{Environment, ReadFile};
 
 /// What the operator means: every key of `hikyaku.toml` with its default filled in.
@@ -80,6 +80,10 @@ pub struct Dns {
     pub nameservers: Vec<SocketAddr>,
     /// Whether the AD bit of a name server that is not on loopback is believed.
     pub trust_ad: bool,
+    /// Whether TLSA records are kept to.
+    pub dane: DanePolicy,
+    /// A name of a signed zone that is asked for at start: its answer has to come validated.
+    pub dane_test: String,
 }
 
 /// `[dkim]`
@@ -175,6 +179,8 @@ fn dns(section: &mut Section<'_>) -> Dns {
             .map(|server| server.0)
             .collect(),
         trust_ad: section.value("trust_ad", false),
+        dane: section.value("dane", DanePolicy::Auto),
+        dane_test: section.value("dane_test", ".".to_owned()),
     }
 }
 
