@@ -52,6 +52,33 @@ pub enum AttemptResult {
     Cancelled,
 }
 
+/// A rule that read a reply, and the version of the rules it stood in.
+///
+/// Stored as `name@version`; facts from before versions were kept have the name alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleRef(Box<str>);
+
+impl RuleRef {
+    /// The rule `name` of the rules of `version`, which may be empty. Neither has an `@`.
+    pub fn new(name: &str, version: &str) -> Self {
+        Self(if version.is_empty() {
+            name.into()
+        } else {
+            format!("{name}@{version}").into()
+        })
+    }
+
+    /// The rule's name.
+    pub fn name(&self) -> &str {
+        self.0.split_once('@').map_or(&self.0, |(name, _)| name)
+    }
+
+    /// The version of the rules, when it was kept.
+    pub fn version(&self) -> Option<&str> {
+        self.0.split_once('@').map(|(_, version)| version)
+    }
+}
+
 /// The circumstances of an attempt. Text of a peer is sanitised and bounded before it gets here.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct AttemptDetail {
@@ -74,7 +101,7 @@ pub struct AttemptDetail {
     /// The egress source.
     pub source: Box<str>,
     /// The rule of `bounce-rules.toml` that decided, when one did.
-    pub rule: Option<Box<str>>,
+    pub rule: Option<RuleRef>,
     /// Milliseconds that the SMTP transaction took, from MAIL to the last reply.
     pub transaction_ms: u32,
 }
@@ -248,6 +275,14 @@ mod tests {
         assert_eq!(Fact::from_bytes(&fact.write_to(Vec::new())), Ok(fact));
         assert_eq!(Fact::from_bytes(&[]), Err(FactError::Damaged));
         assert_eq!(Fact::from_bytes(&[9]), Err(FactError::Form(9)));
+    }
+
+    #[test]
+    fn a_rule_has_a_name_and_mostly_a_version() {
+        let rule = RuleRef::new("a", "0f");
+        assert_eq!((rule.name(), rule.version()), ("a", Some("0f")));
+        let old = RuleRef::new("a", "");
+        assert_eq!((old.name(), old.version()), ("a", None));
     }
 
     proptest! {

@@ -17,8 +17,8 @@ pub use address::{AddressError, Domain, EmailAddress};
 pub use batch::{BatchState, Counters, Priority, Row, TrackingMode};
 pub use event::{Event, EventKind, EventRecipient};
 pub use fact::{
-    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, Hit, HitKind, Place, Seq,
-    Verdict,
+    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, Hit, HitKind, Place, RuleRef,
+    Seq, Verdict,
 };
 pub use id::{
     BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, partition_hash,

@@ -6,15 +6,22 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use model::{Blame, Class};
+use model::units::format_duration;
+use model::{Blame, Class, SuppressionReason};
 use serde::Serialize;
+use smtp::Reply;
 
 use super::Api;
 use super::auth::CanRead;
 use super::params::NoParams;
 use super::problem::{Answer, Code, Refusal};
-use crate::classify::{Peer, parse_reply};
+use crate::classify::{Classification, Peer, Signal, parse_reply};
 use crate::intake::fields::{Mistakes, string};
+
+/// The longest reply that is taken, in bytes: as much as is read of one on the wire.
+const REPLY_MAX: usize = 64 * 1024;
+/// The longest name of a host or provider.
+const NAME_MAX: usize = 255;
 
 /// `POST /v1/classify`
 #[derive(Serialize)]
@@ -22,7 +29,39 @@ pub(super) struct Reading {
     class: Class,
     blame: Blame,
     action: &'static str,
+    scope: &'static str,
+    /// `slow`, `block` or none.
+    signal: Option<&'static str>,
+    /// How long a `block` holds, when the rule says so.
+    pause: Option<String>,
+    /// The reason with which the address would be suppressed.
+    suppress: Option<SuppressionReason>,
+    /// When to come back at the earliest.
+    retry_after: Option<String>,
+    /// None when the codes alone decided.
     rule: Option<Arc<str>>,
+    rules_version: Arc<str>,
+}
+
+impl From<Classification> for Reading {
+    fn from(read: Classification) -> Self {
+        let pause = match read.signal {
+            Some(Signal::Block { pause }) => pause,
+            Some(Signal::Slow) | None => None,
+        };
+        Self {
+            class: read.class,
+            blame: read.blame,
+            action: read.action.as_str(),
+            scope: read.scope.as_str(),
+            signal: read.signal.map(Signal::as_str),
+            pause: pause.map(format_duration),
+            suppress: read.suppress,
+            retry_after: read.retry_after.map(format_duration),
+            rule: read.rule,
+            rules_version: read.rules_version,
+        }
+    }
 }
 
 pub(super) async fn classify(
@@ -33,10 +72,9 @@ pub(super) async fn classify(
 ) -> Answer<Json<Reading>> {
     let mut mistakes = Mistakes::default();
     let mut fields = super::body::object(body, &mut mistakes)?;
-    let reply = fields.required("reply", |value| {
-        let reply = parse_reply(&string(value)?);
-        reply.ok_or_else(|| "is not a reply such as \"550 5.1.1 No such user\"".to_owned())
-    });
+    let reply = fields.required("reply", |value| refusal(&string(value)?));
+    let host = fields.label("host", NAME_MAX).unwrap_or_default();
+    let provider = fields.label("provider", NAME_MAX).unwrap_or_default();
     fields.finish();
     let Some(reply) = reply.filter(|_| mistakes.is_empty()) else {
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
@@ -49,11 +87,16 @@ pub(super) async fn classify(
             "is not a refusal: codes 400 to 599 are",
         ));
     }
-    let read = api.rules.load().classify(&reply, Peer::default());
-    Ok(Json(Reading {
-        class: read.class,
-        blame: read.blame,
-        action: read.action.as_str(),
-        rule: read.rule,
-    }))
+    let peer = Peer {
+        host: &host,
+        destination: &provider,
+    };
+    Ok(Json(api.rules.load().classify(&reply, peer).into()))
+}
+
+fn refusal(text: &str) -> Result<Reply, String> {
+    if text.len() > REPLY_MAX {
+        return Err(format!("is longer than {REPLY_MAX} bytes"));
+    }
+    parse_reply(text).ok_or_else(|| "is not a reply such as \"550 5.1.1 No such user\"".to_owned())
 }

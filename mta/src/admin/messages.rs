@@ -49,6 +49,7 @@ struct AttemptView {
     destination: String,
     source: String,
     rule: Option<String>,
+    rules_version: Option<String>,
     transaction_ms: u32,
 }
 
@@ -96,7 +97,11 @@ impl From<Attempt> for AttemptView {
             tls: detail.tls.map(Into::into),
             destination: detail.destination.into(),
             source: detail.source.into(),
-            rule: detail.rule.map(Into::into),
+            rule: detail.rule.as_ref().map(|rule| rule.name().to_owned()),
+            rules_version: detail
+                .rule
+                .as_ref()
+                .and_then(|rule| rule.version().map(str::to_owned)),
             transaction_ms: detail.transaction_ms,
         }
     }

@@ -7,7 +7,10 @@
 //! A refusal for reputation, content or policy never counts against a recipient.
 #![warn(clippy::wildcard_enum_match_arm)]
 
+#[cfg(test)]
+mod corpus;
 mod fallback;
+mod form;
 mod hint;
 mod rules;
 
@@ -16,7 +19,7 @@ pub use rules::{RuleError, Rules};
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{Blame, Class, SuppressionReason};
+use model::{Blame, Class, RuleRef, SuppressionReason};
 use smtp::Reply;
 
 /// What to do with the recipient.
@@ -55,6 +58,19 @@ pub enum Scope {
     Destination,
 }
 
+impl Scope {
+    /// The word of the rules file.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Recipient => "recipient",
+            Self::Message => "message",
+            Self::Session => "session",
+            Self::Host => "host",
+            Self::Destination => "destination",
+        }
+    }
+}
+
 /// What a reply asks of the sender beyond the message that it answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Signal {
@@ -65,6 +81,16 @@ pub enum Signal {
         /// How long to leave it alone, when the rule says so.
         pause: Option<Duration>,
     },
+}
+
+impl Signal {
+    /// The word of the rules file.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Slow => "slow",
+            Self::Block { .. } => "block",
+        }
+    }
 }
 
 /// A [`Signal`], by whom it was given and how it was understood: what limits adapt to.
@@ -105,6 +131,8 @@ pub struct Classification {
     pub suppress: Option<SuppressionReason>,
     /// The rule that decided; none when the codes did.
     pub rule: Option<Arc<str>>,
+    /// The version of the rules in force.
+    pub rules_version: Arc<str>,
     /// When to come back at the earliest, as the peer says, else as the rule does.
     pub retry_after: Option<Duration>,
 }
@@ -117,6 +145,12 @@ impl Classification {
             rule: self.rule.clone(),
             reply: crate::queue::decide::bounded(&reply.to_string()),
         })
+    }
+
+    /// The rule that decided, as facts keep it.
+    pub fn rule_ref(&self) -> Option<RuleRef> {
+        let name = self.rule.as_deref()?;
+        Some(RuleRef::new(name, &self.rules_version))
     }
 
     /// Whether the connection that got the reply should carry nothing more.
@@ -234,6 +268,7 @@ impl Rules {
             signal,
             suppress: suppression_for(class).filter(|_| is_final),
             rule: rule.map(|rule| Arc::clone(&rule.name)),
+            rules_version: Arc::clone(self.version()),
             retry_after: hint
                 .or_else(|| rule.and_then(|rule| rule.retry))
                 .filter(|_| action == Action::Retry),

@@ -1,31 +1,37 @@
-//! `bounce-rules.toml`: replies by what they say.
+//! The rules in force: replies by what they say.
 //!
 //! A rule matches when every condition that it names holds: `code` (exact, or `4xx`, `5xx`),
 //! `enhanced` (exact), `any` (one of these texts occurs), `all` (each occurs), `none` (none does),
-//! `host` (who said it). Texts are compared without case. The first rule that matches decides. Every rule carries real replies as samples,
-//! and reading the file fails when a sample is taken by another rule or by none.
+//! `host` (who said it). Texts are compared without case, all of them in one pass over the reply,
+//! so that two thousand rules cost what a hundred do. The first rule that matches decides. Every
+//! rule carries real replies as samples, and reading the file fails when a sample is taken by
+//! another rule or by none.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aho_corasick::AhoCorasick;
 use model::{Blame, Class, EnhancedCode};
-use serde::Deserialize;
 use smtp::Reply;
 
+use super::form::{FileForm, RuleForm};
 use super::{Action, Peer, Scope, Signal, parse_reply};
 
 /// The shipped rules, for when no file is configured.
-const SHIPPED: &str = include_str!("../../../config/bounce-rules.toml");
-
-/// The most rules, and the most texts in one: reading a reply stays cheap.
-const RULES_MAX: usize = 2_000;
-const TEXTS_MAX: usize = 100;
-/// The longest wait or pause that a rule may ask for.
-const WAIT_MAX: Duration = Duration::from_secs(86_400);
+pub(super) const SHIPPED: &str = include_str!("../../../config/bounce-rules.toml");
 
 /// The rules in force.
 #[derive(Debug, Clone, Default)]
-pub struct Rules(Arc<[Rule]>);
+pub struct Rules(Arc<RuleSet>);
+
+#[derive(Debug, Default)]
+struct RuleSet {
+    rules: Vec<Rule>,
+    /// Finds all texts of all rules; none without rules.
+    texts: Option<AhoCorasick>,
+    version: Arc<str>,
+}
 
 /// What is wrong with a rules file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,12 +57,13 @@ pub enum RuleError {
 #[derive(Debug)]
 pub(super) struct Rule {
     pub(super) name: Arc<str>,
-    codes: Vec<Codes>,
-    enhanced: Vec<EnhancedCode>,
-    any: Vec<String>,
-    all: Vec<String>,
-    none: Vec<String>,
-    hosts: Vec<String>,
+    pub(super) codes: Vec<Codes>,
+    pub(super) enhanced: Vec<EnhancedCode>,
+    pub(super) any: Vec<TextId>,
+    pub(super) all: Vec<TextId>,
+    pub(super) none: Vec<TextId>,
+    /// In small letters.
+    pub(super) hosts: Vec<String>,
     pub(super) class: Class,
     pub(super) blame: Blame,
     /// None: as the reply's code says.
@@ -71,65 +78,47 @@ pub(super) struct Rule {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Codes {
+pub(super) enum Codes {
     Exactly(u16),
     Hundred(u16),
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileForm {
-    #[serde(default)]
-    rule: Vec<RuleForm>,
-}
+/// The place of a text in [`Texts`].
+pub(super) type TextId = usize;
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RuleForm {
-    name: String,
-    #[serde(default)]
-    code: Vec<String>,
-    #[serde(default)]
-    enhanced: Vec<String>,
-    #[serde(default)]
-    any: Vec<String>,
-    #[serde(default)]
+/// The texts of all rules, each once, in small letters.
+#[derive(Debug, Default)]
+pub(super) struct Texts {
+    places: HashMap<String, TextId>,
     all: Vec<String>,
-    #[serde(default)]
-    none: Vec<String>,
-    #[serde(default)]
-    host: Vec<String>,
-    class: Class,
-    blame: Blame,
-    action: Option<Action>,
-    scope: Option<Scope>,
-    signal: Option<SignalForm>,
-    pause: Option<String>,
-    retry: Option<String>,
-    #[serde(default = "yes")]
-    suppress: bool,
-    samples: Vec<SampleForm>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum SignalForm {
-    Slow,
-    Block,
-    /// Whatever the class says.
-    None,
+impl Texts {
+    pub(super) fn add_all(&mut self, texts: &[String]) -> Result<Vec<TextId>, String> {
+        texts.iter().map(|text| self.add(text)).collect()
+    }
+
+    fn add(&mut self, text: &str) -> Result<TextId, String> {
+        if text.trim().len() < 3 {
+            return Err(format!("text {text:?} is too short to mean anything"));
+        }
+        let text = text.to_lowercase();
+        if let Some(&place) = self.places.get(&text) {
+            return Ok(place);
+        }
+        self.all.push(text.clone());
+        self.places.insert(text, self.all.len() - 1);
+        Ok(self.all.len() - 1)
+    }
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SampleForm {
-    reply: String,
-    /// Where the reply was seen; kept in the file for people.
-    source: String,
-}
+/// Which texts occur in a reply.
+struct Found(Vec<bool>);
 
-fn yes() -> bool {
-    true
+impl Found {
+    fn has(&self, text: TextId) -> bool {
+        self.0.get(text).copied().unwrap_or(false)
+    }
 }
 
 impl Rules {
@@ -146,36 +135,33 @@ impl Rules {
     /// # Errors
     /// Everything that is wrong with it, samples that are taken by another rule included.
     pub fn parse(text: &str) -> Result<Self, Vec<RuleError>> {
-        let file: FileForm = toml::from_str(text).map_err(|error| vec![syntax(text, &error)])?;
-        let mut errors = Vec::new();
-        if file.rule.len() > RULES_MAX {
-            let detail = format!("{} rules, at most {RULES_MAX} are read", file.rule.len());
-            return Err(vec![RuleError::Syntax { line: 0, detail }]);
-        }
-        let mut rules = Vec::with_capacity(file.rule.len());
-        for form in &file.rule {
-            match rule(form) {
-                Ok(rule) => rules.push(rule),
-                Err(detail) => errors.push(RuleError::Rule {
-                    rule: form.name.clone(),
-                    detail,
-                }),
-            }
-        }
-        if !errors.is_empty() {
-            return Err(errors);
-        }
-        let rules = Self(rules.into());
-        let wrong = file
+        let file = FileForm::parse(text).map_err(|error| vec![error])?;
+        let rules = Self::of(&file, version_of(text))?;
+        let wrong: Vec<_> = file
             .rule
             .iter()
-            .flat_map(|form| rules.check_samples(form))
-            .collect::<Vec<_>>();
+            .flat_map(|form| rules.check_samples(form, &file))
+            .collect();
         if wrong.is_empty() {
             Ok(rules)
         } else {
             Err(wrong)
         }
+    }
+
+    pub(super) fn of(file: &FileForm, version: Arc<str>) -> Result<Self, Vec<RuleError>> {
+        let mut texts = Texts::default();
+        let rules = file.rules(&mut texts)?;
+        let too_much = |error: aho_corasick::BuildError| {
+            let detail = error.to_string();
+            vec![RuleError::Syntax { line: 0, detail }]
+        };
+        let texts = AhoCorasick::new(&texts.all).map_err(too_much)?;
+        Ok(Self(Arc::new(RuleSet {
+            rules,
+            texts: Some(texts),
+            version,
+        })))
     }
 
     /// Reads the file at `path`; the shipped rules when it is a default that does not exist.
@@ -195,20 +181,46 @@ impl Rules {
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.0.rules.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.0.rules.is_empty()
+    }
+
+    /// A hash of the file's content: the same rules have the same version everywhere. Empty
+    /// without a file.
+    pub fn version(&self) -> &Arc<str> {
+        &self.0.version
+    }
+
+    /// For tests, which read many replies: the file is large.
+    #[cfg(test)]
+    pub(super) fn shipped_once() -> &'static Self {
+        static RULES: std::sync::LazyLock<Rules> = std::sync::LazyLock::new(Rules::shipped);
+        &RULES
+    }
+
+    #[cfg(test)]
+    pub(super) fn all(&self) -> &[Rule] {
+        &self.0.rules
     }
 
     /// The first rule that matches; `text` is the reply's in lower case.
     pub(super) fn matching(&self, reply: &Reply, text: &str, peer: Peer<'_>) -> Option<&Rule> {
-        self.0.iter().find(|rule| rule.matches(reply, text, peer))
+        let texts = self.0.texts.as_ref()?;
+        let mut found = Found(vec![false; texts.patterns_len()]);
+        for hit in texts.find_overlapping_iter(text) {
+            if let Some(occurs) = found.0.get_mut(hit.pattern().as_usize()) {
+                *occurs = true;
+            }
+        }
+        let mut rules = self.0.rules.iter();
+        rules.find(|rule| rule.matches(reply, &found, peer))
     }
 
-    fn check_samples(&self, form: &RuleForm) -> Vec<RuleError> {
+    fn check_samples(&self, form: &RuleForm, file: &FileForm) -> Vec<RuleError> {
         let error = |detail: String| RuleError::Rule {
             rule: form.name.clone(),
             detail,
@@ -217,14 +229,13 @@ impl Rules {
             return vec![error("has no sample reply".to_owned())];
         }
         let wrong = form.samples.iter().filter_map(|sample| {
-            if sample.source.trim().is_empty() {
-                return Some(error(format!("sample {:?} has no source", sample.reply)));
+            if let Err(detail) = file.check_source(&sample.source) {
+                return Some(error(format!("sample {:?}: {detail}", sample.reply)));
             }
             let Some(reply) = parse_reply(&sample.reply) else {
                 return Some(error(format!("sample {:?} is not a reply", sample.reply)));
             };
-            let peer = form.peer();
-            match self.matching(&reply, &reply.text().to_lowercase(), peer) {
+            match self.matching(&reply, &reply.text().to_lowercase(), form.peer()) {
                 Some(rule) if *rule.name == *form.name => None,
                 Some(rule) => Some(error(format!(
                     "sample {:?} is taken by rule {:?}",
@@ -241,20 +252,24 @@ impl Rules {
 }
 
 impl Rule {
-    fn matches(&self, reply: &Reply, text: &str, peer: Peer<'_>) -> bool {
-        let code = self.codes.iter().any(|codes| match *codes {
-            Codes::Exactly(code) => reply.code == code,
-            Codes::Hundred(hundred) => reply.code / 100 == hundred,
-        });
-        let enhanced = reply.enhanced.is_some_and(|code| {
-            self.enhanced
-                .contains(&EnhancedCode(code.class, code.subject, code.detail))
-        });
-        (self.codes.is_empty() || code)
-            && (self.enhanced.is_empty() || enhanced)
-            && (self.any.is_empty() || self.any.iter().any(|part| text.contains(part.as_str())))
-            && self.all.iter().all(|part| text.contains(part.as_str()))
-            && !self.none.iter().any(|part| text.contains(part.as_str()))
+    fn matches(&self, reply: &Reply, found: &Found, peer: Peer<'_>) -> bool {
+        let code = || {
+            self.codes.iter().any(|codes| match *codes {
+                Codes::Exactly(code) => reply.code == code,
+                Codes::Hundred(hundred) => reply.code / 100 == hundred,
+            })
+        };
+        let enhanced = || {
+            reply.enhanced.is_some_and(|code| {
+                self.enhanced
+                    .contains(&EnhancedCode(code.class, code.subject, code.detail))
+            })
+        };
+        (self.any.is_empty() || self.any.iter().any(|text| found.has(*text)))
+            && self.all.iter().all(|text| found.has(*text))
+            && !self.none.iter().any(|text| found.has(*text))
+            && (self.codes.is_empty() || code())
+            && (self.enhanced.is_empty() || enhanced())
             && (self.hosts.is_empty() || self.hosts.iter().any(|host| is_of(peer, host)))
     }
 }
@@ -273,155 +288,15 @@ fn is_of(peer: Peer<'_>, host: &str) -> bool {
     }
 }
 
-impl RuleForm {
-    /// Who gave the samples: the first that the rule is about.
-    fn peer(&self) -> Peer<'_> {
-        match self.host.first().map(String::as_str) {
-            Some(host) if host.starts_with('.') => Peer {
-                host,
-                destination: "",
-            },
-            Some(destination) => Peer {
-                host: "",
-                destination,
-            },
-            None => Peer::default(),
-        }
-    }
-
-    fn signal(&self) -> Result<Option<Option<Signal>>, String> {
-        let pause = self.pause.as_deref().map(wait).transpose()?;
-        match (self.signal, pause) {
-            (Some(SignalForm::Block), pause) => Ok(Some(Some(Signal::Block { pause }))),
-            (_, Some(_)) => Err("has a pause without signal = \"block\"".to_owned()),
-            (Some(SignalForm::Slow), None) => Ok(Some(Some(Signal::Slow))),
-            (Some(SignalForm::None), None) => Ok(Some(None)),
-            (None, None) => Ok(None),
-        }
-    }
-}
-
-/// A duration of the file, within a day.
-fn wait(text: &str) -> Result<Duration, String> {
-    let wait = model::units::parse_duration(text).ok();
-    wait.filter(|wait| *wait <= WAIT_MAX)
-        .ok_or_else(|| format!("{text:?} is not a wait of at most a day, such as \"30m\""))
-}
-
-fn rule(form: &RuleForm) -> Result<Rule, String> {
-    if form.enhanced.is_empty() && form.any.is_empty() && form.all.is_empty() {
-        return Err(
-            "matches by code alone, which the fallback does: name enhanced, any or all".to_owned(),
-        );
-    }
-    if form.any.len() + form.all.len() + form.none.len() > TEXTS_MAX {
-        return Err(format!("has more than {TEXTS_MAX} texts"));
-    }
-    let texts = |texts: &[String]| -> Result<Vec<String>, String> {
-        let short = texts.iter().find(|text| text.trim().len() < 3);
-        match short {
-            Some(text) => Err(format!("text {text:?} is too short to mean anything")),
-            None => Ok(texts.iter().map(|text| text.to_lowercase()).collect()),
-        }
-    };
-    Ok(Rule {
-        name: form.name.as_str().into(),
-        codes: form
-            .code
-            .iter()
-            .map(|code| codes(code))
-            .collect::<Result<_, _>>()?,
-        enhanced: form
-            .enhanced
-            .iter()
-            .map(|code| enhanced(code))
-            .collect::<Result<_, _>>()?,
-        any: texts(&form.any)?,
-        all: texts(&form.all)?,
-        none: texts(&form.none)?,
-        hosts: form.host.iter().map(|host| host.to_lowercase()).collect(),
-        class: form.class,
-        blame: form.blame,
-        action: form.action,
-        scope: form.scope,
-        signal: form.signal()?,
-        retry: form.retry.as_deref().map(wait).transpose()?,
-        suppress: form.suppress,
-    })
-}
-
-fn codes(text: &str) -> Result<Codes, String> {
-    let error = || format!("{text:?} is not a reply code such as \"550\", nor \"4xx\" or \"5xx\"");
-    match text {
-        "4xx" => Ok(Codes::Hundred(4)),
-        "5xx" => Ok(Codes::Hundred(5)),
-        _ => text
-            .parse()
-            .ok()
-            .filter(|code| (400..600).contains(code))
-            .map(Codes::Exactly)
-            .ok_or_else(error),
-    }
-}
-
-fn enhanced(text: &str) -> Result<EnhancedCode, String> {
-    match smtp::EnhancedCode::parse_prefix(text) {
-        Some((code, "")) if code.class != 2 => {
-            Ok(EnhancedCode(code.class, code.subject, code.detail))
-        }
-        Some(_) | None => Err(format!(
-            "{text:?} is not an enhanced status code of a refusal such as \"5.1.1\""
-        )),
-    }
-}
-
-fn syntax(text: &str, error: &toml::de::Error) -> RuleError {
-    let before = error
-        .span()
-        .and_then(|span| text.get(..span.start))
-        .map(|before| before.matches('\n').count() + 1);
-    let line = before
-        .and_then(|line| u32::try_from(line).ok())
-        .unwrap_or(0);
-    RuleError::Syntax {
-        line,
-        detail: error.message().replace('\n', ", "),
-    }
+/// Sixteen hexadecimal digits that tell one file's content from another's.
+fn version_of(text: &str) -> Arc<str> {
+    format!("{:016x}", model::partition_hash("bounce-rules", text)).into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::suppression_for;
     use proptest::prelude::*;
-
-    #[test]
-    fn the_shipped_rules_take_their_own_samples() {
-        match Rules::parse(SHIPPED) {
-            Ok(rules) => assert!(rules.len() >= 25, "{} rules", rules.len()),
-            Err(errors) => {
-                let lines: Vec<_> = errors.iter().map(ToString::to_string).collect();
-                panic!("{}", lines.join("\n"));
-            }
-        }
-    }
-
-    #[test]
-    fn names_are_unique_and_reputation_never_counts_against_a_person() {
-        let rules = Rules::shipped();
-        let mut names: Vec<_> = rules.0.iter().map(|rule| rule.name.clone()).collect();
-        names.sort();
-        names.dedup();
-        assert_eq!(names.len(), rules.len());
-        for rule in rules.0.iter() {
-            let suppresses = rule.suppress && suppression_for(rule.class).is_some();
-            assert!(
-                !suppresses || rule.blame == Blame::Recipient,
-                "{}",
-                rule.name
-            );
-        }
-    }
 
     fn errors(text: &str) -> String {
         let errors = Rules::parse(text).expect_err("wrong rules");
@@ -447,6 +322,18 @@ mod tests {
     }
 
     #[test]
+    fn the_version_is_of_the_content() {
+        let one = file("a", "any = [\"xyz\"]", "550 xyz");
+        let parse = |text: &str| Rules::parse(text).expect("rules");
+        assert_eq!(parse(&one).version(), parse(&one).version());
+        assert_ne!(
+            parse(&one).version(),
+            parse(&format!("{one}# more\n")).version()
+        );
+        assert_eq!(parse(&one).version().len(), 16);
+    }
+
+    #[test]
     fn wrong_rules_are_named() {
         let table = [
             (file("a", "", "550 x"), "by code alone"),
@@ -460,7 +347,36 @@ mod tests {
                 "not an enhanced status code",
             ),
             (file("a", "any = [\"xyz\"]", "550 abc"), "taken by no rule"),
+            (
+                file("a", "any = [\"xyz\"]\nnone = [\"abc\"]", "550 xyz abc"),
+                "taken by no rule",
+            ),
+            (
+                file("a", "any = [\"xyz\"]\norigin = \"nobody\"", "550 xyz"),
+                "not in [origins]",
+            ),
+            (
+                file("a", "any = [\"xyz\"]\nretry = \"30d\"", "550 xyz"),
+                "at most a day",
+            ),
+            (
+                file("a", "any = [\"xyz\"]\npause = \"1h\"", "550 xyz"),
+                "without signal",
+            ),
+            (file("a b", "any = [\"xyz\"]", "550 xyz"), "small letters"),
+            (
+                file("a", "any = [\"xyz\"]", "550 xyz") + &file("a", "any = [\"abc\"]", "550 abc"),
+                "two of this name",
+            ),
             (file("a", "any = [\"xyz\"]", "xyz"), "not a reply"),
+            (
+                file("a", "any = [\"xyz\"]", "550 xyz").replace("\"test\"", "\" \""),
+                "has no source",
+            ),
+            (
+                file("a", "any = [\"xyz\"]", "550 xyz").replace("\"test\"", "\"book:12\""),
+                "not in [sources]",
+            ),
             ("[[rule]]\nname = \"a\"\nnope = 1".to_owned(), "line 3"),
             (
                 file("a", "any = [\"xyz\"]", "550 xyz")
@@ -476,9 +392,15 @@ mod tests {
     proptest! {
         #[test]
         fn any_reply_is_read(code in 200_u16..600, text in "\\PC{0,200}") {
-            let reading = Rules::shipped().classify(&Reply::new(code, &text), Peer::default());
+            let reading = Rules::shipped_once().classify(&Reply::new(code, &text), Peer::default());
             prop_assert!(reading.suppress.is_none() || reading.blame == Blame::Recipient);
             prop_assert!(reading.action == Action::Retry || reading.rule.is_some() || code >= 500);
+        }
+
+        #[test]
+        fn any_file_is_read_or_refused(text in "\\PC{0,200}", conditions in "(any|all|none|code|enhanced|host) = \\[\"[a-z0-9.]{0,9}\"\\]") {
+            let _read = Rules::parse(&text);
+            let _read = Rules::parse(&file("a", &conditions, &text.replace(['"', '\\'], "")));
         }
     }
 }

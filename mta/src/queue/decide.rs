@@ -70,7 +70,7 @@ pub fn decide(
         }
         Finding::Refused(reply, reading) => {
             describe(&mut detail, &reply);
-            detail.rule = reading.rule.as_deref().map(Into::into);
+            detail.rule = reading.rule_ref();
             (detail.class, detail.blame) = (Some(reading.class), Some(reading.blame));
             match reading.action {
                 Action::Bounce => {

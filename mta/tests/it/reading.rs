@@ -594,7 +594,59 @@ async fn a_reply_is_classified_and_a_report_has_rates() {
             &json!("bounce")
         )
     );
-    assert!(read.get("rule").is_some());
+    assert_eq!(
+        (&read["rule"], &read["scope"], &read["suppress"]),
+        (
+            &json!("no-such-user"),
+            &json!("recipient"),
+            &json!("invalid_address")
+        )
+    );
+    assert_eq!(read["rules_version"].as_str().map(str::len), Some(16));
+    let lines = "{\"reply\": \"451-4.7.1 Greylisted,\\r\\n451 4.7.1 try again in 5 minutes\"}";
+    let read = post(lines).await.json();
+    assert_eq!(
+        (&read["class"], &read["action"], &read["retry_after"]),
+        (&json!("greylisted"), &json!("retry"), &json!("5m"))
+    );
+    // The same words mean another thing at another place.
+    let unavailable = |host: &str| {
+        let reply = "550 Requested action not taken: mailbox unavailable";
+        format!("{{\"reply\": \"{reply}\", \"{host}\"}}").leak()
+    };
+    let read = post(unavailable("host\": \"x.olc.protection.outlook.com")).await;
+    assert_eq!(read.json()["class"], json!("invalid_mailbox"));
+    let read = post(unavailable("provider\": \"gmx")).await;
+    assert_eq!(read.json()["rule"], json!("gmx-no-such-user"));
+    let read = post(unavailable("host\": \"mx.x.example")).await;
+    assert_eq!(
+        (&read.json()["class"], &read.json()["rule"]),
+        (&json!("other"), &json!(null))
+    );
+    let blocked = "{\"reply\": \"554 IP=192.0.2.1 - A problem occurred. (Ask your postmaster for help) (BL)\"}";
+    let read = post(blocked).await.json();
+    assert_eq!(
+        (&read["signal"], &read["pause"], &read["suppress"]),
+        (&json!("block"), &json!("12h"), &json!(null))
+    );
+    assert_eq!(
+        post("{\"reply\": \"250 ok\", \"host\": \"\"}")
+            .await
+            .problem()
+            .2,
+        ["/host invalid_field"]
+    );
+    assert_eq!(
+        post("{\"reply\": \"250 ok\"}").await.problem().2,
+        ["/reply invalid_field"]
+    );
+    assert_eq!(
+        post("{\"reply\": \"550 x\", \"mx\": \"y\"}")
+            .await
+            .problem()
+            .2,
+        ["/mx unknown_field"]
+    );
     assert_eq!(
         post("{\"reply\": \"hello\"}").await.problem().2,
         ["/reply invalid_field"]

@@ -5,7 +5,7 @@ use super::support::*;
 use crate::{BatchQuery, EventQuery, RecipientQuery, Result, Store, Suppression, SuppressionQuery};
 use model::{
     Actor, AttemptResult, BatchId, BatchState, Blame, Class, EnhancedCode, Event, EventKind,
-    HitKind, MessageId, Status, SuppressionReason, Timestamp,
+    HitKind, MessageId, RuleRef, Status, SuppressionReason, Timestamp,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -184,7 +184,7 @@ pub async fn events_say_what_the_contract_says(fixture: &dyn Fixture) -> Result<
             attempt.detail.enhanced_code = Some(EnhancedCode(4, 7, 1));
             attempt.detail.class = Some(Class::Greylisted);
             attempt.detail.blame = Some(Blame::Destination);
-            attempt.detail.rule = Some("greylist".into());
+            attempt.detail.rule = Some(RuleRef::new("greylist", "0f"));
             attempt.detail.tls = Some("TLSv1.3".into());
         },
     );

@@ -13,7 +13,7 @@ use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
 use model::{
     Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, Hit, HitKind, MessageId, Row,
-    Timestamp, partition_hash,
+    RuleRef, Timestamp, partition_hash,
 };
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::{Value, json};
@@ -374,7 +374,8 @@ fn data_of_attempt(attempt: &Attempt) -> Value {
         "tls": detail.tls,
         "destination": text(&detail.destination),
         "source": text(&detail.source),
-        "rule": detail.rule,
+        "rule": detail.rule.as_ref().map(RuleRef::name),
+        "rules_version": detail.rule.as_ref().and_then(RuleRef::version),
         "ambiguous": ambiguous,
         "next_attempt_at": next,
         "transaction_ms": detail.transaction_ms,
