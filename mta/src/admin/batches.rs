@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -29,35 +30,55 @@ pub(super) async fn submit(
     request: Request,
 ) -> Answer<Response> {
     let dry_run = params.flag("dry_run").unwrap_or(false);
-    let allowed = caller.and_then(|CanSubmit(caller)| {
-        params.finish()?;
-        let headers = request.headers();
-        Ok((caller, form(headers)?, once::key(headers)?))
-    });
-    let waits = request.headers().contains_key(header::EXPECT);
-    let body = request.into_body();
-    let (caller, form, key) = match allowed {
-        Ok(allowed) => allowed,
-        Err(refusal) => {
-            // Whoever is still writing would see a broken connection in place of the answer.
-            if !waits {
-                drain(body).await;
-            }
-            return Err(refusal);
-        }
-    };
-    let by = Submitter {
-        account: caller.account.to_string(),
-        any_account: caller.may(Scope::Admin),
-        waits,
-        form,
-        key,
-    };
+    let (by, body) = submitter(caller, params, request, form).await?;
     if dry_run {
         let checked = api.intake.dry_run(body, by).await?;
         return Ok(Json(checked).into_response());
     }
     Ok(accepted(api.intake.submit(body, by).await?))
+}
+
+/// `POST /v1/messages`
+pub(super) async fn submit_one(
+    State(api): State<Arc<Api>>,
+    caller: Answer<CanSubmit>,
+    params: Params,
+    request: Request,
+) -> Answer<Response> {
+    let (by, body) = submitter(caller, params, request, form_of_one).await?;
+    Ok(accepted(api.intake.submit(body, by).await?))
+}
+
+/// Who submits what, once it is known that they may.
+async fn submitter(
+    caller: Answer<CanSubmit>,
+    params: Params,
+    request: Request,
+    form: impl FnOnce(&HeaderMap) -> Answer<Form>,
+) -> Answer<(Submitter, Body)> {
+    let headers = request.headers();
+    let waits = headers.contains_key(header::EXPECT);
+    let allowed = caller.and_then(|CanSubmit(caller)| {
+        params.finish()?;
+        Ok(Submitter {
+            account: caller.account.to_string(),
+            any_account: caller.may(Scope::Admin),
+            waits,
+            form: form(headers)?,
+            key: once::key(headers)?,
+        })
+    });
+    let body = request.into_body();
+    match allowed {
+        Ok(by) => Ok((by, body)),
+        Err(refusal) => {
+            // Whoever is still writing would see a broken connection in place of the answer.
+            if !waits {
+                drain(body).await;
+            }
+            Err(refusal)
+        }
+    }
 }
 
 /// `202`, and whether it is told again.
@@ -90,6 +111,21 @@ fn form(headers: &HeaderMap) -> Answer<Form> {
         }
     };
     Ok(Form { media, encoding })
+}
+
+/// The same for one message.
+fn form_of_one(headers: &HeaderMap) -> Answer<Form> {
+    let form = form(headers)?;
+    match form.media {
+        Media::Json | Media::Message => Ok(Form {
+            media: Media::Message,
+            ..form
+        }),
+        Media::Lines => {
+            let detail = "one message is application/json";
+            Err(Refusal::new(Code::UnsupportedMedia, detail))
+        }
+    }
 }
 
 /// A batch as the contract shows it.

@@ -107,6 +107,7 @@ fn routes() -> Routes {
         .change("/v1/batches/{id}/unarchive", BatchChange::Unarchive)
         .at(Method::GET, "/v1/batches/{id}/recipients", recipients::list)
         .at(Method::GET, "/v1/batches/{id}/report", batches::report)
+        .at(Method::POST, "/v1/messages", batches::submit_one)
         .at(Method::GET, "/v1/messages/{message_id}", messages::message)
         .at(Method::GET, "/v1/recipients/{email}", messages::person)
         .at(Method::GET, "/v1/events", events::list)

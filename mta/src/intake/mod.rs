@@ -14,6 +14,7 @@ mod prepare;
 pub(crate) mod receive;
 mod recipients;
 mod row;
+mod single;
 mod splitter;
 mod spool;
 pub(crate) mod submit;

@@ -80,6 +80,8 @@ pub(crate) enum Media {
     Json,
     /// The document in the first line, each recipient in one more.
     Lines,
+    /// One document with the one recipient in `to`.
+    Message,
 }
 
 impl Media {
@@ -89,6 +91,7 @@ impl Media {
         context.update(match self {
             Self::Json => b"json ",
             Self::Lines => b"lines ",
+            Self::Message => b"message ",
         });
         context
     }
@@ -115,7 +118,7 @@ impl Sizes {
     /// The limit on a body of `media`, and the key that sets it.
     fn of(self, media: Media) -> (u64, &'static str) {
         match media {
-            Media::Json => (self.document, "api.max_body"),
+            Media::Json | Media::Message => (self.document, "api.max_body"),
             Media::Lines => (self.stream, "api.max_stream"),
         }
     }
@@ -260,7 +263,7 @@ enum Document {
 impl Document {
     fn new(media: Media) -> Self {
         match media {
-            Media::Json => Self::Json(Splitter::new(HEAD_MAX)),
+            Media::Json | Media::Message => Self::Json(Splitter::new(HEAD_MAX)),
             Media::Lines => Self::Lines(Lines::new(HEAD_MAX)),
         }
     }

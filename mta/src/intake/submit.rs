@@ -24,9 +24,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::once::Call;
 use super::prepare::{Against, Prepared, prepare};
-use super::receive::{Form, Limits, Received, Receiver, Sizes};
+use super::receive::{Form, Limits, Media, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
 use super::row::Rejection;
+use super::single::{self, Taken};
 use crate::admin::problem::{Answer, Code, Refusal};
 
 /// What intake needs of the process.
@@ -165,7 +166,11 @@ impl Intake {
     /// # Errors
     /// The refusal; then nothing of the batch is there.
     pub(crate) async fn submit(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Submitted> {
-        let received = self.receive(body, &by).await?;
+        let mut received = self.receive(body, &by).await?;
+        let media = by.form.media;
+        if media == Media::Message {
+            received = single::taken_apart(received)?;
+        }
         let gone = CancellationToken::new();
         let _gone_on_drop = gone.clone().drop_guard();
         let (intake, hold) = (Arc::clone(self), self.shutdown.hold(Stage::Intake));
@@ -174,9 +179,14 @@ impl Intake {
             drop(hold);
             submitted
         });
-        task.join()
+        let submitted = task
+            .join()
             .await
-            .unwrap_or_else(|error| Err(Refusal::internal("intake", &error)))
+            .unwrap_or_else(|error| Err(Refusal::internal("intake", &error)));
+        match media {
+            Media::Message => submitted.map_err(single::as_written),
+            Media::Json | Media::Lines => submitted,
+        }
     }
 
     async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
@@ -268,7 +278,7 @@ impl Intake {
         call: Option<CallKey>,
         gone: &CancellationToken,
     ) -> Answer<Arc<[u8]>> {
-        let now = self.clock.now();
+        let (now, media) = (self.clock.now(), by.form.media);
         let Received {
             head,
             spool,
@@ -287,7 +297,7 @@ impl Intake {
         let (sorted, staged) = tokio::join!(sorting, self.stage(id, &mut groups, gone));
         // A store that failed is the cause; that the sorting was then stopped follows from it.
         let done = match staged.and(sorted) {
-            Ok(sorted) => self.commit(&prepared, sorted, call, now).await,
+            Ok(sorted) => self.commit(&prepared, sorted, media, call, now).await,
             Err(refusal) => Err(refusal),
         };
         drop(permits);
@@ -331,6 +341,7 @@ impl Intake {
         &self,
         prepared: &Prepared,
         sorted: Sorted,
+        media: Media,
         call: Option<CallKey>,
         now: Timestamp,
     ) -> Answer<Arc<[u8]>> {
@@ -339,9 +350,7 @@ impl Intake {
             .to_bytes()
             .map_err(|error| Refusal::internal("content", &error))?;
         let (accepted, rejected) = (sorted.accepted, sorted.rejected_count);
-        let answer: Arc<[u8]> = serde_json::to_vec(&answer(prepared, sorted, now))
-            .map_err(|error| Refusal::internal("answer", &error))?
-            .into();
+        let answer: Arc<[u8]> = answer(prepared, sorted, media, now)?.into();
         let head = &prepared.head;
         let batch = NewBatch {
             head: head.clone(),
@@ -387,8 +396,9 @@ impl Submitted {
     }
 }
 
-/// The answer to a batch that is about to be committed.
-fn answer(prepared: &Prepared, sorted: Sorted, now: Timestamp) -> Accepted {
+/// The answer, as JSON, to what is about to be committed.
+fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> Answer<Vec<u8>> {
+    let id = prepared.head.id;
     let state = if sorted.accepted == 0 {
         BatchState::Completed
     } else if prepared.head.release_at > now {
@@ -396,15 +406,20 @@ fn answer(prepared: &Prepared, sorted: Sorted, now: Timestamp) -> Accepted {
     } else {
         BatchState::InProgress
     };
-    Accepted {
-        id: prepared.head.id,
-        state,
-        accepted: sorted.accepted,
-        rejected: sorted.rejected,
-        rejected_count: sorted.rejected_count,
-        links: prepared.content.links().clone(),
-        warnings: prepared.warnings.clone(),
-    }
+    let json = match (media, sorted.rejected.first()) {
+        (Media::Message, Some(rejection)) => return Err(single::rejected(rejection)),
+        (Media::Message, None) => serde_json::to_vec(&Taken::new(id, state)),
+        (Media::Json | Media::Lines, _) => serde_json::to_vec(&Accepted {
+            id,
+            state,
+            accepted: sorted.accepted,
+            rejected: sorted.rejected,
+            rejected_count: sorted.rejected_count,
+            links: prepared.content.links().clone(),
+            warnings: prepared.warnings.clone(),
+        }),
+    };
+    json.map_err(|error| Refusal::internal("answer", &error))
 }
 
 fn caller_gone() -> Refusal {

@@ -477,6 +477,74 @@ async fn a_stream_of_lines_is_a_batch_and_may_be_compressed() {
     }
 }
 
+/// A message to this recipient.
+fn message(to: Value) -> Value {
+    let mut message = batch(&json!([]));
+    let fields = message.as_object_mut().expect("an object");
+    fields.remove("recipients");
+    fields.insert("to".to_owned(), to);
+    message
+}
+
+#[tokio::test]
+async fn one_message_is_a_batch_of_one() {
+    let service = Service::start().await;
+    let json_type = [("content-type", "application/json")];
+    let send = async |message: &Value| {
+        let body = Bytes::from(message.to_string());
+        service
+            .api
+            .call(Method::POST, "/v1/messages", &json_type, body)
+            .await
+    };
+    let good =
+        json!({"email": "a@x.example", "name": "A", "prospect_id": "p-1", "vars": {"points": 3}});
+    let reply = send(&message(good.clone())).await;
+    assert_eq!(reply.status, StatusCode::ACCEPTED, "{reply:?}");
+    let id = reply.json()["id"].as_str().expect("an id").to_owned();
+    let expected = json!({"id": id, "message_id": format!("{id}.0"), "state": "in_progress"});
+    assert_eq!(reply.json(), expected);
+    let story = service
+        .api
+        .get(&format!("/v1/messages/{id}.0"))
+        .await
+        .json();
+    assert_eq!(
+        (&story["email"], &story["prospect_id"]),
+        (&json!("a@x.example"), &json!("p-1"))
+    );
+
+    let mut with_recipients = message(good);
+    with_recipients["recipients"] = json!([{"email": "b@x.example"}]);
+    let mut without_subject = message(json!({"email": "a@x.example"}));
+    without_subject
+        .as_object_mut()
+        .expect("an object")
+        .remove("subject");
+    for (wrong, path) in [
+        (
+            message(json!({"email": "no-at-sign"})),
+            "/to/email invalid_field",
+        ),
+        (
+            message(json!({"email": "a@x.example", "nme": "A"})),
+            "/to/nme unknown_field",
+        ),
+        (message(json!({})), "/to/email invalid_field"),
+        (message(json!([])), "/to invalid_field"),
+        (message(Value::Null), "/to invalid_field"),
+        (with_recipients, "/recipients unknown_field"),
+        (without_subject, "/subject invalid_field"),
+    ] {
+        let (status, _, paths) = send(&wrong).await.problem();
+        assert_eq!((status, paths), (422, vec![path.to_owned()]), "{wrong}");
+    }
+    let (status, code, _) = send(&json!([1])).await.problem();
+    assert_eq!((status, code.as_str()), (422, "invalid_field"));
+    let batches = service.api.get("/v1/batches").await.json();
+    assert_eq!(batches["items"].as_array().map(Vec::len), Some(1));
+}
+
 /// Submits `body` under an idempotency key.
 async fn submit_once(service: &Service, key: &str, body: &str) -> Reply {
     let headers = [
