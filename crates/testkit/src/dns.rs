@@ -5,7 +5,7 @@
 //! is hickory's, so that what we test against is not our own reading of RFC 1035.
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{CNAME, MX, PTR, SOA, TXT};
+use hickory_proto::rr::rdata::{CNAME, MX, PTR, SOA, TLSA, TXT};
 pub use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -60,6 +60,7 @@ pub struct Zone {
     ttl: u32,
     negative_ttl: u32,
     authentic: bool,
+    insecure: Vec<String>,
 }
 
 impl Default for Zone {
@@ -77,6 +78,7 @@ impl Zone {
             ttl: 60,
             negative_ttl: 30,
             authentic: false,
+            insecure: Vec::new(),
         }
     }
 
@@ -187,6 +189,50 @@ impl Zone {
     pub fn authentic(mut self, authentic: bool) -> Self {
         self.authentic = authentic;
         self
+    }
+
+    /// A name that no answer says is validated, as one of an unsigned zone; nor those below it.
+    ///
+    /// # Panics
+    /// When `name` is not a name.
+    #[must_use]
+    pub fn insecure(mut self, name: &str) -> Self {
+        self.insecure.push(key_of(name));
+        self
+    }
+
+    /// The head of a zone, with an SOA record.
+    ///
+    /// # Panics
+    /// When `name` is not a name.
+    #[must_use]
+    pub fn apex(self, name: &str) -> Self {
+        let soa = self.soa().data;
+        self.record(name, soa)
+    }
+
+    /// A TLSA record: usage, selector, matching type, data.
+    ///
+    /// # Panics
+    /// When `name` is not a name.
+    #[must_use]
+    pub fn tlsa(self, name: &str, (usage, selector, matching): (u8, u8, u8), data: &[u8]) -> Self {
+        let data = TLSA::new(
+            usage.into(),
+            selector.into(),
+            matching.into(),
+            data.to_vec(),
+        );
+        self.record(name, RData::TLSA(data))
+    }
+
+    fn is_authentic(&self, query: &Query) -> bool {
+        let key = key_of_name(query.name());
+        let is_at_or_below = |name: &String| {
+            key.strip_suffix(name.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        };
+        self.authentic && !self.insecure.iter().any(is_at_or_below)
     }
 
     /// Takes everything about a name away.
@@ -540,7 +586,7 @@ fn reply(zone: &Zone, request: &Message, query: &Query, transport: Transport) ->
     let mut message = Message::response(request.metadata.id, OpCode::Query);
     message.metadata.authoritative = true;
     message.metadata.recursion_desired = request.metadata.recursion_desired;
-    message.metadata.authentic_data = zone.authentic;
+    message.metadata.authentic_data = zone.is_authentic(query);
     message.add_query(query.clone());
     if request.edns.is_some() {
         message.set_edns(Edns::new());

@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod dns;
+pub mod https;
 pub mod smtp_peer;
 pub mod tls;

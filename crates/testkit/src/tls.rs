@@ -181,9 +181,20 @@ impl Issued {
     /// # Errors
     /// When rustls refuses the pair.
     pub fn server_config(&self) -> anyhow::Result<Arc<ServerConfig>> {
+        self.server_config_with(rustls::DEFAULT_VERSIONS)
+    }
+
+    /// What a server needs that speaks these versions of TLS alone.
+    ///
+    /// # Errors
+    /// When rustls refuses the pair.
+    pub fn server_config_with(
+        &self,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+    ) -> anyhow::Result<Arc<ServerConfig>> {
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key_der.clone()));
         let server = ServerConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()?
+            .with_protocol_versions(versions)?
             .with_no_client_auth()
             .with_single_cert(self.chain.clone(), key)?;
         Ok(Arc::new(server))

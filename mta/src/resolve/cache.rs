@@ -12,13 +12,13 @@ use futures_util::future::Shared;
 type Asking<T> = Shared<Pin<Box<dyn Future<Output = (T, Instant)> + Send>>>;
 
 /// The memory; see the module.
-pub(super) struct Cache<T: Clone> {
+pub(crate) struct Cache<T: Clone> {
     names_max: usize,
     names: Mutex<HashMap<Box<str>, Asking<T>>>,
 }
 
 impl<T: Clone + Send + Sync + 'static> Cache<T> {
-    pub(super) fn new(names_max: usize) -> Self {
+    pub(crate) fn new(names_max: usize) -> Self {
         Self {
             names_max,
             names: Mutex::new(HashMap::new()),
@@ -26,7 +26,7 @@ impl<T: Clone + Send + Sync + 'static> Cache<T> {
     }
 
     /// What is known of `name` at `now`; if nothing is, `ask` is polled by whoever waits for it.
-    pub(super) async fn get<F>(
+    pub(crate) async fn get<F>(
         &self,
         name: &str,
         now: Instant,

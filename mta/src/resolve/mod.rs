@@ -26,7 +26,7 @@ use service::config::shaping::Routes;
 use crate::queue::job::Trouble;
 use crate::tlspolicy::Asked;
 use crate::tlspolicy::dane::Tlsa;
-use cache::Cache;
+pub(crate) use cache::Cache;
 
 /// Answers are kept at least this long, whatever their TTL, and at most a day.
 const TTL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(86_400));

@@ -20,6 +20,7 @@ use crate::queue::{Action, ConnEnd, DEPTH, Event, Now, QueueState};
 use crate::resolve::{Resolver, Route};
 use crate::shaping::Destination;
 use crate::ship::{Recorder, ShipCommand};
+use crate::tlspolicy::Policies;
 
 /// Events taken in one turn.
 const EVENTS_PER_TURN: usize = 1_024;
@@ -32,6 +33,7 @@ pub(super) struct Parts {
     pub(super) ship: mpsc::Sender<ShipCommand>,
     pub(super) asking: Asking,
     pub(super) resolver: Arc<Resolver>,
+    pub(super) policies: Arc<Policies>,
     pub(super) contents: Arc<Contents>,
     pub(super) composer: Composer,
     pub(super) deliver: Arc<Deliver>,
@@ -296,10 +298,15 @@ impl Executor {
 
     fn resolve(&self, domain: Domain) {
         let (resolver, queue) = (Arc::clone(&self.parts.resolver), self.parts.queue.clone());
+        let policies = Arc::clone(&self.parts.policies);
         let shutdown = self.parts.shutdown.clone();
         self.parts.tasks.spawn("resolve", async move {
+            let asked = async {
+                let (route, ttl) = resolver.route(&domain).await?;
+                Ok((policies.judge(&domain, route).await, ttl))
+            };
             let answer = tokio::select! {
-                answer = resolver.route(&domain) => answer,
+                answer = asked => answer,
                 // Nobody needs it any more, and a dead name server takes its time.
                 () = shutdown.begun() => return,
             };

@@ -15,7 +15,7 @@ use journal::Journal;
 use links::KeyRing;
 use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
-use service::config::{Dns, Pool, Smtp};
+use service::config::{Dns as DnsConfig, Pool, Smtp};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
 use store::Store;
@@ -28,8 +28,10 @@ use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
 use crate::queue::control::ControlView;
 use crate::queue::pool::Pools;
 use crate::queue::{Event, QueueConfig, QueueState};
-use crate::resolve::{Resolver, SystemDns};
+use crate::resolve::{Dns, Resolver, SystemDns};
 use crate::ship::{Recorder, Recovered, ShipDeps, Shipper, recover};
+use crate::tlspolicy::https::Https;
+use crate::tlspolicy::{Policies, PoliciesDeps};
 use asking::Asking;
 use executor::{Executor, Parts};
 
@@ -55,7 +57,7 @@ pub struct SendingDeps {
     /// `[smtp]`.
     pub smtp: Smtp,
     /// `[dns]`.
-    pub dns: Dns,
+    pub dns: DnsConfig,
     /// `[[pools]]`
     pub pools: Vec<Pool>,
     /// `shaping.toml`.
@@ -123,7 +125,9 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let failed = CancellationToken::new();
     let now = deps.clock.instant();
     let tls = Arc::new(TlsConfigs::new(deps.smtp.ca_file.as_deref())?);
-    let resolver = resolver(&deps)?;
+    let dns = dns(&deps)?;
+    let resolver = resolver(&deps, Arc::clone(&dns));
+    let policies = policies(&deps, dns, &resolver, &tls)?;
     let journal = deps.journal.clone();
     let starts = tokio::task::spawn_blocking(move || recover(&journal))
         .await
@@ -170,6 +174,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         asking: Asking::start(&deps, &queue),
         queue: queue.clone(),
         resolver,
+        policies,
         contents,
         composer,
         deliver,
@@ -199,15 +204,42 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     Ok(handle)
 }
 
-fn resolver(deps: &SendingDeps) -> Result<Arc<Resolver>, StartError> {
-    let dns = SystemDns::new(&deps.dns.nameservers, deps.dns.trust_ad).map_err(StartError::Dns)?;
-    Ok(Arc::new(Resolver::new(
-        Arc::new(dns),
+fn dns(deps: &SendingDeps) -> Result<Arc<dyn Dns>, StartError> {
+    let dns = SystemDns::new(&deps.dns.nameservers, deps.dns.trust_ad);
+    Ok(Arc::new(dns.map_err(StartError::Dns)?))
+}
+
+fn resolver(deps: &SendingDeps, dns: Arc<dyn Dns>) -> Arc<Resolver> {
+    Arc::new(Resolver::new(
+        dns,
         deps.clock.clone(),
         deps.shaping.routes.clone(),
         deps.smtp.port,
         deps.smtp.allow_private_mx.clone(),
-    )))
+    ))
+}
+
+fn policies(
+    deps: &SendingDeps,
+    dns: Arc<dyn Dns>,
+    resolver: &Arc<Resolver>,
+    tls: &TlsConfigs,
+) -> Result<Arc<Policies>, StartError> {
+    let policies = Arc::new(Policies::new(PoliciesDeps {
+        dns,
+        https: Https::new(Arc::clone(resolver), tls.https()?),
+        store: Arc::clone(&deps.store),
+        node: deps.journal.id(),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        dane: deps.dns.dane,
+        dane_test: deps.dns.dane_test.clone(),
+        mta_sts: deps.smtp.mta_sts,
+        mta_sts_port: deps.smtp.mta_sts_port,
+    }));
+    let run = Arc::clone(&policies).run(deps.shutdown.clone());
+    deps.tasks.spawn("tls policies", run);
+    Ok(policies)
 }
 
 fn config(deps: &SendingDeps) -> QueueConfig {

@@ -8,6 +8,10 @@
 
 mod asked;
 pub mod dane;
+pub mod https;
+mod policies;
+mod shelf;
 pub mod sts;
 
 pub use asked::{Asked, Level, Security};
+pub use policies::{Policies, PoliciesDeps};

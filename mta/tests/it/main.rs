@@ -10,3 +10,4 @@ mod sending;
 mod serving;
 mod station;
 mod storm;
+mod tls;

@@ -9,8 +9,8 @@ use content::dkim::{Algorithm, generate};
 use journal::{Journal, JournalConfig, RealDisk};
 use links::KeyRing;
 use model::{
-    BatchId, Counters, JournalId, LotNumber, Partition, Priority, Row, SuppressionReason,
-    Timestamp, TrackingMode,
+    BatchId, Counters, JournalId, LotNumber, MessageId, Partition, Priority, Row,
+    SuppressionReason, Timestamp, TrackingMode,
 };
 use mta::classify::Rules;
 use mta::released::Released;
@@ -283,6 +283,15 @@ impl Station {
         };
         let page = self.store.recipients(query).await.expect("an answer");
         page.items.into_iter().next().expect("a recipient")
+    }
+
+    /// The TLS of the last attempt; empty in plaintext.
+    pub(crate) async fn tls_of(&self, batch: BatchId, index: u32) -> String {
+        let story = self.store.message(MessageId { batch, index }).await;
+        let story = story.expect("an answer").expect("a message");
+        let last = story.attempts.into_iter().next_back();
+        last.and_then(|attempt| attempt.detail.tls)
+            .map_or(String::new(), String::from)
     }
 
     pub(crate) async fn change(&self, batch: BatchId, change: BatchChange) {
