@@ -19,7 +19,7 @@ use content::dkim::Algorithm;
 use content::{Content, RenderContext};
 use model::MessageId;
 use service::metrics::{Metrics, SignatureAlgorithm, SignatureResult};
-use smtp::Body;
+use smtp::{Body, Envelope};
 
 use crate::queue::job::Job;
 
@@ -53,6 +53,17 @@ pub struct Composed {
     pub body: Body,
     /// Its headers need SMTPUTF8 (RFC 6531).
     pub smtp_utf8: bool,
+}
+
+impl Composed {
+    /// From whom to whom; `recipient` is the row's address.
+    pub fn envelope<'a>(&'a self, recipient: &'a [&'a str]) -> Envelope<'a> {
+        Envelope {
+            reverse_path: &self.reverse_path,
+            recipients: recipient,
+            smtp_utf8: self.smtp_utf8,
+        }
+    }
 }
 
 impl Prepared {

@@ -4,13 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::{Blame, Class, Seq, Timestamp};
+use service::clock::SharedClock;
 use service::config::Source;
 use service::metrics::{OpenConnection, SmtpStage, ThrottleReason};
 use smtp::client::{BeginError, Event as Spoken, Interruption, Outcome};
-use smtp::{ClientSession, Envelope, Reply, Stage, TxId};
+use smtp::{ClientSession, Reply, Stage, TxId};
 
 use tokio::sync::mpsc::error::TryRecvError;
 
+use super::connect::Pulse;
 use super::dial::Established;
 use super::io::Wire;
 use super::{Deliver, Plan};
@@ -21,10 +23,36 @@ use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{Fate, Job, Returned, Trouble};
 use crate::queue::{ConnEnd, Event};
 use crate::shaping::Pacer;
+use crate::tlspolicy::Security;
+
+/// How long a connection may be idle before it is looked at, not believed to be there.
+const STALE: Duration = Duration::from_millis(50);
+/// How long bytes that nobody asked for are waited for before that is left to the session.
+const UNREAD: Duration = Duration::from_millis(100);
+
+/// How serving a session ended.
+pub(super) enum Served {
+    /// The connection is over.
+    Ended(ConnEnd),
+    /// This host cannot take that message, and another one of the route may. Everything else is
+    /// done or handed back.
+    Unfit(Box<Unfit>),
+}
+
+/// A message for another host.
+pub(super) struct Unfit {
+    pub(super) composed: Composed,
+    /// Why not this one.
+    pub(super) why: Trouble,
+    pub(super) host: Arc<str>,
+    pub(super) security: Arc<Security>,
+}
 
 /// A message that was begun.
 struct Begun {
     id: TxId,
+    /// Its MAIL travels behind content whose reply is awaited.
+    behind: Option<Behind>,
     job: Job,
     began: Instant,
     /// A start record is in the journal.
@@ -37,18 +65,24 @@ struct Connection<'a> {
     plan: &'a mut Plan,
     wire: Wire,
     session: ClientSession,
+    name: Arc<str>,
     host: Box<str>,
     /// `mx1.x.example:25`.
     host_key: Box<str>,
     tls: Option<Box<str>>,
     source: &'a str,
+    security: Arc<Security>,
     pacer: Arc<Mutex<Pacer>>,
     /// Composed, not begun.
     next: Option<Composed>,
     begun: Vec<Begun>,
     /// Content that may go once its start record is written.
     due: Option<(TxId, Seq)>,
+    /// A message for another host of the route.
+    unfit: Option<(Composed, Trouble)>,
     messages: u32,
+    /// No message after the next.
+    is_last: bool,
     delivered: bool,
     quitting: bool,
     /// When a permit is free.
@@ -61,7 +95,21 @@ struct Connection<'a> {
 struct Deadline {
     stage: Stage,
     progress: u64,
+    since: Instant,
     at: Instant,
+}
+
+/// A permit in use by a MAIL that the peer reads when it is done with what is before it.
+struct Behind {
+    pacer: Arc<Mutex<Pacer>>,
+    clock: SharedClock,
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
+        pacer.arrived(self.clock.instant());
+    }
 }
 
 /// Carries messages over a session until it ends.
@@ -70,7 +118,33 @@ pub(super) async fn serve(
     plan: &mut Plan,
     established: Established,
     source: &Source,
-) -> ConnEnd {
+) -> Served {
+    let connection = connection(deliver, plan, established, source);
+    let ready = Event::Ready(connection.plan.conn, Arc::clone(&connection.security));
+    deliver.tell(ready).await;
+    connection.run().await
+}
+
+/// Carries one message over a session that the queue does not know of.
+pub(super) async fn carry_one(
+    deliver: &Deliver,
+    plan: &mut Plan,
+    established: Established,
+    source: &Source,
+    composed: Composed,
+) -> Served {
+    let mut connection = connection(deliver, plan, established, source);
+    connection.next = Some(composed);
+    connection.is_last = true;
+    connection.run().await
+}
+
+fn connection<'a>(
+    deliver: &'a Deliver,
+    plan: &'a mut Plan,
+    established: Established,
+    source: &'a Source,
+) -> Connection<'a> {
     let label = deliver
         .metrics
         .destination(plan.policy.destination.as_str());
@@ -78,37 +152,38 @@ pub(super) async fn serve(
     let deadline = Deadline {
         stage: Stage::Idle,
         progress: 0,
+        since: now,
         at: now + deliver.timeouts.idle,
     };
     let pacer = deliver.pacer(&plan.policy, plan.source);
-    deliver
-        .tell(Event::Ready(plan.conn, Arc::new(established.security)))
-        .await;
-    let connection = Connection {
+    Connection {
         deliver,
         plan,
         wire: established.wire,
         session: established.session,
+        name: established.name,
         host: established.host,
         host_key: established.host_key,
         tls: established.tls,
         source: &source.name,
+        security: Arc::new(established.security),
         pacer,
         next: None,
         begun: Vec::with_capacity(2),
         due: None,
+        unfit: None,
         messages: 0,
+        is_last: false,
         delivered: false,
         quitting: false,
         permit_at: None,
         deadline,
         _counted: deliver.metrics.connection(&label),
-    };
-    connection.run().await
+    }
 }
 
 impl Connection<'_> {
-    async fn run(mut self) -> ConnEnd {
+    async fn run(mut self) -> Served {
         let end = loop {
             if let Some(end) = self.hear().await {
                 break end;
@@ -126,9 +201,21 @@ impl Connection<'_> {
         };
         // First, or what is given back would be handed to this connection again.
         self.deliver.tell(Event::Closing(self.plan.conn)).await;
-        self.give_back().await;
+        if let Some(composed) = self.next.take() {
+            self.report(&composed.job, Fate::Returned(Returned::Closed))
+                .await;
+        }
+        give_back(self.deliver, self.plan).await;
         self.wire.hang_up().await;
-        end
+        match self.unfit {
+            Some((composed, why)) => Served::Unfit(Box::new(Unfit {
+                composed,
+                why,
+                host: self.name,
+                security: self.security,
+            })),
+            None => Served::Ended(end),
+        }
     }
 
     /// Takes the session's events; the end of the connection when it is over.
@@ -189,40 +276,126 @@ impl Connection<'_> {
             }
             return;
         }
-        let now = self.deliver.clock.instant();
-        if let Err(at) = self.permit(now) {
-            let label = self
-                .deliver
-                .metrics
-                .destination(self.plan.policy.destination.as_str());
-            self.deliver
-                .metrics
-                .throttled(&label, ThrottleReason::Rate)
-                .inc();
-            self.permit_at = Some(at);
+        if let Some(why) = self.misfit() {
+            return self.turn_away(&why).await;
+        }
+        if !self.is_alive().await || !self.session.can_begin() {
             return;
         }
-        if let Some(composed) = self.next.take() {
-            self.begin(composed, now).await;
+        let now = self.deliver.clock.instant();
+        match self.permit(now) {
+            Ok(behind) => {
+                if let Some(composed) = self.next.take() {
+                    self.begin(composed, behind, now).await;
+                }
+            }
+            Err(at) => {
+                let label = self
+                    .deliver
+                    .metrics
+                    .destination(self.plan.policy.destination.as_str());
+                self.deliver
+                    .metrics
+                    .throttled(&label, ThrottleReason::Rate)
+                    .inc();
+                self.permit_at = at;
+            }
         }
     }
 
-    /// A permit of the destination, and one of the batch where it asked for a rate; both or none.
-    fn permit(&self, now: Instant) -> Result<(), Instant> {
+    /// A permit of the destination, and one of the batch where it asked for a rate, for MAIL to
+    /// leave now; both or none. Else when to ask again, or never mind when: with the next reply.
+    fn permit(&self, now: Instant) -> Result<Option<Behind>, Option<Instant>> {
         let pace = self.next.as_ref().and_then(|next| next.job.pace.as_ref());
         let mut pace = pace.map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(pace) = &pace {
             let at = pace.free_at(now);
             if at > now {
-                return Err(at);
+                return Err(Some(at));
             }
         }
         let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
-        pacer.take(now)?;
+        let behind = if self.begun.is_empty() {
+            pacer.take(now).map_err(Some)?;
+            None
+        } else if pacer.take_behind(now) {
+            let (pacer, clock) = (Arc::clone(&self.pacer), self.deliver.clock.clone());
+            Some(Behind { pacer, clock })
+        } else {
+            return Err(None);
+        };
         if let Some(pace) = &mut pace {
             pace.reserve(now);
         }
-        Ok(())
+        Ok(behind)
+    }
+
+    /// Whether a connection that was idle for a while is still there. Without a look, a whole
+    /// message could be sent into one that the peer has closed, and nobody would know what became
+    /// of it.
+    async fn is_alive(&mut self) -> bool {
+        let now = self.deliver.clock.instant();
+        let is_stale = self.deadline.stage == Stage::Idle
+            && self.session.waiting_for() == Stage::Idle
+            && now.saturating_duration_since(self.deadline.since) >= STALE;
+        match if is_stale {
+            self.wire.pulse()
+        } else {
+            Pulse::Quiet
+        } {
+            Pulse::Quiet => true,
+            Pulse::Unread => {
+                let turn = self.wire.turn(&mut self.session);
+                match tokio::time::timeout(UNREAD, turn).await {
+                    Ok(moved) => self.moved(moved),
+                    // Of TLS itself, and nothing for the session.
+                    Err(_) => {}
+                }
+                !self.session.is_closed()
+            }
+            Pulse::Gone => {
+                self.session.interrupted(Interruption::Disconnected);
+                false
+            }
+        }
+    }
+
+    fn moved(&mut self, moved: std::io::Result<bool>) {
+        match moved {
+            Ok(true) => {}
+            Ok(false) => self.session.interrupted(Interruption::Disconnected),
+            Err(error) => self.session.interrupted(Interruption::Io(error.kind())),
+        }
+    }
+
+    /// Why this server cannot take the composed message, by what it offers.
+    fn misfit(&self) -> Option<BeginError> {
+        let composed = self.next.as_ref()?;
+        let recipient = [composed.job.item.row.email.as_str()];
+        let misfit = self
+            .session
+            .check(&composed.envelope(&recipient), &composed.body);
+        misfit.err()
+    }
+
+    /// Takes the message to another host of the route if there is one that may do, once this
+    /// session's work is done; or tells that it cannot be sent.
+    async fn turn_away(&mut self, why: &BeginError) {
+        let Some(composed) = self.next.take() else {
+            return;
+        };
+        let may_do_elsewhere = matches!(
+            why,
+            BeginError::TooLarge { .. } | BeginError::EightBit | BeginError::SmtpUtf8
+        );
+        if may_do_elsewhere && self.plan.route.hosts().len() > 1 {
+            self.unfit = Some((composed, unsendable(why, &self.host)));
+            self.quit();
+        } else {
+            let finding = Finding::Unreachable(unsendable(why, &self.host));
+            self.record(&composed.job, finding, None, Duration::ZERO)
+                .await;
+        }
     }
 
     /// Why the composed message must not begin, if so.
@@ -237,31 +410,28 @@ impl Connection<'_> {
         (!self.deliver.recorder.has_room()).then_some(Returned::JournalFull)
     }
 
-    async fn begin(&mut self, composed: Composed, now: Instant) {
-        let Composed {
-            job,
-            reverse_path,
-            body,
-            smtp_utf8,
-        } = composed;
-        let recipient = job.item.row.email.as_str();
-        let envelope = Envelope {
-            reverse_path: &reverse_path,
-            recipients: &[recipient],
-            smtp_utf8,
-        };
-        let id = TxId(job.id.0);
-        match self.session.begin(id, &envelope, body) {
+    async fn begin(&mut self, composed: Composed, behind: Option<Behind>, now: Instant) {
+        let recipient = [composed.job.item.row.email.as_str()];
+        let id = TxId(composed.job.id.0);
+        let body = composed.body.clone();
+        let begun = self.session.begin(id, &composed.envelope(&recipient), body);
+        let job = composed.job;
+        match begun {
             Ok(()) => {
                 self.messages += 1;
                 self.begun.push(Begun {
                     id,
+                    behind,
                     job,
                     began: now,
                     started: false,
                     dot_at: None,
                 });
-                if self.messages >= self.plan.policy.limits.messages_per_connection {
+                // The peer may have said how many it takes (MAILMAX).
+                if self.messages >= self.plan.policy.limits.messages_per_connection
+                    || self.session.is_exhausted()
+                    || self.is_last
+                {
                     self.quit();
                 }
             }
@@ -347,6 +517,10 @@ impl Connection<'_> {
             return;
         };
         let begun = self.begun.swap_remove(at);
+        // The peer has read what is behind it by now.
+        self.begun
+            .iter_mut()
+            .for_each(|other| drop(other.behind.take()));
         let took = self.since(begun.began);
         let finding = match outcome {
             Outcome::Delivered(reply) => {
@@ -440,11 +614,7 @@ impl Connection<'_> {
         let takes_job = self.wants_message();
         tokio::select! {
             biased;
-            turn = self.wire.turn(&mut self.session) => match turn {
-                Ok(true) => {}
-                Ok(false) => self.session.interrupted(Interruption::Disconnected),
-                Err(error) => self.session.interrupted(Interruption::Io(error.kind())),
-            },
+            turn = self.wire.turn(&mut self.session) => self.moved(turn),
             composed = self.plan.jobs.recv(), if takes_job => match composed {
                 Some(composed) => self.next = Some(composed),
                 None => self.quit(),
@@ -462,11 +632,12 @@ impl Connection<'_> {
     fn deadline(&mut self) -> Instant {
         let (stage, progress) = (self.session.waiting_for(), self.session.progress());
         if (stage, progress) != (self.deadline.stage, self.deadline.progress) {
-            let at = self.deliver.clock.instant() + self.deliver.deadline(stage);
+            let now = self.deliver.clock.instant();
             self.deadline = Deadline {
                 stage,
                 progress,
-                at,
+                since: now,
+                at: now + self.deliver.deadline(stage),
             };
         }
         self.deadline.at
@@ -480,9 +651,11 @@ impl Connection<'_> {
                     self.deliver.clock.instant() + self.deliver.deadline(Stage::Idle);
             }
             Stage::Idle => self.quit(),
-            Stage::Greeting
+            Stage::Connect
+            | Stage::Greeting
             | Stage::Ehlo
             | Stage::StartTls
+            | Stage::Auth
             | Stage::Mail
             | Stage::Rcpt
             | Stage::Data
@@ -498,24 +671,20 @@ impl Connection<'_> {
         self.session.quit();
     }
 
-    /// Hands back what was not begun.
-    async fn give_back(&mut self) {
-        self.plan.jobs.close();
-        let mut left: Vec<_> = self.next.take().into_iter().collect();
-        while let Ok(composed) = self.plan.jobs.try_recv() {
-            left.push(composed);
-        }
-        for composed in left {
-            self.report(&composed.job, Fate::Returned(Returned::Closed))
-                .await;
-        }
-    }
-
     fn since(&self, began: Instant) -> Duration {
         self.deliver
             .clock
             .instant()
             .saturating_duration_since(began)
+    }
+}
+
+/// Hands back what is in the channel of a connection that ends.
+pub(super) async fn give_back(deliver: &Deliver, plan: &mut Plan) {
+    plan.jobs.close();
+    while let Ok(composed) = plan.jobs.try_recv() {
+        let fate = Fate::Returned(Returned::Closed);
+        deliver.tell(Event::Report(composed.job.id, fate)).await;
     }
 }
 

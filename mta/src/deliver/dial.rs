@@ -1,19 +1,21 @@
 //! From a route to a session that takes messages: hosts in turn, addresses in turn, STARTTLS.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::{Blame, Class};
 use rustls::pki_types::ServerName;
-use service::config::Source;
+use service::config::{Smarthost, Source, TlsPolicy};
 use service::metrics::{SmtpStage, TlsHandshake, TlsResult};
 use smtp::client::{Event as Spoken, Interruption, StartTls};
 use smtp::{ClientSession, SessionError, Stage};
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::Deliver;
+use super::auth::auth;
+use super::connect::ConnectError;
 use super::io::{Stream, Wire};
 use super::secure::Terms;
 use super::tls::Observer;
@@ -31,6 +33,8 @@ const ADDRESSES_MAX: usize = 8;
 pub(super) struct Established {
     pub(super) wire: Wire,
     pub(super) session: ClientSession,
+    /// Its name in the route.
+    pub(super) name: Arc<str>,
     /// `mx1.x.example (192.0.2.1)`.
     pub(super) host: Box<str>,
     /// `mx1.x.example:25`.
@@ -47,6 +51,10 @@ struct Target<'a> {
     address: SocketAddr,
     source: &'a Source,
     terms: &'a Terms,
+    /// Who we are to it, where it wants to know.
+    smarthost: Option<&'a Smarthost>,
+    /// Found by DNS, which may lead back to us.
+    is_found: bool,
 }
 
 impl Target<'_> {
@@ -57,18 +65,60 @@ impl Target<'_> {
     fn key(&self) -> String {
         format!("{}:{}", self.host.name, self.host.port)
     }
+
+    fn session(&self, starttls: StartTls) -> ClientSession {
+        let session = ClientSession::new(&self.source.ehlo, starttls);
+        // A relay on this machine has our name with good reason; an MX host has not.
+        let session = if self.is_found {
+            session.refusing_itself()
+        } else {
+            session
+        };
+        match self.smarthost {
+            Some(smarthost) => session.with_auth(auth(smarthost)),
+            None => session,
+        }
+    }
+}
+
+/// Why there is no session.
+#[derive(Debug)]
+pub(super) enum DialError {
+    /// The source can connect to nobody.
+    Source,
+    /// No host will have one.
+    Hosts(Trouble),
+    /// The connection was asked to end before there was one.
+    Asked,
 }
 
 /// What went wrong with one address.
 enum Failure {
+    /// The source.
+    Source(String),
     /// TLS failed where plaintext may do.
     TryPlain(String),
     /// Everything else.
     Session(SessionError),
 }
 
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Source(why) => Self::Source(why),
+            ConnectError::Host(error) => Self::Session(error),
+        }
+    }
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        Self::Session(error)
+    }
+}
+
 impl Deliver {
-    /// A session with the first host of `route` that will have one.
+    /// A session with the first host of `route` that will have one, but none in `avoided`.
     ///
     /// What a host says on refusing the connection is told to the queue; then the next is tried.
     pub(super) async fn dial(
@@ -77,24 +127,27 @@ impl Deliver {
         route: &Route,
         policy: &Policy,
         source: &Source,
-    ) -> Result<Established, Trouble> {
+        avoided: &[Arc<str>],
+    ) -> Result<Established, DialError> {
         let mut last = None;
         let mut tries = 0;
-        for host in self.hosts_in_order(route) {
+        let hosts = self.hosts_in_order(route).into_iter();
+        for host in hosts.filter(|host| !avoided.contains(&host.name)) {
             let started = self.clock.instant();
-            let found = self.look_up(&host, route, policy).await;
+            let smarthost = self.smarthost(&host, route);
+            let floor = smarthost.map_or(policy.limits.tls, |smarthost| smarthost.tls);
+            let found = self.look_up(&host, route, floor).await;
             self.measure(SmtpStage::Dns, started);
             let (addresses, terms) = match found {
-                Ok(found) => found,
+                Ok((addresses, terms)) => (self.addresses_in_order(&host, &addresses), terms),
                 Err(trouble) => {
-                    last = Some(trouble);
+                    last = Some(DialError::Hosts(trouble));
                     continue;
                 }
             };
-            let addresses = addresses.in_order(self.families, &mut fastrand::Rng::new());
             for address in addresses
                 .into_iter()
-                .filter(|address| can_reach(source, *address))
+                .filter(|address| source.bind.reaches(*address))
             {
                 if tries >= ADDRESSES_MAX {
                     break;
@@ -105,28 +158,88 @@ impl Deliver {
                     address: SocketAddr::new(address, host.port),
                     source,
                     terms: &terms,
+                    smarthost,
+                    is_found: !route.is_static(),
                 };
                 match self.open(&target).await {
                     Ok(established) => {
-                        self.hosts.came_up(&target.key(), self.clock.instant());
+                        self.came_up(&target);
                         return Ok(established);
                     }
-                    Err(error) => {
-                        // A host that one domain does not trust is as good as ever to the others.
-                        if !is_about_tls(&error) {
-                            self.hosts.went_down(&target.key(), self.clock.instant());
-                        }
+                    Err(failure) => {
                         let peer = Peer {
                             host: &host.name,
                             destination: policy.destination.as_str(),
                         };
-                        self.notice(conn, &error, peer).await;
-                        last = Some(self.trouble(&error, &target, peer));
+                        let failed = self.failed(conn, failure, &target, peer).await;
+                        last = match (failed, last) {
+                            // What a host said is more than that one of our addresses is gone.
+                            (DialError::Source, Some(told @ DialError::Hosts(_))) => Some(told),
+                            (failed, _) => Some(failed),
+                        };
                     }
                 }
             }
         }
-        Err(last.unwrap_or_else(|| no_address(source)))
+        Err(last.unwrap_or_else(|| DialError::Hosts(no_address(source))))
+    }
+
+    /// Notes what went wrong with an address, and says what that means for the whole.
+    async fn failed(
+        &self,
+        conn: ConnId,
+        failure: Failure,
+        target: &Target<'_>,
+        peer: Peer<'_>,
+    ) -> DialError {
+        let error = match failure {
+            // It says nothing about the host, and the source's other address may be there.
+            Failure::Source(why) => {
+                let source = &target.source.name;
+                tracing::warn!(%source, %why, "an egress source cannot connect");
+                return DialError::Source;
+            }
+            Failure::TryPlain(why) => SessionError::TlsFailed(why),
+            Failure::Session(error) => error,
+        };
+        // A host that one domain does not trust is as good as ever to the others.
+        if !is_about_tls(&error) {
+            self.went_down(target);
+        }
+        self.notice(conn, &error, peer).await;
+        DialError::Hosts(self.trouble(&error, target, peer))
+    }
+
+    /// The relay at a static route that wants to know who we are.
+    fn smarthost(&self, host: &Host, route: &Route) -> Option<&Smarthost> {
+        let mut smarthosts = self.smarthosts.iter();
+        let fits = |known: &&Smarthost| {
+            known.port == host.port && known.host.eq_ignore_ascii_case(&host.name)
+        };
+        smarthosts.find(fits).filter(|_| route.is_static())
+    }
+
+    /// Those that did not answer lately come last.
+    fn addresses_in_order(&self, host: &Host, addresses: &Addresses) -> Vec<IpAddr> {
+        let mut ordered = addresses.in_order(self.families, &mut fastrand::Rng::new());
+        let now = self.clock.instant();
+        ordered.sort_by_key(|ip| {
+            let at = SocketAddr::new(*ip, host.port);
+            self.hosts.is_down(&at.to_string(), now)
+        });
+        ordered
+    }
+
+    fn came_up(&self, target: &Target<'_>) {
+        let now = self.clock.instant();
+        self.hosts.came_up(&target.key(), now);
+        self.hosts.came_up(&target.address.to_string(), now);
+    }
+
+    fn went_down(&self, target: &Target<'_>) {
+        let now = self.clock.instant();
+        self.hosts.went_down(&target.key(), now);
+        self.hosts.went_down(&target.address.to_string(), now);
     }
 
     /// The addresses of a host, and on which terms it may be given what goes by `route`.
@@ -134,10 +247,10 @@ impl Deliver {
         &self,
         host: &Host,
         route: &Route,
-        policy: &Policy,
+        floor: TlsPolicy,
     ) -> Result<(Addresses, Terms), Trouble> {
         let addresses = self.resolver.addresses(host, route).await?;
-        let terms = self.terms(host, &addresses, route, policy.limits.tls);
+        let terms = self.terms(host, &addresses, route, floor);
         match terms.await {
             Ok(terms) => Ok((addresses, terms)),
             Err(trouble) => {
@@ -158,7 +271,7 @@ impl Deliver {
         hosts
     }
 
-    async fn open(&self, target: &Target<'_>) -> Result<Established, SessionError> {
+    async fn open(&self, target: &Target<'_>) -> Result<Established, Failure> {
         let starttls = target.terms.starttls;
         let opened = match self.establish(target, starttls).await {
             Err(Failure::TryPlain(why)) => {
@@ -180,10 +293,9 @@ impl Deliver {
                 if is_about_tls(&error) {
                     self.metrics.tls.at(TlsResult::Refused).inc();
                 }
-                Err(error)
+                Err(Failure::Session(error))
             }
-            // In plaintext there is no handshake that could fail.
-            Err(Failure::TryPlain(why)) => Err(SessionError::TlsFailed(why)),
+            Err(failure) => Err(failure),
         }
     }
 
@@ -193,10 +305,10 @@ impl Deliver {
         starttls: StartTls,
     ) -> Result<Established, Failure> {
         let started = self.clock.instant();
-        let stream = self.connect(target).await.map_err(Failure::Session)?;
+        let stream = self.connect(target.source, target.address).await?;
         self.measure(SmtpStage::Connect, started);
         let mut wire = Wire::new(Stream::Plain(stream));
-        let mut session = ClientSession::new(&target.source.ehlo, starttls);
+        let mut session = target.session(starttls);
         let mut tls = None;
         let connected = self.clock.instant();
         let mut greeted = false;
@@ -210,6 +322,7 @@ impl Deliver {
                     return Ok(Established {
                         wire,
                         session,
+                        name: Arc::clone(&target.host.name),
                         host: target.label(),
                         host_key: target.key().into(),
                         security: target.terms.security(target.host, tls.is_some()),
@@ -238,11 +351,8 @@ impl Deliver {
                 }
                 Some(Spoken::Closed(error)) => {
                     wire.hang_up().await;
-                    return Err(Failure::Session(error.unwrap_or(
-                        SessionError::Disconnected {
-                            stage: Stage::Greeting,
-                        },
-                    )));
+                    let stage = Stage::Greeting;
+                    return Err(error.unwrap_or(SessionError::Disconnected { stage }).into());
                 }
                 // Nothing was begun.
                 Some(Spoken::BodyDue(_) | Spoken::TransactionDone { .. }) => {}
@@ -261,33 +371,6 @@ impl Deliver {
             Err(_) => Interruption::TimedOut,
         };
         session.interrupted(interruption);
-    }
-
-    async fn connect(&self, target: &Target<'_>) -> Result<TcpStream, SessionError> {
-        let failed = |kind| SessionError::Io {
-            stage: Stage::Greeting,
-            kind,
-        };
-        let io = |error: std::io::Error| failed(error.kind());
-        let socket = if target.address.is_ipv4() {
-            TcpSocket::new_v4()
-        } else {
-            TcpSocket::new_v6()
-        }
-        .map_err(io)?;
-        if let Some(bind) = target.source.bind {
-            socket.bind(SocketAddr::new(bind, 0)).map_err(io)?;
-        }
-        let connecting = timeout(self.timeouts.connect, socket.connect(target.address));
-        let stream = connecting
-            .await
-            .map_err(|_| SessionError::TimedOut {
-                stage: Stage::Greeting,
-            })?
-            .map_err(io)?;
-        // A flight is one write; waiting for more to send would only delay it.
-        stream.set_nodelay(true).map_err(io)?;
-        Ok(stream)
     }
 
     async fn handshake(&self, wire: Wire, target: &Target<'_>) -> Result<(Wire, Box<str>), String> {
@@ -339,10 +422,12 @@ impl Deliver {
     pub(super) fn deadline(&self, stage: Stage) -> Duration {
         let timeouts = &self.timeouts;
         match stage {
+            Stage::Connect => timeouts.connect,
             Stage::Greeting => timeouts.greeting,
             Stage::Ehlo => timeouts.ehlo,
             Stage::StartTls => timeouts.starttls,
-            Stage::Mail => timeouts.mail,
+            // As patient as with any other command that looks something up.
+            Stage::Auth | Stage::Mail => timeouts.mail,
             Stage::Rcpt => timeouts.rcpt,
             Stage::Data => timeouts.data,
             Stage::DataBlock => timeouts.data_block,
@@ -381,9 +466,13 @@ impl Deliver {
             SessionError::TlsRefused(reply) => {
                 (Class::TlsFailure, Blame::Destination, Some(reply.clone()))
             }
-            SessionError::Syntax(_) | SessionError::UnexpectedReply { .. } => {
+            SessionError::Loop | SessionError::Syntax(_) | SessionError::UnexpectedReply { .. } => {
                 (Class::Protocol, Blame::Destination, None)
             }
+            SessionError::AuthWithoutTls | SessionError::AuthNotOffered => {
+                (Class::AuthFailed, Blame::Us, None)
+            }
+            SessionError::AuthRefused(reply) => (Class::AuthFailed, Blame::Us, Some(reply.clone())),
             SessionError::Disconnected { .. }
             | SessionError::TimedOut { .. }
             | SessionError::Io { .. } => (Class::ConnectFailure, Blame::Destination, None),
@@ -441,12 +530,6 @@ fn protocol(connection: &rustls::ClientConnection) -> String {
         .and_then(|suite| suite.suite().as_str())
         .unwrap_or_default();
     format!("{version} {cipher}")
-}
-
-fn can_reach(source: &Source, address: IpAddr) -> bool {
-    source
-        .bind
-        .is_none_or(|bind| bind.is_ipv4() == address.is_ipv4())
 }
 
 fn no_address(source: &Source) -> Trouble {

@@ -11,6 +11,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
+use super::connect::{Pulse, pulse};
+
 /// Slices handed to the kernel in one write.
 const SLICES: usize = 16;
 /// What is read at a time: the replies to a whole flight fit many times.
@@ -83,6 +85,14 @@ impl Wire {
             buffer: vec![0; READ].into_boxed_slice(),
             unflushed: false,
             gone: false,
+        }
+    }
+
+    /// What the kernel holds of what the peer sent.
+    pub(super) fn pulse(&self) -> Pulse {
+        match &self.stream {
+            Stream::Plain(stream) => pulse(stream),
+            Stream::Tls(stream) => pulse(stream.get_ref().0),
         }
     }
 

@@ -4,10 +4,13 @@
 //! start before each final dot and an outcome after, and reports. It must not decide what happens
 //! to a message next: `queue::decide` does, by the policy that travels with the message.
 
+mod auth;
+mod connect;
 mod connection;
 mod dial;
 mod hosts;
 mod io;
+mod proxy;
 mod secure;
 mod tls;
 
@@ -19,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use service::clock::SharedClock;
-use service::config::{Families, SmtpTimeouts, Source};
+use service::config::{Families, Smarthost, SmtpTimeouts, Source};
 use service::metrics::Metrics;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -27,11 +30,14 @@ use tokio_util::sync::CancellationToken;
 use crate::classify::Rules;
 use crate::compose::Composed;
 use crate::queue::control::ControlView;
-use crate::queue::job::{ConnId, Policy};
+use crate::queue::decide::{Finding, decide};
+use crate::queue::job::{ConnId, Fate, Job, Policy, Returned, Trouble};
 use crate::queue::{ConnEnd, Event};
 use crate::resolve::{Resolver, Route};
 use crate::shaping::{Destination, Pacer, SharedPacer};
 use crate::ship::Recorder;
+use connection::{Served, Unfit};
+use dial::{DialError, Established};
 use hosts::HostMemory;
 
 /// How long the reply to QUIT is waited for.
@@ -55,6 +61,7 @@ pub struct Deliver {
     sources: Vec<Source>,
     tls: Arc<TlsConfigs>,
     families: Families,
+    smarthosts: Vec<Smarthost>,
     hosts: HostMemory,
     queue: mpsc::Sender<Event>,
     started: Instant,
@@ -80,6 +87,8 @@ pub struct DeliverDeps {
     pub timeouts: SmtpTimeouts,
     /// Egress sources, by index.
     pub sources: Vec<Source>,
+    /// Relays that want to know who we are.
+    pub smarthosts: Vec<Smarthost>,
     /// TLS.
     pub tls: Arc<TlsConfigs>,
     /// Which addresses of hosts are used.
@@ -118,6 +127,7 @@ impl Deliver {
             metrics: deps.metrics,
             timeouts: deps.timeouts,
             sources: deps.sources,
+            smarthosts: deps.smarthosts,
             tls: deps.tls,
             families: deps.families,
             hosts: HostMemory::default(),
@@ -136,14 +146,75 @@ impl Deliver {
         let Some(source) = self.sources.get(plan.source) else {
             return ConnEnd::Planned;
         };
-        let dialled = tokio::select! {
-            dialled = self.dial(plan.conn, &plan.route, &plan.policy, source) => dialled,
-            () = plan.quit.cancelled() => return ConnEnd::Planned,
+        let established = match self.call(plan, source, &[]).await {
+            Ok(established) => established,
+            Err(DialError::Asked) => return ConnEnd::Planned,
+            Err(DialError::Source) => return ConnEnd::SourceDown,
+            Err(DialError::Hosts(trouble)) => return ConnEnd::Unreachable(trouble),
         };
-        match dialled {
-            Ok(established) => connection::serve(self, plan, established, source).await,
-            Err(trouble) => ConnEnd::Unreachable(trouble),
+        match connection::serve(self, plan, established, source).await {
+            Served::Ended(end) => end,
+            Served::Unfit(unfit) => self.take_elsewhere(plan, source, *unfit).await,
         }
+    }
+
+    async fn call(
+        &self,
+        plan: &Plan,
+        source: &Source,
+        avoided: &[Arc<str>],
+    ) -> Result<Established, DialError> {
+        tokio::select! {
+            dialled = self.dial(plan.conn, &plan.route, &plan.policy, source, avoided) => dialled,
+            () = plan.quit.cancelled() => Err(DialError::Asked),
+        }
+    }
+
+    /// Takes a message that one host cannot take to the others of the route, in the place of the
+    /// connection that had it: the queue hands this one nothing more.
+    async fn take_elsewhere(&self, plan: &mut Plan, source: &Source, unfit: Unfit) -> ConnEnd {
+        let mut avoided = vec![unfit.host];
+        let (mut composed, mut why) = (unfit.composed, unfit.why);
+        while plan
+            .route
+            .hosts()
+            .iter()
+            .any(|host| !avoided.contains(&host.name))
+        {
+            let established = match self.call(plan, source, &avoided).await {
+                Ok(established) => established,
+                Err(DialError::Hosts(trouble)) => {
+                    // It may be there at another time, and take the message.
+                    why = trouble;
+                    break;
+                }
+                Err(DialError::Asked | DialError::Source) => {
+                    let fate = Fate::Returned(Returned::Closed);
+                    self.tell(Event::Report(composed.job.id, fate)).await;
+                    return ConnEnd::Planned;
+                }
+            };
+            avoided.push(Arc::clone(&established.name));
+            if !established.security.stands_for(&unfit.security) {
+                established.wire.hang_up().await;
+                continue;
+            }
+            match connection::carry_one(self, plan, established, source, composed).await {
+                Served::Ended(_) => return ConnEnd::Planned,
+                Served::Unfit(again) => (composed, why) = (again.composed, again.why),
+            }
+        }
+        let fate = self.unreachable(&composed.job, why);
+        self.tell(Event::Report(composed.job.id, fate)).await;
+        ConnEnd::Planned
+    }
+
+    fn unreachable(&self, job: &Job, trouble: Trouble) -> Fate {
+        let (now, chance) = (self.clock.now(), fastrand::f64());
+        let finding = Finding::Unreachable(trouble);
+        let attempt = decide(finding, &job.item, &job.policy, now, chance);
+        self.recorder.outcome(attempt, job.item.batch.release_at);
+        Fate::Recorded { delivered: false }
     }
 
     /// The permits of a destination as one source sees it, shared by its connections.

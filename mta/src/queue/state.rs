@@ -6,6 +6,7 @@
 mod dispatch;
 mod leasing;
 mod ranges;
+mod sources;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -130,6 +131,8 @@ pub enum Event {
 pub enum ConnEnd {
     /// No host could be spoken to.
     Unreachable(Trouble),
+    /// The egress source cannot connect to anybody: its address or its proxy is gone.
+    SourceDown,
     /// The session broke after it had been ready.
     Broken,
     /// As planned: idle, enough messages, asked to.
@@ -271,6 +274,8 @@ pub struct QueueState {
     starved: VecDeque<Destination>,
     /// Domains that are left alone, so that nothing is leased for them.
     held: HashMap<Box<str>, Instant>,
+    /// Egress sources that cannot connect, by index.
+    sources_down: HashMap<usize, sources::Down>,
     paused_until: Option<Instant>,
     asking: Asking,
     look_at: Instant,
@@ -306,6 +311,7 @@ impl QueueState {
             dirty: HashSet::new(),
             starved: VecDeque::new(),
             held: HashMap::new(),
+            sources_down: HashMap::new(),
             paused_until: None,
             asking: Asking::No,
             look_at: now,

@@ -175,6 +175,21 @@ impl Dest {
         order
     }
 
+    /// The target of `source` is back after a while: it takes its share from now on, and does not
+    /// make up for what the others carried meanwhile. All of that at once is what a receiver would
+    /// take for an attack.
+    pub(super) fn catches_up(&mut self, source: usize) {
+        let others = self.targets.iter().filter(|target| target.source != source);
+        let Some(level) = others.map(|target| target.charge).max() else {
+            return;
+        };
+        for target in &mut self.targets {
+            if target.source == source {
+                target.charge = target.charge.max(level);
+            }
+        }
+    }
+
     /// Whether anything about it has to be remembered.
     pub(super) fn is_idle(&self, now: Instant) -> bool {
         let quiet = |target: &Target| {

@@ -122,6 +122,11 @@ impl Route {
         whole.into_iter().chain(names)
     }
 
+    /// All of them, by preference.
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
     /// Hosts in the order in which to try them: by preference, at random within one.
     pub fn in_order(&self, random: &mut fastrand::Rng) -> Vec<Host> {
         let mut hosts = self.hosts.clone();

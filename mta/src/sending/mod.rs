@@ -157,6 +157,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         metrics: Arc::clone(&deps.metrics),
         timeouts: deps.smtp.timeouts,
         sources: deps.smtp.sources.clone(),
+        smarthosts: deps.smtp.smarthosts.clone(),
         tls,
         families: deps.smtp.families,
         queue: queue.clone(),

@@ -27,7 +27,12 @@ pub struct Pacer {
     window: Duration,
     /// The latest permits, oldest first, at most `count`. They may lie in the future: reserved.
     taken: VecDeque<Instant>,
+    /// Permits in use by commands of which nobody knows when the destination will read them.
+    under_way: usize,
 }
+
+/// At most this part of a rate is given to commands that travel behind others.
+const BEHIND_PART: usize = 4;
 
 impl Pacer {
     /// A pacer whose last window, up to `now`, counts as used up: what this process sent before it
@@ -46,6 +51,7 @@ impl Pacer {
             count,
             window,
             taken: VecDeque::with_capacity(count),
+            under_way: 0,
         }
     }
 
@@ -64,12 +70,31 @@ impl Pacer {
 
     /// When the next permit is free; not before `now`.
     pub fn free_at(&self, now: Instant) -> Instant {
-        if self.count == 0 || self.taken.len() < self.count {
+        let room = self.count.saturating_sub(self.under_way);
+        if self.count == 0 || self.taken.len() < room {
             return now.max(self.taken.back().copied().unwrap_or(now));
         }
-        // Sorted, so the front is the permit that leaves the window first.
-        let oldest = self.taken.front().copied().unwrap_or(now);
-        now.max(oldest + self.window)
+        // Sorted: with this one out of the window there is room for one more.
+        let leaving = self.taken.get(self.taken.len() - room);
+        now.max(leaving.copied().unwrap_or(now) + self.window)
+    }
+
+    /// Takes a permit for a command that the destination will read at an unknown time, when it is
+    /// done with what was sent before. It counts as taken in every window from now until
+    /// [`Self::arrived`], which must follow, and in the window after that. False if too much of the
+    /// rate is in use: then the command has to wait until nothing is before it.
+    pub fn take_behind(&mut self, now: Instant) -> bool {
+        let is_free = self.count == 0
+            || (self.under_way < self.count / BEHIND_PART && self.free_at(now) <= now);
+        self.under_way += usize::from(is_free);
+        is_free
+    }
+
+    /// What a permit of [`Self::take_behind`] was for has been read at the latest `now`.
+    pub fn arrived(&mut self, now: Instant) {
+        self.under_way = self.under_way.saturating_sub(1);
+        let latest = self.taken.back().copied().unwrap_or(now);
+        self.note(now.max(latest));
     }
 
     /// Whether no permit lies in the window that ends at `now`.
@@ -162,6 +187,30 @@ mod tests {
         let mut pacer = Pacer::exhausted(rate("6/m"), start);
         assert_eq!(pacer.take(start), Err(start + Duration::from_secs(10)));
         assert_eq!(Pacer::exhausted(Rate::Unlimited, start).take(start), Ok(()));
+    }
+
+    #[test]
+    fn what_travels_behind_counts_until_it_has_arrived_and_a_second_longer() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::new(rate("8/s"));
+        assert!(pacer.take_behind(start) && pacer.take_behind(start));
+        assert!(!pacer.take_behind(start), "a quarter of the rate");
+        let later = start + Duration::from_secs(60);
+        for _ in 0..6 {
+            assert_eq!(pacer.take(later), Ok(()));
+        }
+        assert_eq!(pacer.take(later), Err(later + SECOND));
+        let arrival = later + SECOND / 2;
+        pacer.arrived(arrival);
+        pacer.arrived(arrival);
+        assert_eq!(pacer.take(arrival), Err(later + SECOND));
+        for _ in 0..6 {
+            assert_eq!(pacer.take(later + SECOND), Ok(()));
+        }
+        assert_eq!(pacer.take(later + SECOND), Err(arrival + SECOND));
+        assert!(!Pacer::new(rate("3/s")).take_behind(start));
+        let mut unlimited = Pacer::new(Rate::Unlimited);
+        assert!((0..1_000).all(|_| unlimited.take_behind(start)));
     }
 
     #[test]

@@ -62,6 +62,17 @@ pub struct Security {
 }
 
 impl Security {
+    /// Whether whatever may go over `other` may go over this one, to another host, for certain: not
+    /// where a policy may name the hosts.
+    pub fn stands_for(&self, other: &Self) -> bool {
+        let as_safe = match other.level {
+            Level::Plaintext => true,
+            Level::Encrypted => self.level != Level::Plaintext,
+            Level::Verified | Level::Dane => false,
+        };
+        as_safe && (self.dane_kept || !other.dane_kept)
+    }
+
     /// Whether mail of a domain that asks `asked` may go over it, where the operator wants
     /// `floor`. This is the one place that says so: connections are shared by destination, policy
     /// is the domain's own.

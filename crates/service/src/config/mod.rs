@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 
 pub use document::{ENV_PREFIX, Mistake};
 pub use sections::{
-    Account, Api, ApiKey, Bounces, Config, Dkim, Dns, Inbound, Journal, KeyMaterial, Pool, Redis,
-    RedisTopology, Retention, Shaping, Smtp, SmtpTimeouts, Source, Store, StoreUrl, Tracker,
-    Tracking, Webhooks, WeightedSource,
+    Account, Api, ApiKey, Bind, Bounces, Config, Dkim, Dns, Inbound, Journal, KeyMaterial, Pool,
+    Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp, SmtpTimeouts, Source, Store,
+    StoreUrl, Tracker, Tracking, Webhooks, WeightedSource,
 };
 pub use values::{
     AmbiguousPolicy, DanePolicy, DkimPolicy, Families, Scope, Secret, StatusProfile, TlsPolicy,

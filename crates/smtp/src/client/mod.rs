@@ -20,6 +20,7 @@
 //!    [`ClientSession::waiting_for`], which starts anew whenever
 //!    [`ClientSession::progress`] changes.
 
+mod auth;
 mod outbox;
 mod outcome;
 mod session;
@@ -39,6 +40,7 @@ use crate::reply::{Reply, ReplyParser};
 use outbox::Outbox;
 use transaction::{Progress, Transaction};
 
+pub use auth::{Auth, Sasl, SaslStart};
 pub use outcome::{BeginError, Interruption, Outcome, RefusedAt, Scope, SessionError};
 
 /// Transactions a session holds: one whose final reply is awaited, and the next.
@@ -78,12 +80,16 @@ pub enum StartTls {
 /// (RFC 5321 §4.5.3.2, in brackets what it asks for).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// The connection itself: before any session, so only callers name it.
+    Connect,
     /// The peer's first word (5 min).
     Greeting,
     /// The reply to EHLO or HELO (5 min).
     Ehlo,
     /// The reply to STARTTLS, or the caller's handshake.
     StartTls,
+    /// A reply of the AUTH dialogue (RFC 4954).
+    Auth,
     /// The reply to MAIL, or to RSET before it (5 min).
     Mail,
     /// The reply to RCPT (5 min).
@@ -103,9 +109,11 @@ pub enum Stage {
 impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Connect => "connect",
             Self::Greeting => "greeting",
             Self::Ehlo => "EHLO",
             Self::StartTls => "STARTTLS",
+            Self::Auth => "AUTH",
             Self::Mail => "MAIL",
             Self::Rcpt => "RCPT",
             Self::Data => "DATA",
@@ -150,6 +158,7 @@ enum State {
     StartTls,
     /// The caller does the handshake; no SMTP byte may come.
     Handshake,
+    Auth,
     Ready,
     Quitting,
     Closed,
@@ -161,6 +170,7 @@ enum Expect {
     Greeting,
     Hello(Hello),
     StartTls,
+    Auth,
     Rset,
     Mail(TxId),
     Rcpt(TxId),
@@ -175,6 +185,7 @@ impl Expect {
             Self::Greeting => Stage::Greeting,
             Self::Hello(_) => Stage::Ehlo,
             Self::StartTls => Stage::StartTls,
+            Self::Auth => Stage::Auth,
             Self::Rset | Self::Mail(_) => Stage::Mail,
             Self::Rcpt(_) => Stage::Rcpt,
             Self::Data(_) => Stage::Data,
@@ -186,7 +197,12 @@ impl Expect {
     fn transaction(self) -> Option<TxId> {
         match self {
             Self::Mail(id) | Self::Rcpt(id) | Self::Data(id) | Self::FinalDot(id) => Some(id),
-            Self::Greeting | Self::Hello(_) | Self::StartTls | Self::Rset | Self::Quit => None,
+            Self::Greeting
+            | Self::Hello(_)
+            | Self::StartTls
+            | Self::Auth
+            | Self::Rset
+            | Self::Quit => None,
         }
     }
 }
@@ -199,6 +215,9 @@ pub struct ClientSession {
     starttls: StartTls,
     tls: bool,
     tls_refused: Option<Reply>,
+    /// What is still to be done to be let in.
+    auth: Option<Auth>,
+    refuses_itself: bool,
     capabilities: Capabilities,
     parser: ReplyParser,
     /// What replies will answer, each with the position at which its command ends.
@@ -226,6 +245,8 @@ impl ClientSession {
             starttls,
             tls: false,
             tls_refused: None,
+            auth: None,
+            refuses_itself: false,
             capabilities: Capabilities::default(),
             parser: ReplyParser::new(),
             expected: VecDeque::from([(Expect::Greeting, 0)]),
@@ -237,6 +258,21 @@ impl ClientSession {
             events: VecDeque::new(),
             progress: 0,
         }
+    }
+
+    /// Says who we are before the first transaction, or ends the session (RFC 4954).
+    #[must_use]
+    pub fn with_auth(mut self, auth: Auth) -> Self {
+        self.auth = Some(auth);
+        self
+    }
+
+    /// Ends the session with [`SessionError::Loop`] when the server has our own name: mail that an
+    /// MX record leads back to us would go round for ever. A name without a dot is nobody's own.
+    #[must_use]
+    pub fn refusing_itself(mut self) -> Self {
+        self.refuses_itself = self.ehlo_name.contains('.');
+        self
     }
 
     /// What the server offers; nothing before [`Event::Ready`].
@@ -263,7 +299,12 @@ impl ClientSession {
         match self.state {
             State::Handshake => return Stage::StartTls,
             State::Closed => return Stage::Idle,
-            State::Greeting | State::Hello | State::StartTls | State::Ready | State::Quitting => {}
+            State::Greeting
+            | State::Hello
+            | State::StartTls
+            | State::Auth
+            | State::Ready
+            | State::Quitting => {}
         }
         match self.expected.front() {
             Some((Expect::FinalDot(_), end)) if !self.outbox.has_written(*end) => Stage::DataBlock,
@@ -297,6 +338,13 @@ impl ClientSession {
         self.state == State::Closed
     }
 
+    /// Whether the server takes no further transaction on this connection (MAILMAX, RFC 9422).
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        let max = self.capabilities.mail_max;
+        max.is_some_and(|max| self.begun >= max)
+    }
+
     fn room(&self) -> Result<(), BeginError> {
         if self.state != State::Ready {
             return Err(BeginError::NotReady);
@@ -304,14 +352,18 @@ impl ClientSession {
         if self.transactions.len() >= TRANSACTIONS_MAX {
             return Err(BeginError::Busy);
         }
-        if self
-            .capabilities
-            .mail_max
-            .is_some_and(|max| self.begun >= max)
-        {
+        if self.is_exhausted() {
             return Err(BeginError::Exhausted);
         }
         Ok(())
+    }
+
+    /// Whether the server, by what it offers, can take such a message; another host may.
+    ///
+    /// # Errors
+    /// What [`Self::begin`] would say, the session's own state aside.
+    pub fn check(&self, envelope: &Envelope<'_>, body: &Body) -> Result<(), BeginError> {
+        transaction::check(envelope, body, &self.capabilities)
     }
 
     /// Begins a transaction, or queues it behind the one under way.
@@ -377,7 +429,9 @@ impl ClientSession {
                 self.pump();
             }
             State::Quitting | State::Closed => {}
-            State::Greeting | State::Hello | State::StartTls | State::Handshake => self.close(None),
+            State::Greeting | State::Hello | State::StartTls | State::Handshake | State::Auth => {
+                self.close(None)
+            }
         }
     }
 

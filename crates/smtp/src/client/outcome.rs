@@ -115,6 +115,18 @@ pub enum SessionError {
     /// The handshake failed; the text is for operators.
     #[error("TLS handshake failed: {0}")]
     TlsFailed(String),
+    /// The server has our own name: mail for others would come back to us.
+    #[error("the peer has our own name: this is a loop")]
+    Loop,
+    /// Credentials are never shown in plaintext, and the session has no TLS.
+    #[error("AUTH is due and the connection has no TLS")]
+    AuthWithoutTls,
+    /// No mechanism that we know is offered.
+    #[error("the peer offers no AUTH mechanism that we know")]
+    AuthNotOffered,
+    /// AUTH was refused.
+    #[error("AUTH refused: {0}")]
+    AuthRefused(Reply),
     /// Plaintext followed the reply to STARTTLS: somebody injects (CVE-2011-0411).
     #[error("plaintext after the reply to STARTTLS")]
     PlaintextAfterStartTls,

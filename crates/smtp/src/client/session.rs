@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 
+use super::auth;
 use super::transaction::{Progress, Transaction};
 use super::{
     ClientSession, Event, Expect, Outcome, RefusedAt, SessionError, Stage, StartTls, State, TxId,
@@ -38,6 +39,7 @@ impl ClientSession {
             Expect::Greeting => self.greeted(reply),
             Expect::Hello(verb) => self.hello_replied(verb, reply),
             Expect::StartTls => self.starttls_replied(reply),
+            Expect::Auth => self.auth_replied(reply),
             Expect::Quit => self.close(None),
             Expect::Rset if reply.is_positive() => {}
             Expect::Rset => self.fail(SessionError::Refused { stage, reply }),
@@ -69,7 +71,10 @@ impl ClientSession {
     }
 
     fn greeted(&mut self, reply: Reply) {
-        if reply.code == 220 {
+        let name = reply.lines().next().and_then(|line| line.split(' ').next());
+        if reply.code == 220 && self.is_own_name(name.unwrap_or_default()) {
+            self.fail(SessionError::Loop);
+        } else if reply.code == 220 {
             self.say_hello(Hello::Ehlo);
         } else if reply.is_transient() || reply.is_permanent() {
             self.fail(SessionError::Refused {
@@ -82,6 +87,11 @@ impl ClientSession {
                 reply,
             });
         }
+    }
+
+    fn is_own_name(&self, name: &str) -> bool {
+        let name = name.trim_end_matches('.');
+        self.refuses_itself && name.eq_ignore_ascii_case(&self.ehlo_name)
     }
 
     pub(super) fn say_hello(&mut self, verb: Hello) {
@@ -101,8 +111,13 @@ impl ClientSession {
             if verb == Hello::Ehlo {
                 self.capabilities = Capabilities::parse(&reply);
             }
+            if self.is_own_name(&self.capabilities.host) {
+                return self.fail(SessionError::Loop);
+            }
             self.decide_tls();
-        } else if verb == Hello::Ehlo && matches!(reply.code, 500 | 502 | 504) {
+        } else if verb == Hello::Ehlo && reply.is_permanent() {
+            // Servers refuse what they do not know with whatever code they like. One that refuses
+            // us refuses HELO as well, and that reply counts.
             self.say_hello(Hello::Helo);
         } else if reply.is_intermediate() {
             self.fail(SessionError::UnexpectedReply {
@@ -131,6 +146,9 @@ impl ClientSession {
     }
 
     fn become_ready(&mut self) {
+        if self.auth.is_some() {
+            return self.authenticate();
+        }
         self.state = State::Ready;
         self.events.push_back(Event::Ready);
     }
@@ -147,6 +165,44 @@ impl ClientSession {
         } else {
             self.fail(SessionError::UnexpectedReply {
                 stage: Stage::StartTls,
+                reply,
+            });
+        }
+    }
+
+    /// Begins the AUTH dialogue (RFC 4954 §4).
+    fn authenticate(&mut self) {
+        let Some(auth) = self.auth.as_mut() else {
+            return;
+        };
+        if !self.tls && !auth.in_plaintext {
+            return self.fail(SessionError::AuthWithoutTls);
+        }
+        let Some(start) = auth.sasl.start(&self.capabilities.auth) else {
+            return self.fail(SessionError::AuthNotOffered);
+        };
+        let line = match &start.initial {
+            Some(response) => format!("AUTH {} {}\r\n", start.mechanism, auth::encoded(response)),
+            None => format!("AUTH {}\r\n", start.mechanism),
+        };
+        self.state = State::Auth;
+        self.send(Bytes::from(line), Expect::Auth);
+    }
+
+    fn auth_replied(&mut self, reply: Reply) {
+        if reply.code == 235 {
+            self.auth = None;
+            self.become_ready();
+        } else if reply.code == 334 {
+            let answer = self.auth.as_mut().and_then(|auth| auth.answer(&reply));
+            // Nothing to say: the dialogue is cancelled, and the refusal of that is what is told.
+            let line = answer.unwrap_or_else(|| "*".to_owned());
+            self.send(Bytes::from(line + "\r\n"), Expect::Auth);
+        } else if reply.is_transient() || reply.is_permanent() {
+            self.fail(SessionError::AuthRefused(reply));
+        } else {
+            self.fail(SessionError::UnexpectedReply {
+                stage: Stage::Auth,
                 reply,
             });
         }

@@ -526,7 +526,11 @@ fn a_refusal_in_the_middle_of_the_content_is_one() {
 fn greeting_and_hello() {
     for (answers, stage) in [
         (&["554 go away\r\n"][..], Stage::Greeting),
-        (&["220 mx\r\n", "550 not you\r\n"], Stage::Ehlo),
+        (&["220 mx\r\n", "450 not now\r\n"], Stage::Ehlo),
+        (
+            &["220 mx\r\n", "550 not you\r\n", "550 not you\r\n"],
+            Stage::Ehlo,
+        ),
         (
             &["220 mx\r\n", "502 what\r\n", "550 not you\r\n"],
             Stage::Ehlo,
@@ -559,6 +563,101 @@ fn greeting_and_hello() {
     d.session = ClientSession::new("bad name", StartTls::Never);
     d.say("220 mx\r\n");
     assert!(matches!(d.error(), Some(SessionError::Hello(_))));
+}
+
+#[test]
+fn a_peer_with_our_own_name_is_a_loop() {
+    let looping = |greeting: &str, ehlo: &str| {
+        let mut d = Driver::new(StartTls::Never);
+        d.session = ClientSession::new("us.example", StartTls::Never).refusing_itself();
+        d.say(greeting).say(ehlo);
+        d.error() == Some(&SessionError::Loop)
+    };
+    assert!(looping("220 US.Example ESMTP\r\n", ""));
+    assert!(looping("220 us.example.\r\n", ""));
+    assert!(looping("220 hello\r\n", "250-us.example\r\n250 HELP\r\n"));
+    assert!(!looping("220 us.example.net\r\n", "250 bus.example\r\n"));
+    // Every machine is called so.
+    let mut d = Driver::new(StartTls::Never);
+    d.session = ClientSession::new("localhost", StartTls::Never).refusing_itself();
+    d.say("220 localhost\r\n").say("250 localhost\r\n");
+    assert!(d.session.can_begin());
+}
+
+/// Says its lines, whatever is asked.
+#[derive(Debug)]
+struct Lines(&'static [&'static str]);
+
+impl Sasl for Lines {
+    fn start(&mut self, offered: &[String]) -> Option<SaslStart> {
+        let initial = Some(b"me".to_vec());
+        let mechanism = "PLAIN";
+        offered
+            .iter()
+            .any(|name| name == mechanism)
+            .then_some(SaslStart { mechanism, initial })
+    }
+
+    fn respond(&mut self, _: &[u8]) -> Option<Vec<u8>> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(first.as_bytes().to_vec())
+    }
+}
+
+#[test]
+fn credentials_are_shown_before_mail_and_never_in_plaintext_unasked() {
+    let open = |in_plaintext, lines, keyword: &str| {
+        let mut d = Driver::new(StartTls::Never);
+        let auth = Auth::new(Box::new(Lines(lines)), in_plaintext);
+        d.session = ClientSession::new("us.example", StartTls::Never).with_auth(auth);
+        d.say("220 mx\r\n")
+            .say(&format!("250-mx\r\n250 {keyword}\r\n"));
+        d
+    };
+    let mut d = open(true, &["one", ""], "AUTH LOGIN PLAIN");
+    assert_eq!(d.take_sent(), "EHLO us.example\r\nAUTH PLAIN bWU=\r\n");
+    assert_eq!(d.session.waiting_for(), Stage::Auth);
+    assert!(!d.session.can_begin());
+    d.say("334 \r\n").say("334 YQ==\r\n");
+    assert_eq!(d.take_sent(), "b25l\r\n\r\n");
+    d.say("235 2.7.0 welcome\r\n");
+    assert!(d.session.can_begin());
+
+    let error = |in_plaintext, keyword| {
+        let d = open(in_plaintext, &[], keyword);
+        assert_eq!(d.sent, "EHLO us.example\r\n", "nothing is shown");
+        d.error().cloned()
+    };
+    assert_eq!(
+        error(false, "AUTH PLAIN"),
+        Some(SessionError::AuthWithoutTls)
+    );
+    assert_eq!(error(true, "AUTH X"), Some(SessionError::AuthNotOffered));
+
+    // A challenge that is none, and one too many: cancelled, and the reply to that counts.
+    for (lines, challenge) in [(&["one"][..], "334 !\r\n"), (&[], "334 YQ==\r\n")] {
+        let mut d = open(true, lines, "AUTH PLAIN");
+        d.take_sent();
+        d.say(challenge);
+        assert_eq!(d.take_sent(), "*\r\n");
+        d.say("501 cancelled\r\n");
+        assert!(matches!(d.error(), Some(SessionError::AuthRefused(reply)) if reply.code == 501));
+    }
+    let mut d = open(true, &["x"; 20], "AUTH PLAIN");
+    for _ in 0..9 {
+        d.say("334 YQ==\r\n");
+    }
+    assert!(d.take_sent().ends_with("eA==\r\n*\r\n"), "bounded");
+    let mut d = open(true, &[], "AUTH PLAIN");
+    d.say("421 bye\r\n");
+    assert!(matches!(
+        d.error(),
+        Some(SessionError::Closing {
+            stage: Stage::Auth,
+            ..
+        })
+    ));
 }
 
 #[test]

@@ -188,7 +188,12 @@ fn needs_smtp_utf8(envelope: &Envelope<'_>) -> bool {
         || envelope.recipients.iter().any(|r| !r.is_ascii())
 }
 
-fn check(envelope: &Envelope<'_>, body: &Body, offered: &Capabilities) -> Result<(), BeginError> {
+/// Whether `offered` has room for such a message.
+pub(super) fn check(
+    envelope: &Envelope<'_>,
+    body: &Body,
+    offered: &Capabilities,
+) -> Result<(), BeginError> {
     if envelope.recipients.is_empty() {
         return Err(CommandError::NoRecipient.into());
     }

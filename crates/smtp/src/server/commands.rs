@@ -54,6 +54,10 @@ impl ServerSession {
             Request::Vrfy { .. } => self.reply(252, "2.5.2 send mail and see"),
             Request::Help { .. } => self.reply(214, "2.0.0 RFC 5321"),
             Request::Quit => self.ask(ServerEvent::Quit),
+            Request::Auth {
+                mechanism,
+                initial_response,
+            } if self.config.login.is_some() => self.auth(mechanism, &initial_response),
             Request::Ehlo { .. }
             | Request::Lhlo { .. }
             | Request::Auth { .. }
@@ -107,7 +111,12 @@ impl ServerSession {
         let unsupported = (flags & MAIL_BODY_8BITMIME != 0 && !self.config.eight_bit_mime)
             || (flags & MAIL_SMTPUTF8 != 0 && !self.config.smtp_utf8)
             || flags & MAIL_BODY_BINARYMIME != 0;
-        if self.mail {
+        if self.config.login.is_some() && self.user.is_none() {
+            self.refuse(530, "5.7.0 authentication required");
+        } else if self.config.mails_max.is_some_and(|max| self.mails >= max) {
+            self.reply(421, "4.7.0 too many transactions on one connection");
+            self.close();
+        } else if self.mail {
             self.refuse(503, "5.5.1 nested MAIL");
         } else if unsupported {
             self.refuse(555, "5.5.4 parameter not supported");
@@ -118,6 +127,7 @@ impl ServerSession {
         } else {
             self.reset();
             self.mail_size = size;
+            self.mails += 1;
             self.reverse_path.push_str(address);
             self.ask(ServerEvent::Mail);
         }

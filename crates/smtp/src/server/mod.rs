@@ -10,6 +10,7 @@
 //! [`ServerSession::is_closing`] and all is written. Answers to a pipelined
 //! group collect in the output, so that one write serves them all.
 
+mod auth;
 mod commands;
 mod content;
 
@@ -44,6 +45,10 @@ pub struct ServerConfig {
     pub starttls: bool,
     /// Know EHLO at all.
     pub ehlo: bool,
+    /// Take mail only from who can show this, by AUTH PLAIN or LOGIN (RFC 4954): user and password.
+    pub login: Option<(String, String)>,
+    /// Transactions of one connection; announced as LIMITS MAILMAX (RFC 9422), 421 beyond.
+    pub mails_max: Option<u32>,
     /// Largest message in bytes; announced as SIZE (RFC 1870).
     pub message_max: usize,
     /// Recipients of one transaction.
@@ -65,6 +70,8 @@ impl Default for ServerConfig {
             chunking: true,
             starttls: false,
             ehlo: true,
+            login: None,
+            mails_max: None,
             message_max: 32 * 1024 * 1024,
             recipients_max: 1_000,
             refuse_bare_newlines: true,
@@ -108,6 +115,8 @@ enum Mode {
         /// False: refused already, the bytes only have to go.
         keep: bool,
     },
+    /// The next line answers a challenge.
+    Auth(auth::Step),
     Handshake,
     Closing,
 }
@@ -137,6 +146,11 @@ pub struct ServerSession {
     content: Content,
     errors: u32,
     ahead: u64,
+    /// MAIL commands taken.
+    mails: u32,
+    /// Who the client says to be, while it has not shown it.
+    claimed: String,
+    user: Option<String>,
 }
 
 impl ServerSession {
@@ -162,6 +176,9 @@ impl ServerSession {
             content: Content::default(),
             errors: 0,
             ahead: 0,
+            mails: 0,
+            claimed: String::new(),
+            user: None,
         }
     }
 
@@ -205,6 +222,12 @@ impl ServerSession {
     #[must_use]
     pub fn is_tls(&self) -> bool {
         self.tls
+    }
+
+    /// Who the client has shown to be by AUTH.
+    #[must_use]
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
     }
 
     /// The reverse-path of the transaction; empty is the null one.
@@ -303,7 +326,7 @@ impl ServerSession {
     /// came up.
     fn step(&mut self) -> bool {
         match self.mode {
-            Mode::Command => self.read_line(),
+            Mode::Command | Mode::Auth(_) => self.read_line(),
             Mode::LongLine => self.skip_line(),
             Mode::Data(reader) => self.read_data(reader),
             Mode::Bdat { left, last, keep } => self.read_chunk(left, last, keep),
@@ -316,7 +339,10 @@ impl ServerSession {
         match end {
             Some(end) if end <= LINE_MAX => {
                 let line = self.input.split_to(end);
-                self.command(&line);
+                match self.mode {
+                    Mode::Auth(step) => self.challenge_answered(step, &line),
+                    _ => self.command(&line),
+                }
                 true
             }
             None if self.input.len() < LINE_MAX => false,
@@ -444,10 +470,14 @@ impl ServerSession {
             (config.smtp_utf8, "SMTPUTF8"),
             (config.chunking, "CHUNKING"),
             (config.starttls && !self.tls, "STARTTLS"),
+            (config.login.is_some(), "AUTH PLAIN LOGIN"),
             (true, "ENHANCEDSTATUSCODES"),
         ];
         for (_, keyword) in offered.iter().filter(|(on, _)| *on) {
             self.reply_line(code, false, keyword);
+        }
+        if let Some(max) = config.mails_max {
+            self.reply_line(code, false, &format!("LIMITS MAILMAX={max}"));
         }
         self.reply_line(code, true, &format!("SIZE {}", config.message_max));
     }

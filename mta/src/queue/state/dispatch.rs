@@ -215,7 +215,8 @@ impl QueueState {
             let opening = target.conns.len() - ready;
             let limit = usize::try_from(dest.policy.limits.connections).unwrap_or(usize::MAX);
             // The first tells whether anybody is there; then twice as many each time.
-            let allowed = target.is_due(now.instant)
+            let allowed = self.source_is_up(target.source, now.instant)
+                && target.is_due(now.instant)
                 && target.may_open(now.instant)
                 && opening <= ready.saturating_sub(1)
                 && target.conns.len() < limit;
@@ -336,10 +337,12 @@ impl QueueState {
             return;
         };
         conn.security = Some(security);
-        if let Some(dest) = self.dests.get_mut(&conn.destination) {
+        let (destination, source) = (conn.destination.clone(), conn.source);
+        if let Some(dest) = self.dests.get_mut(&destination) {
             dest.reached();
         }
-        self.dirty.insert(conn.destination.clone());
+        self.source_works(source);
+        self.dirty.insert(destination);
     }
 
     /// What limits adapt to.
@@ -368,6 +371,7 @@ impl QueueState {
             target.conns.retain(|other| *other != id);
             match end {
                 ConnEnd::Unreachable(trouble) => self.not_reached(&conn, trouble, now, out),
+                ConnEnd::SourceDown => self.source_failed(conn.source, now.instant),
                 ConnEnd::Broken => target.broke(now.instant),
                 ConnEnd::Planned => {}
             }

@@ -130,15 +130,9 @@ fn api_key(section: &mut Section<'_>, accounts: &[Account], environment: &Enviro
 
 fn key_material(section: &mut Section<'_>, environment: &Environment) -> KeyMaterial {
     let directory = section.directory();
-    let from_file = section.converted("key_file", |file: String| key_in(&directory.join(file)));
+    let from_file = section.converted("key_file", |file: String| secret_in(&directory.join(file)));
     let from_variable = section.converted("key_env", |variable: String| {
-        let value = environment
-            .var(&variable)
-            .map(str::trim)
-            .filter(|key| !key.is_empty());
-        value
-            .map(Secret::new)
-            .ok_or_else(|| format!("the variable {variable} is not set"))
+        secret_of(environment, &variable)
     });
     let hash = section.converted("key_sha256", |hex: String| sha256_of_hex(&hex));
     let ways = ["key_file", "key_env", "key_sha256"];
@@ -152,7 +146,19 @@ fn key_material(section: &mut Section<'_>, environment: &Environment) -> KeyMate
     plain.unwrap_or_else(|| KeyMaterial::Sha256(hash.unwrap_or_default()))
 }
 
-fn key_in(file: &Path) -> Result<Secret, String> {
+/// The secret in an environment variable.
+pub(super) fn secret_of(environment: &Environment, variable: &str) -> Result<Secret, String> {
+    let value = environment
+        .var(variable)
+        .map(str::trim)
+        .filter(|text| !text.is_empty());
+    value
+        .map(Secret::new)
+        .ok_or_else(|| format!("the variable {variable} is not set"))
+}
+
+/// The secret that a file holds, alone.
+pub(super) fn secret_in(file: &Path) -> Result<Secret, String> {
     let text = std::fs::read_to_string(file)
         .map_err(|error| format!("{} cannot be read: {error}", file.display()))?;
     match text.trim() {

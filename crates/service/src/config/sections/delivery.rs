@@ -1,13 +1,14 @@
-//! How mail leaves: SMTP, egress sources, pools.
+//! How mail leaves: SMTP and pools.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use model::Domain;
 
+use super::egress::{self, Smarthost, Source};
 use super::{name, unique};
+use crate::config::Environment;
 use crate::config::reader::Section;
 use crate::config::values::{AmbiguousPolicy, Families, OrOff};
 
@@ -38,6 +39,8 @@ pub struct Smtp {
     pub timeouts: SmtpTimeouts,
     /// At least one; names are unique.
     pub sources: Vec<Source>,
+    /// Relays that want to know who we are.
+    pub smarthosts: Vec<Smarthost>,
 }
 
 /// `[smtp.timeouts]`: how long each step of a session may take (RFC 5321 section 4.5.3.2).
@@ -65,17 +68,6 @@ pub struct SmtpTimeouts {
     pub idle: Duration,
 }
 
-/// One of `[[smtp.sources]]`: an egress source.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// Unique.
-    pub name: String,
-    /// Local address; `None`: the system's choice.
-    pub bind: Option<IpAddr>,
-    /// What it calls itself.
-    pub ehlo: String,
-}
-
 /// One of `[[pools]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
@@ -98,7 +90,7 @@ const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-pub(super) fn smtp(section: &mut Section<'_>) -> Smtp {
+pub(super) fn smtp(section: &mut Section<'_>, environment: &Environment) -> Smtp {
     let ehlo = section
         .checked("ehlo", ehlo_name)
         .unwrap_or_else(|| gethostname::gethostname().to_string_lossy().into_owned());
@@ -118,7 +110,8 @@ pub(super) fn smtp(section: &mut Section<'_>) -> Smtp {
         mta_sts_port: section.checked("mta_sts_port", port).unwrap_or(443),
         allow_private_mx: section.list("allow_private_mx").unwrap_or_default(),
         timeouts: section.table("timeouts", timeouts),
-        sources: sources(section, &ehlo),
+        sources: egress::sources(section, &ehlo, environment),
+        smarthosts: egress::smarthosts(section, environment),
         ehlo,
     }
 }
@@ -157,30 +150,6 @@ fn timeouts(section: &mut Section<'_>) -> SmtpTimeouts {
         final_dot: deadline("final_dot", 600),
         idle: deadline("idle", 15),
     }
-}
-
-fn sources(section: &mut Section<'_>, ehlo: &str) -> Vec<Source> {
-    let mut sources = section.tables("sources", |source| Source {
-        name: source.required("name", String::new()),
-        bind: source.optional("bind"),
-        ehlo: source
-            .checked("ehlo", ehlo_name)
-            .unwrap_or_else(|| ehlo.to_owned()),
-    });
-    unique(
-        sources.iter().map(|source| source.name.as_str()),
-        |index, detail| {
-            section.mistake(&format!("sources[{index}].name"), detail);
-        },
-    );
-    if sources.is_empty() {
-        sources.push(Source {
-            name: "default".to_owned(),
-            bind: None,
-            ehlo: ehlo.to_owned(),
-        });
-    }
-    sources
 }
 
 pub(super) fn pools(root: &mut Section<'_>, sources: &[Source]) -> Vec<Pool> {
@@ -235,7 +204,7 @@ fn weighted(section: &mut Section<'_>, sources: &[Source]) -> WeightedSource {
 }
 
 /// A host name or an address literal (RFC 5321 section 4.1.3), as it will stand after EHLO.
-fn ehlo_name(text: &String) -> Result<(), String> {
+pub(super) fn ehlo_name(text: &String) -> Result<(), String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
     let literal = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '.');
     let inside = text

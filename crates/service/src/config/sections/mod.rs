@@ -4,6 +4,7 @@
 
 mod access;
 mod delivery;
+mod egress;
 mod storage;
 
 use std::net::SocketAddr;
@@ -14,7 +15,8 @@ use ipnet::IpNet;
 use model::Domain;
 
 pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking};
-pub use delivery::{Pool, Smtp, SmtpTimeouts, Source, WeightedSource};
+pub use delivery::{Pool, Smtp, SmtpTimeouts, WeightedSource};
+pub use egress::{Bind, Proxy, Smarthost, Source};
 pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
 
 use super::reader::Section;
@@ -125,7 +127,7 @@ pub struct Webhooks {
 pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Config {
     let data_dir = PathBuf::from(root.value("data_dir", "data".to_owned()));
     let accounts = access::accounts(root);
-    let smtp = root.table("smtp", delivery::smtp);
+    let smtp = root.table("smtp", |section| delivery::smtp(section, environment));
     let config = Config {
         store: root.table("store", |section| storage::store(section, &data_dir)),
         journal: root.table("journal", |section| storage::journal(section, &data_dir)),
