@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use crate::admin::auth::Keys;
 use crate::admin::{Api, Probe, router, server};
 use crate::classify::Rules;
+use crate::explain::ask::Explainer;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::sending::{self, SendingDeps, SendingHandle};
@@ -127,8 +128,21 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     ));
     let sending = sending.await.context("sending")?;
     end_when_lost(&sending, &deps);
+    let explainer = Explainer {
+        store: Arc::clone(&deps.store),
+        sending: sending.clone(),
+        journal: journal.clone(),
+        clock: deps.clock.clone(),
+        sources: config
+            .smtp
+            .sources
+            .iter()
+            .map(|of| of.name.clone())
+            .collect(),
+        shaping_file: config.shaping.file.path.clone(),
+    };
     let probes = probes(journal, sending.clone());
-    let api = api(config, &deps, files.keys, &shared, probes);
+    let api = api(config, &deps, files.keys, &shared, probes, explainer);
     let router = router(Arc::new(api));
     server::serve(
         listener,
@@ -282,7 +296,14 @@ fn tracking_keys(config: &Config) -> anyhow::Result<KeyRing> {
     KeyRing::parse(&text).with_context(|| path.display().to_string())
 }
 
-fn api(config: &Config, deps: &Deps, keys: Keys, shared: &Shared, probes: Vec<Probe>) -> Api {
+fn api(
+    config: &Config,
+    deps: &Deps,
+    keys: Keys,
+    shared: &Shared,
+    probes: Vec<Probe>,
+    explainer: Explainer,
+) -> Api {
     let intake = Intake {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
@@ -309,5 +330,6 @@ fn api(config: &Config, deps: &Deps, keys: Keys, shared: &Shared, probes: Vec<Pr
         intake: Arc::new(intake),
         rules: Arc::clone(&shared.rules),
         probes,
+        explainer,
     }
 }

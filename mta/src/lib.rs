@@ -10,6 +10,7 @@ pub mod classify;
 pub mod compose;
 pub mod daemon;
 pub mod deliver;
+pub mod explain;
 mod intake;
 pub mod queue;
 pub mod released;
@@ -18,5 +19,6 @@ pub mod sending;
 pub mod shaping;
 pub mod ship;
 pub mod tlspolicy;
+pub mod trace;
 
 pub use app::{Deps, Mta, start};

@@ -3,13 +3,13 @@
 //! Exit codes: 0 done, 1 failed at run time, 2 bad usage or configuration.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
-use crate::{check_config, demo, dkim, up};
+use crate::{check_config, demo, dkim, top, trace, up, why};
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
 #[derive(Debug, Parser)]
@@ -34,6 +34,12 @@ enum Command {
     /// Make DKIM keys, and compare DNS with them
     #[command(subcommand)]
     Dkim(dkim::Command),
+    /// Say why mail for a domain, of a batch, or one message does or does not move
+    Why(why::Args),
+    /// Watch destinations: what waits, what leaves, and what holds the rest
+    Top(top::Args),
+    /// Listen to the SMTP sessions of a destination, or of one message
+    Trace(trace::Args),
 }
 
 /// Why a command did not do what it was asked.
@@ -76,13 +82,22 @@ pub struct Terminal<'a> {
     pub out: &'a mut dyn Write,
     /// The environment.
     pub environment: Environment,
+    /// A person looks at it: colours, and pictures that change in place.
+    pub is_seen: bool,
+    /// Colours are welcome.
+    pub colours: bool,
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    let environment = Environment::of_process();
+    let is_seen = io::stdout().is_terminal();
     let mut terminal = Terminal {
         out: &mut io::stdout().lock(),
-        environment: Environment::of_process(),
+        // https://no-color.org
+        colours: is_seen && environment.var("NO_COLOR").is_none_or(str::is_empty),
+        is_seen,
+        environment,
     };
     match run_arguments(std::env::args_os(), &mut terminal) {
         Ok(()) => ExitCode::SUCCESS,
@@ -112,6 +127,9 @@ fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
         Command::Tracker(arguments) => up::tracker(&arguments, terminal),
         Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
         Command::Dkim(command) => dkim::run(command, terminal),
+        Command::Why(arguments) => why::run(&arguments, terminal),
+        Command::Top(arguments) => top::run(&arguments, terminal),
+        Command::Trace(arguments) => trace::run(&arguments, terminal),
     }
 }
 
@@ -156,6 +174,8 @@ mod tests {
             let mut terminal = Terminal {
                 out: &mut out,
                 environment: Environment::default(),
+                is_seen: false,
+                colours: false,
             };
             let ended = run_arguments(arguments.iter().copied(), &mut terminal);
             ended.map_or_else(|failure| failure.exit_code(), |()| 0)

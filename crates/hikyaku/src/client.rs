@@ -107,6 +107,48 @@ impl Client {
         .await
     }
 
+    /// Asks for a path whose answer comes bit by bit; `take` gets each as it comes, until it says
+    /// false. What is no 2xx is given back whole, at its beginning.
+    ///
+    /// # Errors
+    /// When there is no answer, or it breaks off.
+    pub async fn follow(
+        &self,
+        path: &str,
+        mut take: impl FnMut(&[u8]) -> Result<bool>,
+    ) -> Result<Option<Answer>> {
+        let url = format!("{}{path}", self.base);
+        let mut request = Request::builder().uri(&url);
+        if let Some(key) = &self.key {
+            request = request.header(AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let request = request
+            .body(Full::new(Bytes::new()))
+            .with_context(|| format!("{url} is not a URL"))?;
+        let response = tokio::time::timeout(TIMEOUT, self.http.request(request))
+            .await
+            .with_context(|| format!("{url}: no answer within {TIMEOUT:?}"))?
+            .with_context(|| format!("{url}: no answer"))?;
+        let (parts, mut body) = response.into_parts();
+        if !parts.status.is_success() {
+            let body = Limited::new(body, MAX_ANSWER).collect().await;
+            return Ok(Some(Answer {
+                status: parts.status,
+                headers: parts.headers,
+                body: body.map_err(anyhow::Error::from_boxed)?.to_bytes(),
+            }));
+        }
+        while let Some(frame) = body.frame().await {
+            let frame = frame.with_context(|| format!("{url}: broke off"))?;
+            if let Ok(bytes) = frame.into_data()
+                && !take(&bytes)?
+            {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
     /// Any call. `path` may be a whole URL, which is then taken as it is and gets no key.
     ///
     /// # Errors

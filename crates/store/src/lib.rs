@@ -232,6 +232,19 @@ pub trait Store: Send + Sync + 'static {
     /// Events after a cursor, oldest first. A cursor that is none of this store's is refused.
     async fn events(&self, query: EventQuery) -> Result<EventPage>;
 
+    /// Unfinished recipients of a batch by queue, or of a queue by batch, with who holds them; the
+    /// most first, at most `limit`. For people, not for the way of a message: an engine that
+    /// cannot tell says `None`.
+    async fn work(
+        &self,
+        scope: WorkScope,
+        now: Timestamp,
+        limit: u32,
+    ) -> Result<Option<Vec<Work>>> {
+        let (_, _, _) = (scope, now, limit);
+        Ok(None)
+    }
+
     /// Recipients by state over all batches, and the oldest due time among the unfinished.
     async fn totals(&self, now: Timestamp) -> Result<Totals>;
 

@@ -581,6 +581,48 @@ pub struct Page<T> {
     pub next: Option<String>,
 }
 
+/// Whose unfinished work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkScope {
+    /// Of a batch, by queue.
+    Batch(BatchId),
+    /// Of a queue, by batch.
+    Queue(Box<str>),
+}
+
+/// Unfinished recipients of one batch in one queue. A range of which a part was reported counts
+/// whole until its holder hands it back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Work {
+    /// A domain, or [`MIXED`].
+    pub queue: Box<str>,
+    /// Whose.
+    pub batch: BatchId,
+    /// The state of the batch: only `in_progress` is sent.
+    pub state: BatchState,
+    /// When the batch's mail may leave.
+    pub release_at: Timestamp,
+    /// Held by nobody, and their own time has come.
+    pub due: u64,
+    /// Held by nobody, and it has not.
+    pub later: u64,
+    /// When the first of these is due.
+    pub next_due: Option<Timestamp>,
+    /// Held by a node.
+    pub held: Vec<Held>,
+}
+
+/// What a node holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Which node.
+    pub node: JournalId,
+    /// How many recipients, an upper bound.
+    pub recipients: u64,
+    /// When its lease ends, unless it is renewed.
+    pub until: Timestamp,
+}
+
 /// Recipients by state, over all batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals {

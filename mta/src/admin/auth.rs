@@ -33,6 +33,8 @@ struct Key {
 pub(crate) struct Caller {
     /// The account that the key acts for.
     pub(crate) account: Arc<str>,
+    /// What the key is called.
+    pub(crate) name: Arc<str>,
     scopes: Arc<[Scope]>,
 }
 
@@ -72,6 +74,7 @@ impl Keys {
         let scopes = [Scope::Submit, Scope::Read, Scope::Admin];
         let caller = Caller {
             account: account.into(),
+            name: KEY_FILE.into(),
             scopes: scopes.into(),
         };
         Ok(Self(vec![Key {
@@ -101,6 +104,7 @@ impl Key {
         };
         let caller = Caller {
             account: key.account.as_str().into(),
+            name: key.name.as_str().into(),
             scopes: key.scopes.as_slice().into(),
         };
         Self { hash, caller }
@@ -139,6 +143,17 @@ impl FromRequestParts<Arc<Api>> for CanSubmit {
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Answer<Self> {
         authorise(parts, &api.keys, Scope::Submit).map(Self)
+    }
+}
+
+/// A caller that may do what concerns every account.
+pub(crate) struct CanAdmin(pub(crate) Caller);
+
+impl FromRequestParts<Arc<Api>> for CanAdmin {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Answer<Self> {
+        authorise(parts, &api.keys, Scope::Admin).map(Self)
     }
 }
 

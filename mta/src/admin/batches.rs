@@ -11,7 +11,7 @@ use bytes::Bytes;
 use model::{BatchId, BatchState, Counters, Priority, Timestamp};
 use serde::Serialize;
 use service::config::Scope;
-use store::{Batch, BatchChange, BatchQuery, ChangeOutcome};
+use store::{Batch, BatchChange, BatchQuery, ChangeOutcome, DueScope};
 
 use super::auth::{Caller, CanRead, CanSubmit};
 use super::params::{NoParams, Params, Segment, batch_id};
@@ -257,6 +257,40 @@ pub(super) async fn change(
         }
         ChangeOutcome::Unknown => Err(Refusal::not_found("batch")),
     }
+}
+
+/// A batch after its deferred mail was made due.
+#[derive(Serialize)]
+struct MadeDue {
+    #[serde(flatten)]
+    batch: BatchView,
+    dry_run: bool,
+    /// Whose next attempt is due now.
+    retried: u64,
+}
+
+/// `POST /v1/batches/{id}/retry`: what is put off is due now.
+pub(super) async fn retry(
+    State(api): State<Arc<Api>>,
+    CanSubmit(caller): CanSubmit,
+    Segment(id): Segment,
+    mut params: Params,
+) -> Answer<Response> {
+    let dry_run = params.flag("dry_run").unwrap_or(false);
+    params.finish()?;
+    let batch = visible(&api, &caller, &id).await?;
+    if let state @ (BatchState::Completed | BatchState::Cancelled) = batch.state {
+        let detail = format!("not possible: the batch is {state}");
+        return Err(Refusal::new(Code::InvalidState, detail));
+    }
+    let (scope, now) = (DueScope::Batch(batch.head.id), api.clock.now());
+    let retried = api.store.make_due(scope, now, dry_run).await?;
+    Ok(Json(MadeDue {
+        batch: visible(&api, &caller, &id).await?.into(),
+        dry_run,
+        retried,
+    })
+    .into_response())
 }
 
 /// The first form of the report: counters, and the rates that follow from them.

@@ -7,6 +7,7 @@ pub(crate) mod auth;
 mod batches;
 mod body;
 mod classify;
+mod destinations;
 mod events;
 mod health;
 mod messages;
@@ -16,6 +17,8 @@ pub(crate) mod problem;
 mod recipients;
 pub(crate) mod server;
 mod suppressions;
+mod trace;
+mod why;
 
 use std::sync::Arc;
 
@@ -32,6 +35,7 @@ use service::tasks::Shutdown;
 use store::{BatchChange, Store};
 
 use crate::classify::Rules;
+use crate::explain::ask::Explainer;
 use crate::intake::submit::Intake;
 use auth::{CanSubmit, Keys};
 use params::{NoParams, Segment};
@@ -55,6 +59,7 @@ pub(crate) struct Api {
     pub(crate) intake: Arc<Intake>,
     pub(crate) rules: Arc<ArcSwap<Rules>>,
     pub(crate) probes: Vec<Probe>,
+    pub(crate) explainer: Explainer,
 }
 
 /// A page of a list.
@@ -119,6 +124,26 @@ fn routes() -> Routes {
             "/v1/suppressions/{email}",
             suppressions::delete,
         )
+        .at(Method::POST, "/v1/batches/{id}/retry", batches::retry)
+        .at(Method::GET, "/v1/destinations", destinations::list)
+        .at(Method::GET, "/v1/destinations/{domain}", destinations::one)
+        .at(
+            Method::POST,
+            "/v1/destinations/{domain}/suspend",
+            destinations::suspend,
+        )
+        .at(
+            Method::POST,
+            "/v1/destinations/{domain}/resume",
+            destinations::resume,
+        )
+        .at(
+            Method::POST,
+            "/v1/destinations/{domain}/retry",
+            destinations::retry,
+        )
+        .at(Method::GET, "/v1/why", why::why)
+        .at(Method::GET, "/v1/trace", trace::trace)
         .at(Method::POST, "/v1/classify", classify::classify)
         .at(Method::GET, "/healthz", health::live)
         .at(Method::GET, "/readyz", health::ready)

@@ -595,6 +595,11 @@ impl Connection<'_> {
         attempt.detail.tls = self.tls.clone();
         attempt.detail.source = self.source.into();
         attempt.detail.transaction_ms = u32::try_from(took.as_millis()).unwrap_or(u32::MAX);
+        if !delivered {
+            self.deliver
+                .troubles
+                .refused(&job.policy.destination, &attempt);
+        }
         self.deliver
             .recorder
             .outcome(attempt, job.item.batch.release_at);

@@ -23,7 +23,9 @@ use crate::classify::Peer;
 use crate::queue::Event;
 use crate::queue::job::{ConnId, Policy, Trouble};
 use crate::resolve::{Addresses, Host, Route};
+use crate::shaping::Destination;
 use crate::tlspolicy::Security;
+use crate::trace::Tap;
 
 /// Addresses tried for one connection.
 const ADDRESSES_MAX: usize = 8;
@@ -55,6 +57,9 @@ struct Target<'a> {
     smarthost: Option<&'a Smarthost>,
     /// Found by DNS, which may lead back to us.
     is_found: bool,
+    /// For whoever reads along.
+    conn: ConnId,
+    destination: &'a Destination,
 }
 
 impl Target<'_> {
@@ -160,6 +165,8 @@ impl Deliver {
                     terms: &terms,
                     smarthost,
                     is_found: !route.is_static(),
+                    conn,
+                    destination: &policy.destination,
                 };
                 match self.open(&target).await {
                     Ok(established) => {
@@ -305,9 +312,12 @@ impl Deliver {
         starttls: StartTls,
     ) -> Result<Established, Failure> {
         let started = self.clock.instant();
+        let mut tap = self.tap(target);
+        tap.dials();
         let stream = self.connect(target.source, target.address).await?;
         self.measure(SmtpStage::Connect, started);
         let mut wire = Wire::new(Stream::Plain(stream));
+        wire.tap = Some(Box::new(tap));
         let mut session = target.session(starttls);
         let mut tls = None;
         let connected = self.clock.instant();
@@ -361,6 +371,18 @@ impl Deliver {
         }
     }
 
+    /// Who reads along on a connection to this address.
+    fn tap(&self, target: &Target<'_>) -> Tap {
+        let (conn, source) = (target.conn.0, &target.source.name);
+        Tap::new(
+            &self.traces,
+            conn,
+            target.destination,
+            source,
+            &target.label(),
+        )
+    }
+
     /// One exchange before the session is ready, within its deadline.
     async fn greet_turn(&self, wire: &mut Wire, session: &mut ClientSession) {
         let deadline = self.deadline(session.waiting_for());
@@ -373,7 +395,12 @@ impl Deliver {
         session.interrupted(interruption);
     }
 
-    async fn handshake(&self, wire: Wire, target: &Target<'_>) -> Result<(Wire, Box<str>), String> {
+    async fn handshake(
+        &self,
+        mut wire: Wire,
+        target: &Target<'_>,
+    ) -> Result<(Wire, Box<str>), String> {
+        let tap = wire.tap.take();
         let terms = target.terms;
         let setup = |error: rustls::Error| error.to_string();
         let (config, observer) = match terms.observes {
@@ -415,7 +442,9 @@ impl Deliver {
             tracing::info!(host = %target.host.name, %objection, "an MTA-STS policy in testing would refuse this host");
         }
         let label = format!("{}, {}", protocol(connection), terms.label()).into();
-        Ok((Wire::new(Stream::Tls(Box::new(stream))), label))
+        let mut wire = Wire::new(Stream::Tls(Box::new(stream)));
+        wire.tap = tap.inspect(|tap| tap.note(&format!("encrypted: {label}")));
+        Ok((wire, label))
     }
 
     /// How long a stage may take.

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::trace::Tap;
 use smtp::ClientSession;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
@@ -76,6 +77,8 @@ pub(super) struct Wire {
     unflushed: bool,
     /// The peer has closed, or the connection is lost.
     gone: bool,
+    /// Who reads along.
+    pub(super) tap: Option<Box<Tap>>,
 }
 
 impl Wire {
@@ -85,6 +88,7 @@ impl Wire {
             buffer: vec![0; READ].into_boxed_slice(),
             unflushed: false,
             gone: false,
+            tap: None,
         }
     }
 
@@ -129,6 +133,9 @@ impl Wire {
         match self.stream.poll_read(cx, &mut buffer) {
             Poll::Ready(Ok(())) if buffer.filled().is_empty() => Poll::Ready(Ok(false)),
             Poll::Ready(Ok(())) => {
+                if let Some(tap) = &mut self.tap {
+                    tap.read(buffer.filled());
+                }
                 session.receive(buffer.filled());
                 Poll::Ready(Ok(true))
             }
@@ -154,6 +161,9 @@ impl Wire {
             {
                 Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(Ok(written)) => {
+                    if let Some(tap) = &mut self.tap {
+                        tap.wrote(slices.get(..count).unwrap_or_default(), written);
+                    }
                     session.advance(written);
                     (wrote, self.unflushed) = (true, true);
                 }

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::classify::Rules;
 use crate::compose::Composed;
+use crate::explain::troubles::Troubles;
 use crate::queue::control::ControlView;
 use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{ConnId, Fate, Job, Policy, Returned, Trouble};
@@ -36,6 +37,7 @@ use crate::queue::{ConnEnd, Event};
 use crate::resolve::{Resolver, Route};
 use crate::shaping::{Destination, Pacer, SharedPacer};
 use crate::ship::Recorder;
+use crate::trace::Traces;
 use connection::{Served, Unfit};
 use dial::{DialError, Established};
 use hosts::HostMemory;
@@ -64,6 +66,8 @@ pub struct Deliver {
     smarthosts: Vec<Smarthost>,
     hosts: HostMemory,
     queue: mpsc::Sender<Event>,
+    troubles: Arc<Troubles>,
+    traces: Arc<Traces>,
     started: Instant,
     pacers: Mutex<HashMap<PacerKey, SharedPacer>>,
 }
@@ -95,6 +99,10 @@ pub struct DeliverDeps {
     pub families: Families,
     /// Where reports go.
     pub queue: mpsc::Sender<Event>,
+    /// What went wrong last, for people.
+    pub troubles: Arc<Troubles>,
+    /// Who reads along.
+    pub traces: Arc<Traces>,
 }
 
 /// One connection to be made.
@@ -132,6 +140,8 @@ impl Deliver {
             families: deps.families,
             hosts: HostMemory::default(),
             queue: deps.queue,
+            troubles: deps.troubles,
+            traces: deps.traces,
             pacers: Mutex::default(),
         }
     }

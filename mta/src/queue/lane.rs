@@ -129,6 +129,30 @@ impl Lane {
             .any(|(_, waiting)| waiting.front().is_some_and(|first| may_go(&first.item)))
     }
 
+    /// The first of each range, and how many wait with it.
+    pub(super) fn fronts(&self) -> impl Iterator<Item = (&Item, usize)> {
+        self.ranges
+            .iter()
+            .filter_map(|(_, waiting)| Some((&*waiting.front()?.item, waiting.len())))
+    }
+
+    /// The message that `is_it`, and how many of this lane go before it: ranges take turns.
+    pub(super) fn place_of(&self, is_it: impl Fn(&Waiting) -> bool) -> Option<(usize, &Item)> {
+        let (range, at, item) = self
+            .ranges
+            .iter()
+            .enumerate()
+            .find_map(|(range, (_, of))| {
+                let at = of.iter().position(&is_it)?;
+                Some((range, at, &*of.get(at)?.item))
+            })?;
+        let before = self.ranges.iter().enumerate().map(|(other, (_, of))| {
+            let turns = if other < range { at + 1 } else { at };
+            turns.min(of.len())
+        });
+        Some((before.sum(), item))
+    }
+
     /// Takes out everything that was leased with `range`.
     pub(super) fn withdraw(&mut self, range: RangeRef) -> Vec<Waiting> {
         let Some(at) = self.ranges.iter().position(|(of, _)| *of == range) else {
@@ -239,6 +263,25 @@ mod tests {
             broken: 0,
         });
         assert_eq!(order(&mut lane), [(4, 0), (1, 0), (2, 0), (3, 0)]);
+    }
+
+    #[test]
+    fn a_message_knows_how_many_go_first() {
+        let mut lane = lane(&[(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]);
+        let all: Vec<_> = (0..6)
+            .filter_map(|_| {
+                let next = lane.take(|_| true)?;
+                Some((next.item.range, next.item.offset))
+            })
+            .collect();
+        let lane = self::lane(&[(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]);
+        for (turn, (range, offset)) in all.into_iter().enumerate() {
+            let place = lane.place_of(|w| w.item.range == range && w.item.offset == offset);
+            let (ahead, item) = place.expect("it waits");
+            assert_eq!((ahead, item.range, item.offset), (turn, range, offset));
+        }
+        assert!(lane.place_of(|_| false).is_none());
+        assert_eq!(lane.fronts().map(|(_, count)| count).sum::<usize>(), 6);
     }
 
     #[test]

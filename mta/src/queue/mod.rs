@@ -11,9 +11,11 @@ pub mod decide;
 pub(crate) mod fixtures;
 pub mod job;
 mod lane;
+mod pace;
 pub mod pool;
 #[cfg(test)]
 mod simulation;
+pub mod snapshot;
 mod state;
 mod target;
 

@@ -6,6 +6,7 @@
 mod dispatch;
 mod leasing;
 mod ranges;
+mod snapshot;
 mod sources;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::units::Rate;
-use model::{Attempt, BatchId, Domain, Place, Timestamp};
+use model::{Attempt, BatchId, Domain, MessageId, Place, Timestamp};
 use service::config::AmbiguousPolicy;
 use service::config::shaping::ShapingFile;
 use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Want};
@@ -474,6 +475,7 @@ impl QueueState {
                         Arc::clone(&policy),
                         &self.config.pools.sources(),
                         self.started,
+                        now.instant,
                     )
                 });
                 if dest.policy.limits != policy.limits {

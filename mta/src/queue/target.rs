@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use service::config::TlsPolicy;
 
 use super::job::{ConnId, Policy};
+use super::pace::Pace;
 use crate::resolve::Route;
 use crate::shaping::Pacer;
 use crate::tlspolicy::Security;
@@ -39,6 +40,8 @@ pub(super) struct Dest {
     failures: u32,
     /// It is left alone until then.
     pub(super) hold_until: Option<Instant>,
+    /// How fast messages were handed out lately.
+    pub(super) pace: Pace,
 }
 
 /// A destination as one egress source sees it.
@@ -115,7 +118,12 @@ impl Conn {
 }
 
 impl Dest {
-    pub(super) fn new(policy: Arc<Policy>, sources: &[usize], started: Instant) -> Self {
+    pub(super) fn new(
+        policy: Arc<Policy>,
+        sources: &[usize],
+        started: Instant,
+        now: Instant,
+    ) -> Self {
         let target = |&source: &usize| Target {
             source,
             plan: Pacer::exhausted(policy.limits.rate, started),
@@ -131,6 +139,7 @@ impl Dest {
             targets,
             failures: 0,
             hold_until: None,
+            pace: Pace::new(now),
         }
     }
 
@@ -145,6 +154,11 @@ impl Dest {
     /// Whether it is left alone at `now`.
     pub(super) fn is_held(&self, now: Instant) -> bool {
         self.hold_until.is_some_and(|until| until > now)
+    }
+
+    /// Times in a row that it could not be reached.
+    pub(super) fn failures(&self) -> u32 {
+        self.failures
     }
 
     /// It answered.
@@ -214,6 +228,11 @@ impl Target {
     /// Whether a connection may be opened now as far as this target's past goes.
     pub(super) fn may_open(&self, now: Instant) -> bool {
         self.open_after.is_none_or(|at| at <= now)
+    }
+
+    /// When a connection may be opened again, if not now.
+    pub(super) fn opens_after(&self, now: Instant) -> Option<Instant> {
+        self.open_after.filter(|at| *at > now)
     }
 
     pub(super) fn handed_out(&mut self, weight: u32, now: Instant) {

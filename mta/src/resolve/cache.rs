@@ -39,6 +39,12 @@ impl<T: Clone + Send + Sync + 'static> Cache<T> {
         asking.await
     }
 
+    /// What was last known of `name`, without asking: it may be over, and none says nothing.
+    pub(super) fn peek(&self, name: &str) -> Option<T> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.get(name)?.peek().map(|(answer, _)| answer.clone())
+    }
+
     fn entry<F>(&self, name: &str, now: Instant, ask: impl FnOnce() -> F) -> Asking<T>
     where
         F: Future<Output = (T, Instant)> + Send + 'static,

@@ -234,14 +234,8 @@ impl Resolver {
     /// Final: the domain does not exist ([`Class::BadDomain`]), or takes no mail ([`Class::NoMx`]).
     /// Otherwise DNS could not be asked.
     pub async fn route(&self, domain: &Domain) -> Result<(Arc<Route>, Duration), Trouble> {
-        if let Some(route) = self.routes.load().of(domain) {
-            let port = route.port.unwrap_or(self.port);
-            let host = Host {
-                preference: 0,
-                name: route.host.as_str().into(),
-                port,
-            };
-            return Ok((Arc::new(Route::new(vec![host], true)), TTL.1));
+        if let Some(route) = self.static_route(domain) {
+            return Ok((Arc::new(route), TTL.1));
         }
         let (answer, until) = self
             .mx
@@ -256,6 +250,25 @@ impl Resolver {
             })
             .await;
         answer.map(|route| (route, until.saturating_duration_since(self.clock.instant())))
+    }
+
+    /// Where mail for `domain` went when it was last looked up, for people; asks nobody.
+    pub fn last_known(&self, domain: &Domain) -> Option<Arc<Route>> {
+        match self.static_route(domain) {
+            Some(route) => Some(Arc::new(route)),
+            None => self.mx.peek(domain.as_str())?.ok(),
+        }
+    }
+
+    fn static_route(&self, domain: &Domain) -> Option<Route> {
+        let routes = self.routes.load();
+        let route = routes.of(domain)?;
+        let host = Host {
+            preference: 0,
+            name: route.host.as_str().into(),
+            port: route.port.unwrap_or(self.port),
+        };
+        Some(Route::new(vec![host], true))
     }
 
     /// The addresses of a host of `route`, those that may be connected to.

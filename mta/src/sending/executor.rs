@@ -12,9 +12,11 @@ use store::BatchHead;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::Ask;
 use super::asking::{Asking, Question};
 use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
+use crate::explain::troubles::Troubles;
 use crate::queue::job::{ConnId, Fate, Job, Policy, Returned};
 use crate::queue::{Action, ConnEnd, DEPTH, Event, Now, QueueState};
 use crate::resolve::{Resolver, Route};
@@ -29,6 +31,8 @@ const EVENTS_PER_TURN: usize = 1_024;
 pub(super) struct Parts {
     pub(super) state: QueueState,
     pub(super) events: mpsc::Receiver<Event>,
+    pub(super) asked: mpsc::Receiver<Ask>,
+    pub(super) troubles: Arc<Troubles>,
     pub(super) queue: mpsc::Sender<Event>,
     pub(super) ship: mpsc::Sender<ShipCommand>,
     pub(super) asking: Asking,
@@ -98,6 +102,7 @@ impl Executor {
                 _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => self.apply(std::mem::take(&mut events)),
                 _ = ticks.tick() => self.tick(),
                 () = until(wake), if wake.is_some() => self.wake(),
+                Some(ask) = self.parts.asked.recv() => self.answer(ask),
                 () = shutdown.begun(), if !draining => {
                     draining = true;
                     self.apply(vec![Event::Drain]);
@@ -114,6 +119,14 @@ impl Executor {
             }
         }
         self.finish().await;
+    }
+
+    /// Whoever asked may have gone: then nobody hears it.
+    fn answer(&self, ask: Ask) {
+        drop(
+            ask.answer
+                .send(self.parts.state.snapshot(&ask.scope, self.now())),
+        );
     }
 
     async fn finish(self) {
@@ -138,14 +151,13 @@ impl Executor {
         for event in &events {
             if let Event::Closed(conn, end) = event
                 && let Some(wiring) = self.conns.remove(conn)
-                && matches!(end, ConnEnd::Unreachable(_))
+                && let ConnEnd::Unreachable(trouble) = end
             {
-                let label = self.parts.metrics.destination(wiring.destination.as_str());
-                let throttled = self
-                    .parts
-                    .metrics
-                    .throttled(&label, ThrottleReason::Backoff);
-                throttled.inc();
+                let (metrics, at) = (&self.parts.metrics, self.parts.clock.now());
+                let label = metrics.destination(wiring.destination.as_str());
+                metrics.throttled(&label, ThrottleReason::Backoff).inc();
+                let troubles = &self.parts.troubles;
+                troubles.unreachable(&wiring.destination, trouble, at);
             }
         }
         let now = self.now();

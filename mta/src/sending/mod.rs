@@ -19,19 +19,22 @@ use service::config::{Dns as DnsConfig, Pool, Smtp};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
 use store::Store;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::Rules;
 use crate::compose::{Composer, Contents};
 use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
+use crate::explain::troubles::Troubles;
 use crate::queue::control::ControlView;
 use crate::queue::pool::Pools;
+use crate::queue::snapshot::{Scope, Snapshot};
 use crate::queue::{Event, QueueConfig, QueueState};
 use crate::resolve::{Dns, Resolver, SystemDns};
 use crate::ship::{Recorder, Recovered, ShipDeps, Shipper, recover};
 use crate::tlspolicy::https::Https;
 use crate::tlspolicy::{Policies, PoliciesDeps};
+use crate::trace::Traces;
 use asking::Asking;
 use executor::{Executor, Parts};
 
@@ -39,6 +42,11 @@ use executor::{Executor, Parts};
 const EVENTS_MAX: usize = 4_096;
 /// Commands that wait for shipping; the queue keeps what does not fit.
 const COMMANDS_MAX: usize = 1_024;
+
+/// Questions of people that wait for the queue; beyond, they are told that it is busy.
+const ASKS_MAX: usize = 32;
+/// How long the queue may take to answer one.
+const ASK_TIME: Duration = Duration::from_secs(2);
 
 /// What sending is made of.
 pub struct SendingDeps {
@@ -92,9 +100,54 @@ pub struct SendingHandle {
     failed: CancellationToken,
     resolver: Arc<Resolver>,
     queue: mpsc::Sender<Event>,
+    asks: mpsc::Sender<Ask>,
+    /// Indices of the egress sources in use.
+    pool: Vec<usize>,
+    shaping: Arc<ArcSwap<ShapingFile>>,
+    troubles: Arc<Troubles>,
+    traces: Arc<Traces>,
+}
+
+/// A person's question about the queue.
+#[derive(Debug)]
+struct Ask {
+    scope: Scope,
+    answer: oneshot::Sender<Snapshot>,
 }
 
 impl SendingHandle {
+    /// A picture of the queue as it is now; none when it is too busy to answer, or has ended.
+    pub async fn snapshot(&self, scope: Scope) -> Option<Snapshot> {
+        let (answer, told) = oneshot::channel();
+        self.asks.try_send(Ask { scope, answer }).ok()?;
+        tokio::time::timeout(ASK_TIME, told).await.ok()?.ok()
+    }
+
+    /// Where mail goes, with what is known of it.
+    pub fn resolver(&self) -> &Arc<Resolver> {
+        &self.resolver
+    }
+
+    /// Indices of the egress sources in use.
+    pub fn pool(&self) -> Vec<usize> {
+        self.pool.clone()
+    }
+
+    /// The limits and routes in force.
+    pub fn shaping(&self) -> Arc<ShapingFile> {
+        self.shaping.load_full()
+    }
+
+    /// What is said on connections, live.
+    pub fn traces(&self) -> &Arc<Traces> {
+        &self.traces
+    }
+
+    /// What went wrong last, by destination.
+    pub fn troubles(&self) -> &Troubles {
+        &self.troubles
+    }
+
     /// Returns when an outcome could not be kept: nothing more may be sent by this process, which
     /// has to end. Cancel-safe.
     pub async fn failed(&self) {
@@ -105,6 +158,7 @@ impl SendingHandle {
     /// ended, nothing happens.
     pub async fn reload_shaping(&self, shaping: Arc<ShapingFile>) {
         self.resolver.change_routes(shaping.routes.clone());
+        self.shaping.store(Arc::clone(&shaping));
         if self.queue.send(Event::Shaping(shaping)).await.is_err() {
             tracing::debug!("the queue has ended before a reload");
         }
@@ -148,6 +202,8 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         deps.smtp.bounce_domain.clone(),
     ));
     let composer = Composer::start(&deps.tasks, &contents, &deps.metrics, &queue)?;
+    let troubles = Arc::new(Troubles::default());
+    let traces = Arc::new(Traces::new(deps.clock.clone()));
     let deliver = Arc::new(Deliver::new(DeliverDeps {
         resolver: Arc::clone(&resolver),
         recorder: Arc::clone(&recorder),
@@ -161,16 +217,26 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         tls,
         families: deps.smtp.families,
         queue: queue.clone(),
+        troubles: Arc::clone(&troubles),
+        traces: Arc::clone(&traces),
     }));
+    let (asks, asked) = mpsc::channel(ASKS_MAX);
     let handle = SendingHandle {
         failed: failed.clone(),
         resolver: Arc::clone(&resolver),
         queue: queue.clone(),
+        asks,
+        pool: config(&deps).pools.sources(),
+        shaping: Arc::new(ArcSwap::new(Arc::clone(&deps.shaping))),
+        troubles: Arc::clone(&troubles),
+        traces,
     };
     let state = QueueState::new(config(&deps), Arc::clone(&view), fastrand::u64(..), now);
     let executor = Executor::new(Parts {
         state,
         events,
+        asked,
+        troubles,
         ship,
         asking: Asking::start(&deps, &queue),
         queue: queue.clone(),

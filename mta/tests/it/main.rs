@@ -1,6 +1,7 @@
 //! The daemon from outside: real sockets, the real store.
 
 mod disk;
+mod explaining;
 mod fair;
 mod harness;
 mod intake;

@@ -101,6 +101,7 @@ macro_rules! conformance_tests {
             suppressions_are_paged_by_address
             batches_are_listed_newest_first
             totals_and_the_oldest_due
+            unfinished_work_says_who_holds_it
             a_setting_has_one_first_writer
             notes_are_shared_until_they_expire
             a_job_is_one_nodes_at_a_time

@@ -571,3 +571,51 @@ pub async fn a_setting_has_one_first_writer(fixture: &dyn Fixture) -> Result<()>
     assert_eq!(fixture.mta().await.setting("key", "three").await?, "one");
     elsewhere.check().await
 }
+
+/// What is unfinished is told by queue and by batch: due, waiting for its time, or held and by whom.
+pub async fn unfinished_work_says_who_holds_it(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    let mut spec = Spec::new(1, people(9, "x.example"));
+    spec.emails.extend(people(4, "y.example"));
+    spec.submit(&*store, T0).await?;
+    let mut scheduled = Spec::new(2, people(3, "x.example"));
+    scheduled.head.release_at = T0 + secs(600);
+    scheduled.submit(&*store, T0).await?;
+    let leased = node.lease(&*store, T0, "x.example", 5).await?;
+    let first = leased.iter().flat_map(|range| &range.items).next();
+    let retry_at = T0 + secs(120);
+    let fact = outcome(id(1), first.expect("five items"), later(retry_at), T0);
+    node.report(&*store, vec![fact], T0).await?;
+
+    let of_batch = crate::WorkScope::Batch(id(1));
+    let Some(work) = store.work(of_batch, T0 + secs(1), 10).await? else {
+        // It cannot tell, and says so.
+        return Ok(());
+    };
+    let queues: Vec<&str> = work.iter().map(|work| &*work.queue).collect();
+    assert_eq!(queues, ["x.example", "y.example"], "the most first");
+    let x = &work[0];
+    let held: u64 = x.held.iter().map(|held| held.recipients).sum();
+    // The reported one counts in its range until that is handed back, and in its retry lot.
+    assert_eq!((x.due, x.later, held), (4, 1, 5));
+    assert!(x.next_due.is_some_and(|due| due >= retry_at));
+    assert!(x.held.iter().all(|held| held.node == node.journal));
+    assert_eq!(x.held[0].until, T0 + TTL);
+    assert_eq!((work[1].due, work[1].later), (4, 0));
+    assert_eq!((&work[1].held, work[1].next_due), (&Vec::new(), None));
+
+    let of_queue = crate::WorkScope::Queue("x.example".into());
+    let work = store.work(of_queue, T0 + TTL + secs(1), 10).await?;
+    let work = work.expect("it could tell a moment ago");
+    let found: Vec<_> = work.iter().map(|work| (work.batch, work.state)).collect();
+    let expected = [
+        (id(1), BatchState::InProgress),
+        (id(2), BatchState::Scheduled),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(work[1].release_at, T0 + secs(600));
+    assert_eq!(work[0].held, Vec::new(), "the lease ran out");
+    assert_eq!(work[0].due, 9);
+    Ok(())
+}

@@ -26,6 +26,7 @@ mod ship;
 mod stage;
 mod story;
 mod suppress;
+mod work;
 mod writer;
 
 use crate::{
@@ -33,7 +34,7 @@ use crate::{
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
     LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
     RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals,
+    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -451,6 +452,17 @@ impl Store for SqliteStore {
     async fn events(&self, query: EventQuery) -> Result<EventPage> {
         self.readers
             .read(move |reading| events::page(reading, &query))
+            .await
+    }
+
+    async fn work(
+        &self,
+        scope: WorkScope,
+        now: Timestamp,
+        limit: u32,
+    ) -> Result<Option<Vec<Work>>> {
+        self.readers
+            .read(move |reading| work::work(reading, &scope, now, limit).map(Some))
             .await
     }
 

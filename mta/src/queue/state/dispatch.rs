@@ -184,6 +184,7 @@ impl QueueState {
             pace.plan.take(now.instant);
             Arc::clone(&pace.permits)
         });
+        dest.pace.note(now.instant);
         out.push(Action::Send(Job {
             id: job,
             conn: id,

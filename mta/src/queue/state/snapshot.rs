@@ -1,0 +1,218 @@
+//! What people are shown: nothing in here changes the state.
+
+use super::*;
+use crate::queue::job::Item;
+use crate::queue::snapshot::{
+    BatchView, Block, Blocked, ContentView, DOMAINS_MAX, DestinationView, ProcessView, Scope,
+    Snapshot, SourceView, Whereabouts,
+};
+use crate::queue::target::Target;
+
+/// Destinations in one picture, whatever is asked for.
+const VIEWS_MAX: usize = 1_000;
+
+impl QueueState {
+    /// A picture of this moment.
+    pub fn snapshot(&self, scope: &Scope, now: Now) -> Snapshot {
+        let mut snapshot = Snapshot {
+            at: now.wall,
+            process: self.process(now),
+            destinations: Vec::new(),
+            destination_count: self.dests.len(),
+            batch: None,
+            message: Whereabouts::Absent,
+            domain_waiting: 0,
+        };
+        let shown: Vec<Destination> = match scope {
+            Scope::Busiest(count) => self.busiest(self.dests.keys(), *count),
+            Scope::Named(names) => names.iter().take(VIEWS_MAX).cloned().collect(),
+            Scope::Batch(batch, names) => {
+                snapshot.batch = self.batch_view(*batch, now);
+                names.iter().take(VIEWS_MAX).cloned().collect()
+            }
+            Scope::Message(message, domain, destination) => {
+                snapshot.batch = self.batch_view(message.batch, now);
+                snapshot.message = self.whereabouts(*message, domain, now);
+                vec![destination.clone()]
+            }
+            Scope::Domain(domain, destination) => {
+                snapshot.domain_waiting = self.lanes.get(domain).map_or(0, Lane::len);
+                vec![destination.clone()]
+            }
+        };
+        let view = |key: &Destination| Some(self.view_of(key, self.dests.get(key)?, now));
+        snapshot.destinations = shown.iter().filter_map(view).collect();
+        snapshot
+    }
+
+    fn process(&self, now: Now) -> ProcessView {
+        let paused = self.paused_until.filter(|until| *until > now.instant);
+        ProcessView {
+            leased: self.leased(),
+            in_flight: self.in_flight(),
+            connections: self.conns.len(),
+            connections_max: CONNECTIONS_MAX,
+            resolving: self.resolving + self.to_resolve.len(),
+            paused_until: paused.map(|until| wall(now, until)),
+            draining: self.draining,
+        }
+    }
+
+    /// Those with the most mail here first; equal ones by name, so that a list stands still.
+    fn busiest<'a>(
+        &self,
+        of: impl Iterator<Item = &'a Destination>,
+        count: usize,
+    ) -> Vec<Destination> {
+        let mut by_size: Vec<_> = of
+            .map(|key| (std::cmp::Reverse(self.mail_of(key)), key))
+            .collect();
+        by_size.sort_unstable();
+        let kept = by_size.into_iter().take(count.min(VIEWS_MAX));
+        kept.map(|(_, key)| key.clone()).collect()
+    }
+
+    /// Messages here for a destination: waiting and at connections.
+    fn mail_of(&self, key: &Destination) -> usize {
+        self.dests.get(key).map_or(0, |dest| {
+            self.waiting_for(dest) + self.in_flight_of(dest.targets.iter().flat_map(|of| &of.conns))
+        })
+    }
+
+    fn waiting_for(&self, dest: &Dest) -> usize {
+        let lanes = dest.lanes.iter().filter_map(|name| self.lanes.get(name));
+        lanes.map(Lane::len).sum()
+    }
+
+    fn busiest_domains(&self, dest: &Dest) -> Vec<(Box<str>, usize)> {
+        let lanes = dest
+            .lanes
+            .iter()
+            .filter_map(|name| self.lanes.get_key_value(name));
+        let mut domains: Vec<_> = lanes
+            .map(|(name, lane)| (std::cmp::Reverse(lane.len()), name))
+            .collect();
+        domains.sort_unstable();
+        let kept = domains.into_iter().take(DOMAINS_MAX);
+        kept.map(|(len, name)| (name.clone(), len.0)).collect()
+    }
+
+    fn in_flight_of<'a>(&self, conns: impl Iterator<Item = &'a ConnId>) -> usize {
+        conns
+            .filter_map(|id| Some(self.conns.get(id)?.in_flight))
+            .sum()
+    }
+
+    fn view_of(&self, key: &Destination, dest: &Dest, now: Now) -> DestinationView {
+        let sources: Vec<_> = dest
+            .targets
+            .iter()
+            .map(|target| self.source_view(dest, target, now))
+            .collect();
+        DestinationView {
+            policy: Arc::clone(&dest.policy),
+            domains: self.busiest_domains(dest),
+            domain_count: dest.lanes.len(),
+            waiting: self.waiting_for(dest),
+            blocked: self.blocked(dest, now),
+            in_flight: sources.iter().map(|source| source.in_flight).sum(),
+            held_until: dest
+                .hold_until
+                .filter(|until| *until > now.instant)
+                .map(|until| wall(now, until)),
+            failures: dest.failures(),
+            starved: self.starved.contains(key),
+            pace: dest.pace.per_second(now.instant),
+            sources,
+        }
+    }
+
+    fn source_view(&self, dest: &Dest, target: &Target, now: Now) -> SourceView {
+        let conns: Vec<_> = target
+            .conns
+            .iter()
+            .filter_map(|id| self.conns.get(id))
+            .collect();
+        let max = dest.policy.limits.messages_per_connection;
+        let ready = conns.iter().filter(|conn| conn.is_ready()).count();
+        let full = |conn: &&&Conn| conn.is_ready() && !conn.has_room(max);
+        SourceView {
+            source: target.source,
+            ready,
+            opening: conns.len() - ready,
+            full: conns.iter().filter(full).count(),
+            in_flight: conns.iter().map(|conn| conn.in_flight).sum(),
+            next_permit_at: wall(now, target.plan.free_at(now.instant)),
+            open_after: target.opens_after(now.instant).map(|at| wall(now, at)),
+        }
+    }
+
+    /// What waits in the ranges of a destination's domains and may not start.
+    fn blocked(&self, dest: &Dest, now: Now) -> Blocked {
+        let mut blocked = Blocked::default();
+        let lanes = dest.lanes.iter().filter_map(|name| self.lanes.get(name));
+        for (item, count) in lanes.flat_map(Lane::fronts) {
+            match self.block_of(item, now.instant) {
+                Some(Block::Window) => blocked.by_window += count,
+                Some(Block::Content) => blocked.by_content += count,
+                Some(Block::Lease) => blocked.by_lease += count,
+                Some(Block::Route) | None => {}
+            }
+        }
+        blocked
+    }
+
+    fn block_of(&self, item: &Item, now: Instant) -> Option<Block> {
+        let Some(range) = self.ranges.get(&item.range) else {
+            return Some(Block::Lease);
+        };
+        if range.ending.is_some() || !range.lease.allows_start(now) {
+            return Some(Block::Lease);
+        }
+        let batch = self.batches.get(&item.batch.id);
+        if batch.is_none_or(|batch| batch.content != Content::Ready) {
+            return Some(Block::Content);
+        }
+        (item.offset >= range.window).then_some(Block::Window)
+    }
+
+    fn batch_view(&self, batch: BatchId, now: Now) -> Option<BatchView> {
+        let state = self.batches.get(&batch)?;
+        let of_batch = || self.ranges.values().filter(|range| range.batch == batch);
+        Some(BatchView {
+            waiting: of_batch().map(|range| range.waiting).sum(),
+            in_flight: of_batch().map(|range| range.out).sum(),
+            content: match state.content {
+                Content::Ready => ContentView::Ready,
+                Content::Loading => ContentView::Loading,
+                Content::Wanted(at) => ContentView::Failed(wall(now, at)),
+            },
+        })
+    }
+
+    fn whereabouts(&self, message: MessageId, domain: &str, now: Now) -> Whereabouts {
+        let is_it = |waiting: &Waiting| waiting.item.message() == message;
+        if self.jobs.values().any(|out| is_it(&out.waiting)) {
+            return Whereabouts::InFlight;
+        }
+        let Some(lane) = self.lanes.get(domain) else {
+            return Whereabouts::Absent;
+        };
+        let Some((ahead, item)) = lane.place_of(is_it) else {
+            return Whereabouts::Absent;
+        };
+        let blocked = match lane.way {
+            Way::Unknown | Way::Asked => Some(Block::Route),
+            Way::Known { .. } => self.block_of(item, now.instant),
+        };
+        Whereabouts::Waiting { ahead, blocked }
+    }
+}
+
+fn wall(now: Now, at: Instant) -> Timestamp {
+    if at >= now.instant {
+        now.wall + at.saturating_duration_since(now.instant)
+    } else {
+        now.wall - now.instant.saturating_duration_since(at)
+    }
+}

@@ -1,0 +1,284 @@
+//! Why mail moves or does not, asked over HTTP of a daemon with real peers behind it.
+
+use serde_json::{Value, json};
+use testkit::smtp_peer::{Answer, SmtpPeer, Temper};
+
+use crate::harness::{Home, Service, batch, recipients};
+
+const ADMIN: &str = r#"
+    [[api.keys]]
+    name = "ops"
+    key_env = "TEST_KEY"
+    scopes = ["submit", "read", "admin"]
+"#;
+
+/// A daemon whose mail goes to `peer`, slowly, and whose key may do everything.
+async fn service(peer: &SmtpPeer, shaping: &str) -> Service {
+    let home = Home::new("");
+    let config = std::fs::read_to_string(home.config_file()).expect("a configuration");
+    let start = config.find("[[api.keys]]").expect("keys");
+    let (before, after) = config.split_at(start);
+    let rest = after
+        .split_once("scopes = [\"submit\", \"read\"]")
+        .expect("scopes")
+        .1;
+    std::fs::write(home.config_file(), format!("{before}{ADMIN}{rest}")).expect("written");
+    let shaping = format!("{shaping}\n[mx]\n\"*\" = \"{}\"\n", peer.address());
+    std::fs::write(home.config_file().with_file_name("shaping.toml"), shaping).expect("written");
+    Service::at(home).await
+}
+
+async fn get(service: &Service, path: &str) -> Value {
+    let reply = service.api.get(path).await;
+    assert_eq!(reply.status, 200, "{path}: {:?}", reply.bytes);
+    reply.json()
+}
+
+/// Asks until the answer is `so`.
+async fn until(service: &Service, path: &str, so: impl Fn(&Value) -> bool) -> Value {
+    let waiting = async {
+        loop {
+            let answer = get(service, path).await;
+            if so(&answer) {
+                return answer;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let patience = std::time::Duration::from_secs(60);
+    match tokio::time::timeout(patience, waiting).await {
+        Ok(answer) => answer,
+        Err(_) => panic!("still {}", get(service, path).await),
+    }
+}
+
+async fn submit(service: &Service, count: usize, domains: usize) -> String {
+    let reply = service
+        .api
+        .submit(&batch(&recipients(count, domains)))
+        .await;
+    assert_eq!(reply.status, 202, "{:?}", reply.bytes);
+    reply.json()["id"].as_str().expect("an id").to_owned()
+}
+
+#[tokio::test]
+async fn a_rate_is_named_with_its_source_and_an_eta() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let service = service(
+        &peer,
+        "[domain.\"d0.example\"]\nrate = \"2/s\"\nadaptive = false\n",
+    )
+    .await;
+    let id = submit(&service, 400, 1).await;
+    let why = until(&service, "/v1/why?domain=D0.example", |why| {
+        why["constraint"]["kind"] == "rate" && why["recipients"]["in_flight"] != 0
+    })
+    .await;
+    assert_eq!(why["subject"]["destination"], "d0.example");
+    assert_eq!(why["state"], "moving", "{why}");
+    assert_eq!(why["constraint"]["source"]["type"], "file");
+    let section = why["constraint"]["source"]["section"]
+        .as_str()
+        .expect("a section");
+    assert!(section.contains("d0.example"), "{section}");
+    assert!(
+        why["eta"].is_string() && why["eta_basis"].is_string(),
+        "{why}"
+    );
+
+    let of_batch = get(&service, &format!("/v1/why?batch={id}")).await;
+    assert_eq!(of_batch["state"], "moving", "{of_batch}");
+    assert_eq!(of_batch["destinations"][0]["destination"], "d0.example");
+    let last = until(&service, &format!("/v1/why?message={id}.399"), |why| {
+        why["constraint"]["kind"] != Value::Null
+    })
+    .await;
+    assert_eq!(last["subject"]["status"], "queued");
+    assert!(
+        ["rate", "turn"].contains(&last["constraint"]["kind"].as_str().expect("a kind")),
+        "{last}"
+    );
+    until(&service, &format!("/v1/why?message={id}.0"), |why| {
+        why["state"] == "finished" && why["constraint"]["kind"] == "delivered"
+    })
+    .await;
+
+    let one = get(&service, "/v1/destinations/d0.example").await;
+    assert_eq!(one["rolled_up"]["by"], "domain");
+    assert_eq!(one["limits"][0]["rate"]["in_force"], "2/s");
+    assert_eq!(one["domains"], json!(["d0.example"]));
+    let all = get(&service, "/v1/destinations").await;
+    assert_eq!(all["items"][0]["destination"], "d0.example");
+    assert_eq!(
+        (&all["next_cursor"], &all["complete"]),
+        (&Value::Null, &json!(true))
+    );
+    // A domain without mail has an answer too.
+    let none = get(&service, "/v1/destinations/quiet.example").await;
+    assert_eq!(
+        (&none["state"], &none["queued"]),
+        (&json!("idle"), &json!(0))
+    );
+    assert_eq!(none["rolled_up"]["by"], "hosts", "{none}");
+    drop(service.stop().await);
+}
+
+#[tokio::test]
+async fn a_reply_that_puts_off_is_the_source_and_a_retry_by_hand_ends_the_wait() {
+    let temper = Temper::accepting().rule(|question| {
+        (question.event == smtp::ServerEvent::Rcpt && question.recipient.starts_with("a1@"))
+            .then(|| Answer::reply(451, "4.7.1 <a1@d0.example>: greylisted, come back later"))
+    });
+    let peer = SmtpPeer::start(temper).await.expect("a peer");
+    let service = service(&peer, "[default]\nretry = [\"1h\"]\n").await;
+    let id = submit(&service, 4, 1).await;
+    let path = format!("/v1/why?message={id}.1");
+    let why = until(&service, &path, |why| {
+        why["constraint"]["kind"] == "greylisted"
+    })
+    .await;
+    let source = &why["constraint"]["source"];
+    assert_eq!(
+        (&source["type"], &source["class"]),
+        (&json!("peer"), &json!("greylisted"))
+    );
+    assert!(
+        source["reply"]
+            .as_str()
+            .is_some_and(|reply| reply.contains("a1@d0.example")),
+        "{why}"
+    );
+    assert!(
+        why["next_at"].is_string() && why["next_at"] == why["constraint"]["until"],
+        "{why}"
+    );
+    let domain = until(&service, "/v1/why?domain=d0.example", |why| {
+        why["recipients"]["deferred"] == 1
+    })
+    .await;
+    assert_eq!(domain["constraint"]["kind"], "retry_wait", "{domain}");
+    // Elsewhere it is nobody's business to whom.
+    let one = get(&service, "/v1/destinations/d0.example").await;
+    let reply = one["last_trouble"]["reply"].as_str().expect("a trouble");
+    assert!(
+        reply.contains("<***@d0.example>") && !reply.contains("a1@"),
+        "{reply}"
+    );
+
+    let counted = service
+        .api
+        .post(&format!("/v1/batches/{id}/retry?dry_run=true"))
+        .await
+        .json();
+    assert_eq!(
+        (&counted["retried"], &counted["dry_run"]),
+        (&json!(1), &json!(true))
+    );
+    let counted = service
+        .api
+        .post("/v1/destinations/d0.example/retry?dry_run=true")
+        .await
+        .json();
+    assert_eq!(
+        (&counted["recipients"], &counted["unresolved"]),
+        (&json!(1), &json!(0))
+    );
+    let attempts = |why: &Value| {
+        why["constraint"]["detail"]
+            .as_str()
+            .is_some_and(|text| text.contains("attempt 2"))
+    };
+    assert!(
+        !attempts(&get(&service, &path).await),
+        "counting changes nothing"
+    );
+    let done = service
+        .api
+        .post(&format!("/v1/batches/{id}/retry"))
+        .await
+        .json();
+    assert_eq!((&done["retried"], &done["id"]), (&json!(1), &json!(id)));
+    until(&service, &path, attempts).await;
+    drop(service.stop().await);
+}
+
+#[tokio::test]
+async fn a_destination_that_cannot_be_reached_is_said_to_be_left_alone() {
+    // Nobody listens where the harness sends everything.
+    let service = Service::start().await;
+    let id = submit(&service, 3, 1).await;
+    let why = until(&service, "/v1/why?domain=d0.example", |why| {
+        why["constraint"]["kind"] == "backoff"
+    })
+    .await;
+    assert_eq!(why["state"], "waiting");
+    assert_eq!(
+        why["constraint"]["source"]["class"], "connect_failure",
+        "{why}"
+    );
+    let why = until(&service, &format!("/v1/why?message={id}.0"), |why| {
+        why["constraint"] != Value::Null
+    })
+    .await;
+    assert!(why["next_at"].is_string(), "{why}");
+    drop(service.stop().await);
+}
+
+#[tokio::test]
+async fn a_pause_is_the_callers_and_a_name_that_is_none_is_not_found() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let service = service(&peer, "[default]\nrate = \"1/m\"\n").await;
+    let id = submit(&service, 300, 1).await;
+    service
+        .api
+        .post(&format!("/v1/batches/{id}/pause"))
+        .await
+        .json();
+    let why = get(&service, &format!("/v1/why?batch={id}")).await;
+    assert_eq!(
+        (&why["state"], &why["constraint"]["kind"]),
+        (&json!("waiting"), &json!("paused"))
+    );
+    assert_eq!((&why["next_at"], &why["eta"]), (&Value::Null, &Value::Null));
+    until(&service, "/v1/why?domain=d0.example", |why| {
+        why["constraint"]["kind"] == "paused"
+    })
+    .await;
+
+    for path in [
+        "/v1/destinations/not_a%20domain",
+        "/v1/why?domain=-",
+        "/v1/why?batch=nonsense",
+        "/v1/why?message=01ARZ3NDEKTSV4RRFFQ69G5FAV.1",
+    ] {
+        let problem = service.api.get(path).await.problem();
+        assert_eq!(
+            (problem.0, problem.1.as_str()),
+            (404, "not_found"),
+            "{path}"
+        );
+    }
+    for path in [
+        "/v1/why",
+        &format!("/v1/why?batch={id}&domain=x.example"),
+        "/v1/why?batch=",
+    ] {
+        assert_eq!(service.api.get(path).await.problem().0, 422, "{path}");
+    }
+    let other = service.api.with_key("hk_other");
+    assert_eq!(other.get(&format!("/v1/why?batch={id}")).await.status, 404);
+    assert_eq!(other.get("/v1/destinations").await.status, 200);
+    assert_eq!(
+        other
+            .post("/v1/destinations/d0.example/retry")
+            .await
+            .problem()
+            .1,
+        "forbidden_scope"
+    );
+    assert_eq!(
+        service.api.post("/v1/batches/nonsense/retry").await.status,
+        404
+    );
+    drop(service.stop().await);
+}
