@@ -1,6 +1,6 @@
 //! One connection that takes messages: the session's events, the journal's order, the deadlines.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::{Blame, Class, Seq, Timestamp};
@@ -16,13 +16,13 @@ use super::connect::Pulse;
 use super::dial::Established;
 use super::io::Wire;
 use super::{Deliver, Plan};
-use crate::classify::{Classification, Peer, Scope};
+use crate::classify::{Action, Classification, Peer, Scope};
 use crate::compose::Composed;
 use crate::queue::control::Permission;
 use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{Fate, Job, Returned, Trouble};
 use crate::queue::{ConnEnd, Event};
-use crate::shaping::Pacer;
+use crate::shaping::{Heard, SharedPacer, Sign};
 use crate::tlspolicy::Security;
 
 /// How long a connection may be idle before it is looked at, not believed to be there.
@@ -72,7 +72,7 @@ struct Connection<'a> {
     tls: Option<Box<str>>,
     source: &'a str,
     security: Arc<Security>,
-    pacer: Arc<Mutex<Pacer>>,
+    pacer: SharedPacer,
     /// Composed, not begun.
     next: Option<Composed>,
     begun: Vec<Begun>,
@@ -101,7 +101,7 @@ struct Deadline {
 
 /// A permit in use by a MAIL that the peer reads when it is done with what is before it.
 struct Behind {
-    pacer: Arc<Mutex<Pacer>>,
+    pacer: SharedPacer,
     clock: SharedClock,
 }
 
@@ -153,9 +153,9 @@ fn connection<'a>(
         stage: Stage::Idle,
         progress: 0,
         since: now,
-        at: now + deliver.timeouts.idle,
+        at: now + deliver.deadline_at(Stage::Idle, &plan.policy),
     };
-    let pacer = deliver.pacer(&plan.policy, plan.source);
+    let pacer = Arc::clone(&plan.permits);
     Connection {
         deliver,
         plan,
@@ -532,7 +532,7 @@ impl Connection<'_> {
             }
             Outcome::Refused { reply, .. } => {
                 let reading = self.deliver.rules.load().classify(&reply, self.peer());
-                self.heed(&reading, &reply).await;
+                self.heed(&reading, &reply, begun.began).await;
                 Finding::Refused(reply, reading)
             }
             Outcome::Ambiguous(error) => {
@@ -558,9 +558,9 @@ impl Connection<'_> {
 
     /// Acts on what a refusal says beyond its message: whoever adapts limits learns of it, and a
     /// connection that would only collect more of the same is given up.
-    async fn heed(&mut self, reading: &Classification, reply: &Reply) {
+    async fn heed(&mut self, reading: &Classification, reply: &Reply, began: Instant) {
         if let Some(notice) = reading.notice(reply) {
-            let noticed = Event::Noticed(self.plan.conn, Box::new(notice));
+            let noticed = Event::Noticed(self.plan.conn, Box::new(notice), Some(began));
             self.deliver.tell(noticed).await;
         }
         if reading.scope == Scope::Host {
@@ -583,6 +583,7 @@ impl Connection<'_> {
 
     async fn record(&self, job: &Job, finding: Finding, dot_at: Option<Timestamp>, took: Duration) {
         let delivered = matches!(finding, Finding::Delivered(_));
+        let heard = heard(&finding, self.deliver.clock.instant(), took);
         let mut attempt = decide(
             finding,
             &job.item,
@@ -603,7 +604,7 @@ impl Connection<'_> {
         self.deliver
             .recorder
             .outcome(attempt, job.item.batch.release_at);
-        self.report(job, Fate::Recorded { delivered }).await;
+        self.report(job, Fate::Recorded { delivered, heard }).await;
     }
 
     async fn report(&self, job: &Job, fate: Fate) {
@@ -642,7 +643,7 @@ impl Connection<'_> {
                 stage,
                 progress,
                 since: now,
-                at: now + self.deliver.deadline(stage),
+                at: now + self.deliver.deadline_at(stage, &self.plan.policy),
             };
         }
         self.deadline.at
@@ -652,8 +653,8 @@ impl Connection<'_> {
         match self.session.waiting_for() {
             // A message waits for its permit: the connection has a reason to be.
             Stage::Idle if self.next.is_some() => {
-                self.deadline.at =
-                    self.deliver.clock.instant() + self.deliver.deadline(Stage::Idle);
+                self.deadline.at = self.deliver.clock.instant()
+                    + self.deliver.deadline_at(Stage::Idle, &self.plan.policy);
             }
             Stage::Idle => self.quit(),
             Stage::Connect
@@ -690,6 +691,40 @@ pub(super) async fn give_back(deliver: &Deliver, plan: &mut Plan) {
     while let Ok(composed) = plan.jobs.try_recv() {
         let fate = Fate::Returned(Returned::Closed);
         deliver.tell(Event::Report(composed.job.id, fate)).await;
+    }
+}
+
+/// What the answer to a message that took so long says about limits. What asks for less has been
+/// told already, in its own words.
+fn heard(finding: &Finding, now: Instant, took: Duration) -> Option<Heard> {
+    let (sign, rule) = match finding {
+        Finding::Delivered(_) => (Sign::Peace, None),
+        Finding::Refused(_, reading) if reading.signal.is_some() => return None,
+        Finding::Refused(_, reading) => (sign_of(reading), reading.rule.clone()),
+        Finding::Ambiguous(_)
+        | Finding::InFlight
+        | Finding::Unreachable(_)
+        | Finding::Unmade(_)
+        | Finding::TooLate
+        | Finding::Suppressed(_)
+        | Finding::Cancelled => return None,
+    };
+    Some(Heard {
+        began: now.checked_sub(took).unwrap_or(now),
+        sign,
+        rule,
+    })
+}
+
+/// Greylisting and what is wrong with a recipient say nothing about our pace.
+fn sign_of(reading: &Classification) -> Sign {
+    let is_put_off = reading.action == Action::Retry
+        && reading.class != Class::Greylisted
+        && reading.blame != Blame::Recipient;
+    if is_put_off {
+        Sign::Deferred
+    } else {
+        Sign::Peace
     }
 }
 

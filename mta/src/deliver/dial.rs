@@ -447,6 +447,12 @@ impl Deliver {
         Ok((wire, label))
     }
 
+    /// The same at one destination, which may have an idle time of its own.
+    pub(super) fn deadline_at(&self, stage: Stage, policy: &Policy) -> Duration {
+        let own = policy.limits.idle.filter(|_| stage == Stage::Idle);
+        own.unwrap_or_else(|| self.deadline(stage))
+    }
+
     /// How long a stage may take.
     pub(super) fn deadline(&self, stage: Stage) -> Duration {
         let timeouts = &self.timeouts;
@@ -479,7 +485,8 @@ impl Deliver {
         if let SessionError::Refused { reply, .. } | SessionError::Closing { reply, .. } = error
             && let Some(notice) = self.rules.load().classify(reply, peer).notice(reply)
         {
-            self.tell(Event::Noticed(conn, Box::new(notice))).await;
+            self.tell(Event::Noticed(conn, Box::new(notice), None))
+                .await;
         }
     }
 

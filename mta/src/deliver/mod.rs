@@ -16,9 +16,8 @@ mod tls;
 
 pub use tls::{TlsConfigs, TlsSetupError};
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use service::clock::SharedClock;
@@ -35,7 +34,7 @@ use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{ConnId, Fate, Job, Policy, Returned, Trouble};
 use crate::queue::{ConnEnd, Event};
 use crate::resolve::{Resolver, Route};
-use crate::shaping::{Destination, Pacer, SharedPacer};
+use crate::shaping::SharedPacer;
 use crate::ship::Recorder;
 use crate::trace::Traces;
 use connection::{Served, Unfit};
@@ -44,12 +43,6 @@ use hosts::HostMemory;
 
 /// How long the reply to QUIT is waited for.
 const QUIT: Duration = Duration::from_secs(5);
-/// Permits kept per destination and source; idle ones go first.
-const PACERS_MAX: usize = 50_000;
-
-/// A destination as one source, by its index, sees it.
-type PacerKey = (Destination, usize);
-
 /// What connections share.
 #[derive(Debug)]
 pub struct Deliver {
@@ -68,8 +61,6 @@ pub struct Deliver {
     queue: mpsc::Sender<Event>,
     troubles: Arc<Troubles>,
     traces: Arc<Traces>,
-    started: Instant,
-    pacers: Mutex<HashMap<PacerKey, SharedPacer>>,
 }
 
 /// What [`Deliver`] is made of.
@@ -116,6 +107,8 @@ pub struct Plan {
     pub policy: Arc<Policy>,
     /// From which source, by index.
     pub source: usize,
+    /// What it takes from to begin a message.
+    pub permits: SharedPacer,
     /// Messages for it.
     pub jobs: mpsc::Receiver<Composed>,
     /// Asks it to end when what it has begun is done.
@@ -126,7 +119,6 @@ impl Deliver {
     /// Shared state of connections.
     pub fn new(deps: DeliverDeps) -> Self {
         Self {
-            started: deps.clock.instant(),
             resolver: deps.resolver,
             recorder: deps.recorder,
             rules: deps.rules,
@@ -142,7 +134,6 @@ impl Deliver {
             queue: deps.queue,
             troubles: deps.troubles,
             traces: deps.traces,
-            pacers: Mutex::default(),
         }
     }
 
@@ -224,38 +215,10 @@ impl Deliver {
         let finding = Finding::Unreachable(trouble);
         let attempt = decide(finding, &job.item, &job.policy, now, chance);
         self.recorder.outcome(attempt, job.item.batch.release_at);
-        Fate::Recorded { delivered: false }
-    }
-
-    /// The permits of a destination as one source sees it, shared by its connections.
-    fn pacer(&self, policy: &Policy, source: usize) -> SharedPacer {
-        let mut pacers = self.pacers.lock().unwrap_or_else(PoisonError::into_inner);
-        if pacers.len() >= PACERS_MAX {
-            let now = self.clock.instant();
-            let in_use = |pacer: &SharedPacer| {
-                Arc::strong_count(pacer) > 1
-                    || pacer
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .free_at(now)
-                        > now
-            };
-            pacers.retain(|_, pacer| in_use(pacer));
+        Fate::Recorded {
+            delivered: false,
+            heard: None,
         }
-        let key = (policy.destination.clone(), source);
-        let made = || {
-            Arc::new(Mutex::new(Pacer::exhausted(
-                policy.limits.rate,
-                self.started,
-            )))
-        };
-        let pacer = Arc::clone(pacers.entry(key).or_insert_with(made));
-        let mut permits = pacer.lock().unwrap_or_else(PoisonError::into_inner);
-        if permits.rate() != policy.limits.rate {
-            permits.change(policy.limits.rate);
-        }
-        drop(permits);
-        pacer
     }
 
     /// Fails only when the queue is gone, and everything with it.

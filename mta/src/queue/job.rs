@@ -11,7 +11,7 @@ use service::config::shaping::Limits;
 use smtp::Reply;
 use store::{BatchHead, RangeRef};
 
-use crate::shaping::{Destination, SharedPacer};
+use crate::shaping::{Destination, Heard, SharedPacer};
 
 /// No transaction starts when less than this is left of the lease.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(5);
@@ -129,6 +129,8 @@ pub enum Fate {
     Recorded {
         /// The destination took it.
         delivered: bool,
+        /// What the answer says about limits, if there was one that says anything.
+        heard: Option<Heard>,
     },
     /// Nothing was sent of it: judge it again.
     Returned(Returned),

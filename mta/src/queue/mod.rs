@@ -19,5 +19,7 @@ pub mod snapshot;
 mod state;
 mod target;
 
-pub use state::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
+pub use state::{
+    Action, ConnEnd, Event, LimitView, Limited, Now, QueueConfig, QueueState, Remembered,
+};
 pub use target::DEPTH;

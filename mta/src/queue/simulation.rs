@@ -427,6 +427,7 @@ impl World {
                 job.id,
                 Fate::Recorded {
                     delivered: result == AttemptResult::Delivered,
+                    heard: None,
                 },
             ),
             20,
@@ -555,6 +556,7 @@ impl World {
                 let at = self.person(attempt.message.batch, attempt.place);
                 self.fact(at, attempt.number, attempt.result);
             }
+            Action::Limits(_) | Action::Throttled(..) | Action::Keep(_) => {}
             Action::Drained => self.drained = true,
         }
     }

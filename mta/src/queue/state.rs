@@ -5,9 +5,12 @@
 
 mod dispatch;
 mod leasing;
+mod limits;
 mod ranges;
 mod snapshot;
 mod sources;
+
+pub use limits::{LimitView, Limited, Remembered};
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +20,8 @@ use model::units::Rate;
 use model::{Attempt, BatchId, Domain, MessageId, Place, Timestamp};
 use service::config::AmbiguousPolicy;
 use service::config::shaping::ShapingFile;
-use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Want};
+use service::metrics::ThrottleReason;
+use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Suspension, Want};
 
 use super::control::ControlView;
 use super::decide::{Finding, decide};
@@ -27,7 +31,7 @@ use super::pool::{Pool, Pools};
 use super::target::{Conn, Dest};
 use crate::classify::Notice;
 use crate::resolve::Route;
-use crate::shaping::{Destination, Pacer, SharedPacer, Spread, destination_of};
+use crate::shaping::{Destination, Kept, Pacer, SharedPacer, Spread, destination_of};
 use crate::tlspolicy::Security;
 
 /// Lookups of domains under way.
@@ -114,7 +118,10 @@ pub enum Event {
     /// What became of a message.
     Report(JobId, Fate),
     /// A destination asks for less, or wants none of this source, by what it said on a connection.
-    Noticed(ConnId, Box<Notice>),
+    /// With when the message that it answers was begun, if it answers one.
+    Noticed(ConnId, Box<Notice>, Option<Instant>),
+    /// What is kept of limits from former runs, and by other nodes.
+    Remembered(Vec<Remembered>),
     /// A connection takes no more messages and is about to be gone.
     Closing(ConnId),
     /// A connection is gone; all its messages have been reported, or will be.
@@ -176,6 +183,8 @@ pub enum Action {
         policy: Arc<Policy>,
         /// From which source.
         source: usize,
+        /// What it takes from to begin a message.
+        permits: SharedPacer,
     },
     /// Compose a message and hand it to its connection.
     Send(Job),
@@ -188,6 +197,12 @@ pub enum Action {
         /// When its batch was released.
         released_at: Timestamp,
     },
+    /// The limits of a destination as they hold now.
+    Limits(Box<Limited>),
+    /// A destination has work that this kept waiting lately.
+    Throttled(Destination, ThrottleReason),
+    /// To be kept over a restart; without a value there is nothing to keep any more.
+    Keep(Vec<(Destination, usize, Option<Kept>)>),
     /// Everything is handed back and no connection is left.
     Drained,
 }
@@ -277,6 +292,14 @@ pub struct QueueState {
     held: HashMap<Box<str>, Instant>,
     /// Egress sources that cannot connect, by index.
     sources_down: HashMap<usize, sources::Down>,
+    /// Domains whose destination is suspended or paused, likewise.
+    barred: HashMap<Box<str>, Destination>,
+    /// By destination, in the words of operators.
+    suspensions: HashMap<Box<str>, Suspension>,
+    /// Limits of former runs, for destinations that have no work yet.
+    remembered: HashMap<(Destination, usize), Kept>,
+    limits_at: Instant,
+    keep_at: Instant,
     paused_until: Option<Instant>,
     asking: Asking,
     look_at: Instant,
@@ -313,6 +336,11 @@ impl QueueState {
             starved: VecDeque::new(),
             held: HashMap::new(),
             sources_down: HashMap::new(),
+            barred: HashMap::new(),
+            suspensions: HashMap::new(),
+            remembered: HashMap::new(),
+            limits_at: now,
+            keep_at: now,
             paused_until: None,
             asking: Asking::No,
             look_at: now,
@@ -340,6 +368,7 @@ impl QueueState {
         let mut out = Vec::new();
         self.tick_ranges(now, &mut out);
         self.tick_contents(now, &mut out);
+        self.tick_limits(now, &mut out);
         self.held.retain(|_, until| *until > now.instant);
         let Self { paces, batches, .. } = self;
         paces.retain(|batch, pace| batches.contains_key(batch) || !pace.is_idle(now.instant));
@@ -415,7 +444,10 @@ impl QueueState {
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
             Event::Ready(conn, security) => self.on_ready(conn, security),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
-            Event::Noticed(conn, notice) => self.on_notice(conn, &notice),
+            Event::Noticed(conn, notice, began) => {
+                self.on_notice(conn, &notice, began, now, out);
+            }
+            Event::Remembered(all) => self.on_remembered(all),
             Event::Closing(conn) => self.on_closing(conn),
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),
@@ -470,16 +502,24 @@ impl QueueState {
                     until: now.instant + ttl,
                 };
                 let policy = Arc::new(policy(&self.config, destination.clone(), limits));
-                let dest = self.dests.entry(destination.clone()).or_insert_with(|| {
-                    Dest::new(
-                        Arc::clone(&policy),
-                        &self.config.pools.sources(),
-                        self.started,
-                        now.instant,
-                    )
+                let Self {
+                    dests,
+                    remembered,
+                    config,
+                    started,
+                    ..
+                } = self;
+                let dest = dests.entry(destination.clone()).or_insert_with(|| {
+                    let sources = config.pools.sources();
+                    let mut dest = Dest::new(Arc::clone(&policy), &sources, *started, now.instant);
+                    dest.recall(
+                        |source| remembered.remove(&(destination.clone(), source)),
+                        now,
+                    );
+                    dest
                 });
                 if dest.policy.limits != policy.limits {
-                    dest.change(policy);
+                    dest.change(policy, now.instant);
                 }
                 if !dest.lanes.iter().any(|lane| **lane == *domain.as_str()) {
                     dest.lanes.push_back(domain.as_str().into());
@@ -592,8 +632,8 @@ impl QueueState {
             Control::Suppressed(_) | Control::Unsuppressed { .. } => {}
             // The tracker's.
             Control::Archived(_) | Control::Unarchived(_) => {}
-            // Looked up with the destination's limits.
-            Control::DestinationSuspended(_) | Control::DestinationResumed(_) => {}
+            Control::DestinationSuspended(suspension) => self.on_suspended(suspension, now, out),
+            Control::DestinationResumed(destination) => self.on_unsuspended(destination, now),
         }
     }
 

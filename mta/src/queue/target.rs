@@ -1,15 +1,16 @@
 //! Destinations at work: their connections per egress source, and what holds them back.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use service::config::TlsPolicy;
+use service::config::shaping::Limits;
 
 use super::job::{ConnId, Policy};
 use super::pace::Pace;
 use crate::resolve::Route;
-use crate::shaping::Pacer;
+use crate::shaping::{self, InForce, Kept, Limiter, Pacer, SharedPacer};
 use crate::tlspolicy::Security;
 
 /// Messages that a connection has at a time: one whose reply is awaited, one whose envelope went
@@ -49,8 +50,19 @@ pub(super) struct Dest {
 pub(super) struct Target {
     /// Index of the source.
     pub(super) source: usize,
-    /// When the next messages may start: a plan, which the connection's own permit enforces.
+    /// What moves its limits, and those in force.
+    pub(super) limiter: Limiter,
+    pub(super) in_force: InForce,
+    /// When the next messages may start: a plan, which the permits enforce.
     pub(super) plan: Pacer,
+    /// What its connections take from to begin a message.
+    pub(super) permits: SharedPacer,
+    /// When the next connection may be opened.
+    opens: Pacer,
+    /// Messages handed out and not reported.
+    pub(super) out: u32,
+    /// It may have changed since it was written down.
+    pub(super) is_news: bool,
     pub(super) conns: Vec<ConnId>,
     /// What was handed out, each message by the share that its pool gives the source.
     charge: u64,
@@ -81,7 +93,7 @@ impl Carrier {
 /// A connection as the queue sees it.
 #[derive(Debug)]
 pub(super) struct Conn {
-    pub(super) destination: crate::shaping::Destination,
+    pub(super) destination: shaping::Destination,
     /// Index of the target in its destination.
     pub(super) target: usize,
     /// Index of the source.
@@ -118,15 +130,23 @@ impl Conn {
 }
 
 impl Dest {
+    /// `started` is when this process began: what a former one sent is not known.
     pub(super) fn new(
         policy: Arc<Policy>,
         sources: &[usize],
         started: Instant,
         now: Instant,
     ) -> Self {
+        let limits = &policy.limits;
         let target = |&source: &usize| Target {
             source,
-            plan: Pacer::exhausted(policy.limits.rate, started),
+            limiter: Limiter::new(limits, now),
+            in_force: InForce::base(limits),
+            plan: Pacer::exhausted(limits.rate, started),
+            permits: Arc::new(Mutex::new(Pacer::exhausted(limits.rate, started))),
+            opens: Pacer::exhausted(opening(limits), started),
+            out: 0,
+            is_news: false,
             conns: Vec::new(),
             charge: 0,
             open_after: None,
@@ -144,11 +164,34 @@ impl Dest {
     }
 
     /// Other limits hold from now on.
-    pub(super) fn change(&mut self, policy: Arc<Policy>) {
+    pub(super) fn change(&mut self, policy: Arc<Policy>, now: Instant) {
         for target in &mut self.targets {
-            target.plan.change(policy.limits.rate);
+            target.limiter.configure(&policy.limits, now);
+            target.opens.change(opening(&policy.limits));
+            target.take_over();
         }
         self.policy = policy;
+    }
+
+    /// Takes up what was kept of its limits, by source.
+    pub(super) fn recall(
+        &mut self,
+        mut kept: impl FnMut(usize) -> Option<Kept>,
+        now: super::state::Now,
+    ) {
+        for target in &mut self.targets {
+            if let Some(kept) = kept(target.source) {
+                target.limiter.restore(&kept, now.into());
+                target.take_over();
+            }
+        }
+    }
+
+    /// Until when no source may send to it for what it answered.
+    pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
+        let paused = |target: &Target| target.in_force.paused_until.filter(|until| *until > now);
+        let until: Option<Vec<_>> = self.targets.iter().map(paused).collect();
+        until.and_then(|until| until.into_iter().min())
     }
 
     /// Whether it is left alone at `now`.
@@ -208,7 +251,10 @@ impl Dest {
     pub(super) fn is_idle(&self, now: Instant) -> bool {
         let quiet = |target: &Target| {
             target.conns.is_empty()
-                && target.plan.free_at(now) <= now
+                && !target.is_news
+                && target.limiter.is_at_rest(now)
+                && target.plan.is_fresh(now)
+                && target.opens.is_fresh(now)
                 && target.open_after.is_none_or(|at| at <= now)
         };
         // The count of failures outlives the hold, or back-off would never grow.
@@ -221,13 +267,40 @@ impl Dest {
 
 impl Target {
     /// Whether a message may be handed out now.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.plan.free_at(now) <= now + HORIZON
+    pub(super) fn is_due(&self, limits: &Limits, now: Instant) -> bool {
+        !self.in_force.is_paused(now)
+            && limits.in_flight.is_none_or(|most| self.out < most)
+            && self.plan.free_at(now) <= now + HORIZON
     }
 
     /// Whether a connection may be opened now as far as this target's past goes.
     pub(super) fn may_open(&self, now: Instant) -> bool {
-        self.open_after.is_none_or(|at| at <= now)
+        self.open_after.is_none_or(|at| at <= now) && self.opens.free_at(now) <= now
+    }
+
+    /// A connection is being opened.
+    pub(super) fn opened(&mut self, conn: ConnId, now: Instant) {
+        self.conns.push(conn);
+        self.opens.reserve(now);
+    }
+
+    /// The limits of its limiter hold from now on.
+    pub(super) fn take_over(&mut self) {
+        self.in_force = self.limiter.in_force();
+        self.is_news = true;
+        let pace = self.in_force.pace;
+        if self.plan.pace() != pace {
+            self.plan.change(pace);
+        }
+        let mut permits = self.permits.lock().unwrap_or_else(PoisonError::into_inner);
+        if permits.pace() != pace {
+            permits.change(pace);
+        }
+    }
+
+    /// Connections, as limits count them.
+    pub(super) fn open(&self) -> u32 {
+        u32::try_from(self.conns.len()).unwrap_or(u32::MAX)
     }
 
     /// When a connection may be opened again, if not now.
@@ -237,6 +310,7 @@ impl Target {
 
     pub(super) fn handed_out(&mut self, weight: u32, now: Instant) {
         self.charge += CHARGE / u64::from(weight.max(1));
+        self.out += 1;
         self.plan.reserve(now);
     }
 
@@ -253,4 +327,9 @@ impl Target {
         self.breaks = self.breaks.saturating_add(1);
         self.open_after = Some(now + wait);
     }
+}
+
+/// Connections are opened one by one, whatever the unit of their rate.
+fn opening(limits: &Limits) -> shaping::Pace {
+    shaping::Pace::Even(limits.new_connections.per_second())
 }

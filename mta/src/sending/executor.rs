@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use model::Domain;
 use service::clock::SharedClock;
-use service::metrics::{LimitKind, Metrics, ThrottleReason};
+use service::metrics::{Metrics, ThrottleReason};
 use service::tasks::{Shutdown, Stage, Tasks};
 use store::BatchHead;
 use tokio::sync::mpsc;
@@ -14,12 +14,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Ask;
 use super::asking::{Asking, Question};
+use super::limits::LimitNotes;
 use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
 use crate::explain::troubles::Troubles;
-use crate::queue::job::{ConnId, Fate, Job, Policy, Returned};
-use crate::queue::{Action, ConnEnd, DEPTH, Event, Now, QueueState};
-use crate::resolve::{Resolver, Route};
+use crate::queue::job::{ConnId, Fate, Job, Returned};
+use crate::queue::{Action, ConnEnd, DEPTH, Event, Limited, Now, QueueState};
+use crate::resolve::Resolver;
 use crate::shaping::Destination;
 use crate::ship::{Recorder, ShipCommand};
 use crate::tlspolicy::Policies;
@@ -36,6 +37,7 @@ pub(super) struct Parts {
     pub(super) queue: mpsc::Sender<Event>,
     pub(super) ship: mpsc::Sender<ShipCommand>,
     pub(super) asking: Asking,
+    pub(super) limits: LimitNotes,
     pub(super) resolver: Arc<Resolver>,
     pub(super) policies: Arc<Policies>,
     pub(super) contents: Arc<Contents>,
@@ -88,8 +90,8 @@ impl Executor {
 
     /// Runs until everything is handed back after the end was asked for, or the drain goes on
     /// without.
-    pub(super) async fn run(mut self, first: Event) {
-        self.apply(vec![first]);
+    pub(super) async fn run(mut self, first: Vec<Event>) {
+        self.apply(first);
         let mut ticks = tokio::time::interval(QueueState::TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let shutdown = self.parts.shutdown.clone();
@@ -244,7 +246,23 @@ impl Executor {
                 route,
                 policy,
                 source,
-            } => self.open(conn, route, policy, source),
+                permits,
+            } => {
+                let (jobs, receiver) = mpsc::channel(DEPTH);
+                let quit = CancellationToken::new();
+                self.open(
+                    jobs,
+                    Plan {
+                        conn,
+                        route,
+                        policy,
+                        source,
+                        permits,
+                        jobs: receiver,
+                        quit,
+                    },
+                );
+            }
             Action::Send(job) => self.send(job),
             Action::Close(conn) => {
                 if let Some(wiring) = self.conns.get(&conn) {
@@ -255,47 +273,35 @@ impl Executor {
                 attempt,
                 released_at,
             } => self.parts.recorder.outcome(*attempt, released_at),
+            Action::Limits(limited) => self.show_limits(&limited),
+            Action::Throttled(destination, reason) => {
+                let label = self.parts.metrics.destination(destination.as_str());
+                self.parts.metrics.throttled(&label, reason).inc();
+            }
+            Action::Keep(limits) => self.parts.limits.keep(limits, self.now()),
             Action::Drained => self.drained = true,
         }
     }
 
-    fn open(&mut self, conn: ConnId, route: Arc<Route>, policy: Arc<Policy>, source: usize) {
-        let (jobs, receiver) = mpsc::channel(DEPTH);
-        let quit = CancellationToken::new();
-        self.show_limits(&policy);
+    fn open(&mut self, jobs: mpsc::Sender<Composed>, plan: Plan) {
         let wiring = Wiring {
             jobs,
-            quit: quit.clone(),
-            destination: policy.destination.clone(),
+            quit: plan.quit.clone(),
+            destination: plan.policy.destination.clone(),
         };
-        self.conns.insert(conn, wiring);
-        let plan = Plan {
-            conn,
-            route,
-            policy,
-            source,
-            jobs: receiver,
-            quit,
-        };
+        self.conns.insert(plan.conn, wiring);
         let run = Arc::clone(&self.parts.deliver).run(plan);
         self.parts.tasks.spawn("smtp", run);
     }
 
-    /// Limits in force and configured; until limits adapt they are the same.
-    fn show_limits(&self, policy: &Policy) {
-        let (metrics, limits) = (&self.parts.metrics, &policy.limits);
-        let label = metrics.destination(policy.destination.as_str());
-        let values = [
-            (LimitKind::Connections, f64::from(limits.connections)),
-            (LimitKind::Rate, limits.rate.per_second()),
-            (
-                LimitKind::MessagesPerConnection,
-                f64::from(limits.messages_per_connection),
-            ),
-        ];
-        for (kind, value) in values {
-            metrics.limit(&label, kind, value, value);
+    /// Shows the limits of a destination, and tells what changed.
+    fn show_limits(&self, limited: &Limited) {
+        let metrics = &self.parts.metrics;
+        let label = metrics.destination(limited.destination.as_str());
+        for (kind, in_force, base) in limited.values {
+            metrics.limit(&label, kind, in_force, base);
         }
+        self.parts.limits.changed(limited, self.now());
     }
 
     fn send(&mut self, job: Job) {

@@ -5,6 +5,7 @@
 
 mod asking;
 mod executor;
+mod limits;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use service::config::shaping::ShapingFile;
 use service::config::{Dns as DnsConfig, Pool, Smtp};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
-use store::Store;
+use store::{Control, Store};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +38,7 @@ use crate::tlspolicy::{Policies, PoliciesDeps};
 use crate::trace::Traces;
 use asking::Asking;
 use executor::{Executor, Parts};
+use limits::LimitNotes;
 
 /// Events that wait for the queue; connections wait when it is full.
 const EVENTS_MAX: usize = 4_096;
@@ -239,6 +241,13 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         troubles,
         ship,
         asking: Asking::start(&deps, &queue),
+        limits: LimitNotes::start(
+            Arc::clone(&deps.store),
+            deps.clock.clone(),
+            &deps.smtp.sources,
+            &deps.tasks,
+            deps.shutdown.clone(),
+        ),
         queue: queue.clone(),
         resolver,
         policies,
@@ -336,11 +345,12 @@ async fn begin(
     let asked_before_leasing = async {
         let mark = asking::until_answered(|| deps.store.high_water(deps.journal.id())).await;
         let page = asking::until_answered(|| deps.store.control(None)).await;
+        let limits = known_limits(&deps).await;
         let mut shipper = Shipper::new(ship, mark, starts);
         let back = shipper.catch_up(deps.lease).await;
-        (page.next, shipper, back)
+        (page.next, limits, shipper, back)
     };
-    let (cursor, shipper, back) = tokio::select! {
+    let (cursor, mut events, shipper, back) = tokio::select! {
         found = asked_before_leasing => found,
         () = deps.shutdown.begun() => {
             tracing::info!("ended before the store answered; facts of the last run stay in the journal");
@@ -367,6 +377,23 @@ async fn begin(
         async move { follower.run(cursor, &shutdown).await },
     );
     deps.tasks.spawn("ship", shipper.run());
-    executor.run(Event::Leased { ranges, asked_at }).await;
+    events.push(Event::Leased { ranges, asked_at });
+    executor.run(events).await;
     drop(hold);
+}
+
+/// What is known of limits before the first message: those that former runs learnt, and the
+/// suspensions of operators.
+async fn known_limits(deps: &SendingDeps) -> Vec<Event> {
+    let (store, sources) = (&*deps.store, &deps.smtp.sources);
+    let remembered =
+        asking::until_answered(|| limits::remembered(store, sources, deps.clock.now())).await;
+    let suspensions = asking::until_answered(|| store.suspensions(deps.clock.now())).await;
+    let suspended = suspensions
+        .into_iter()
+        .map(|suspension| Event::Control(Control::DestinationSuspended(suspension)));
+    [Event::Remembered(remembered)]
+        .into_iter()
+        .chain(suspended)
+        .collect()
 }

@@ -1,12 +1,20 @@
 //! Limits of a destination: which one a domain belongs to, what holds there, and the permits.
 //!
 //! Owns the arithmetic of limits. Must not resolve, dial, or decide which message is next. Limits
-//! hold per destination *and* egress source; adaptation, fairness and warm-up will live here too.
+//! hold per destination *and* egress source, and follow what the destination answers.
 
+mod adaptive;
+mod counts;
+mod limiter;
+mod memory;
 mod pacer;
+#[cfg(test)]
+mod simulation;
 mod spread;
 
-pub use pacer::Pacer;
+pub use limiter::{Because, Change, Heard, InForce, Limiter, Reason, Sign};
+pub use memory::{Kept, Moment};
+pub use pacer::{Pace, Pacer};
 pub use spread::Spread;
 
 use std::fmt;

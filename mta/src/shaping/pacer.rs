@@ -14,14 +14,41 @@ const LOG_MAX: u32 = 1_024;
 /// longer on its way than one a second later would fall into the other's second.
 const ON_THE_WAY: Duration = Duration::from_millis(50);
 
-/// Permits for one rate.
-///
-/// A rate per second may burst: any N at once, but no window of a second holds more than N, there
-/// neither. A rate
-/// per minute, hour or day is spread evenly, so that `100/h` never means a hundred in one breath.
+/// Evenly spread permits come no more often than this: faster ones come several at a time.
+const SLICE: f64 = 0.02;
+
+/// How often something may happen, and how it is spread.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Pace {
+    /// As an operator wrote it. `N/s` may burst: any N at once, but no window of a second holds
+    /// more than N, at the destination neither. A rate per minute, hour or day is spread evenly,
+    /// so that `100/h` never means a hundred in one breath.
+    Configured(Rate),
+    /// So many in a second, more than 0, evenly spread, so that a receiver that counts by windows
+    /// of any kind finds the same in each. Infinite: no limit.
+    Even(f64),
+}
+
+impl Pace {
+    /// How many in a second; infinite when unlimited.
+    pub fn per_second(self) -> f64 {
+        match self {
+            Self::Configured(rate) => rate.per_second(),
+            Self::Even(rate) => rate,
+        }
+    }
+}
+
+impl From<Rate> for Pace {
+    fn from(rate: Rate) -> Self {
+        Self::Configured(rate)
+    }
+}
+
+/// Permits for one pace.
 #[derive(Debug, Clone)]
 pub struct Pacer {
-    rate: Rate,
+    pace: Pace,
     /// How many a window holds; zero stands for no limit.
     count: usize,
     window: Duration,
@@ -29,6 +56,8 @@ pub struct Pacer {
     taken: VecDeque<Instant>,
     /// Permits in use by commands of which nobody knows when the destination will read them.
     under_way: usize,
+    /// No permit before: a pace that was left behind gave too many.
+    not_before: Option<Instant>,
 }
 
 /// At most this part of a rate is given to commands that travel behind others.
@@ -37,39 +66,69 @@ const BEHIND_PART: usize = 4;
 impl Pacer {
     /// A pacer whose last window, up to `now`, counts as used up: what this process sent before it
     /// was restarted is not known, and a restart must not double a rate.
-    pub fn exhausted(rate: Rate, now: Instant) -> Self {
-        let mut pacer = Self::new(rate);
+    pub fn exhausted(pace: impl Into<Pace>, now: Instant) -> Self {
+        let mut pacer = Self::new(pace);
         pacer.taken.extend(std::iter::repeat_n(now, pacer.count));
         pacer
     }
 
     /// A pacer that has given no permit.
-    pub fn new(rate: Rate) -> Self {
-        let (count, window) = shape(rate);
+    pub fn new(pace: impl Into<Pace>) -> Self {
+        let pace = pace.into();
+        let (count, window) = shape(pace);
         Self {
-            rate,
+            pace,
             count,
             window,
             taken: VecDeque::with_capacity(count),
             under_way: 0,
+            not_before: None,
         }
     }
 
-    /// The rate it keeps.
-    pub fn rate(&self) -> Rate {
-        self.rate
+    /// The pace it keeps.
+    pub fn pace(&self) -> Pace {
+        self.pace
     }
 
-    /// Keeps another rate from now on; permits given under the old one count.
-    pub fn change(&mut self, rate: Rate) {
-        self.rate = rate;
-        (self.count, self.window) = shape(rate);
+    /// Keeps another pace from now on; permits given under the old one count.
+    pub fn change(&mut self, pace: impl Into<Pace>) {
+        let pace = pace.into();
+        self.pace = pace;
+        let was_full = self.taken.len() + self.under_way >= self.count;
+        (self.count, self.window) = shape(pace);
+        let Some(last) = self.taken.back().copied() else {
+            return;
+        };
+        self.not_before = self.not_before.max(self.paid_at(last));
         let surplus = self.taken.len().saturating_sub(self.count);
         self.taken.drain(..surplus);
+        // A full log may have forgotten older ones: they count as given with its oldest.
+        let oldest = self.taken.front().copied().filter(|_| was_full);
+        while let Some(oldest) = oldest.filter(|_| self.taken.len() < self.count) {
+            self.taken.push_front(oldest);
+        }
+    }
+
+    /// When what the second up to `last` held is paid for at the new pace: counted from any of
+    /// them on, they must fit into the time since. After a second nobody counts them any more.
+    fn paid_at(&self, last: Instant) -> Option<Instant> {
+        let second = Duration::from_secs(1) + ON_THE_WAY;
+        let each = self.window / u32::try_from(self.count.max(1)).unwrap_or(1);
+        let lately = self.taken.iter().rev().zip(1..);
+        let owed = lately.take_while(|(at, _)| **at + second > last);
+        let paid = owed
+            .map(|(at, count)| *at + each.saturating_mul(count))
+            .max()?;
+        Some(paid.min(last + second))
     }
 
     /// When the next permit is free; not before `now`.
     pub fn free_at(&self, now: Instant) -> Instant {
+        let now = match self.not_before {
+            Some(at) if self.count > 0 => now.max(at),
+            Some(_) | None => now,
+        };
         let room = self.count.saturating_sub(self.under_way);
         if self.count == 0 || self.taken.len() < room {
             return now.max(self.taken.back().copied().unwrap_or(now));
@@ -83,7 +142,12 @@ impl Pacer {
     /// done with what was sent before. It counts as taken in every window from now until
     /// [`Self::arrived`], which must follow, and in the window after that. False if too much of the
     /// rate is in use: then the command has to wait until nothing is before it.
+    ///
+    /// An even pace found by adaptation has no second to keep to: there it counts as taken now.
     pub fn take_behind(&mut self, now: Instant) -> bool {
+        if let Pace::Even(_) = self.pace {
+            return self.take(now).is_ok();
+        }
         let is_free = self.count == 0
             || (self.under_way < self.count / BEHIND_PART && self.free_at(now) <= now);
         self.under_way += usize::from(is_free);
@@ -92,7 +156,11 @@ impl Pacer {
 
     /// What a permit of [`Self::take_behind`] was for has been read at the latest `now`.
     pub fn arrived(&mut self, now: Instant) {
-        self.under_way = self.under_way.saturating_sub(1);
+        if self.under_way == 0 {
+            // Counted when it was taken.
+            return;
+        }
+        self.under_way -= 1;
         let latest = self.taken.back().copied().unwrap_or(now);
         self.note(now.max(latest));
     }
@@ -100,7 +168,8 @@ impl Pacer {
     /// Whether no permit lies in the window that ends at `now`.
     pub fn is_fresh(&self, now: Instant) -> bool {
         let latest = self.taken.back();
-        latest.is_none_or(|at| *at + self.window <= now)
+        let is_paid = self.not_before.is_none_or(|at| at <= now);
+        self.under_way == 0 && is_paid && latest.is_none_or(|at| *at + self.window <= now)
     }
 
     /// Takes a permit if one is free at `now`.
@@ -135,22 +204,42 @@ impl Pacer {
     }
 }
 
-/// How many permits in which window keep `rate`.
-fn shape(rate: Rate) -> (usize, Duration) {
+/// How many permits in which window keep `pace`.
+fn shape(pace: Pace) -> (usize, Duration) {
     let second = Duration::from_secs(1);
-    match rate {
-        Rate::Unlimited => (0, Duration::ZERO),
-        Rate::Limited { count, per } if per > second => (1, per / count),
-        // k parts of a second, each with the k-th part: any second touches at most k whole ones.
-        Rate::Limited { count, per } => {
-            let parts = count.div_ceil(LOG_MAX);
-            // Rounded up: a part too short by a nanosecond would let one too many in.
-            (
-                (count / parts) as usize,
-                (per + ON_THE_WAY) / parts + Duration::from_nanos(u64::from(parts > 1)),
-            )
+    match pace {
+        Pace::Configured(Rate::Unlimited) => (0, Duration::ZERO),
+        Pace::Configured(Rate::Limited { count, per }) if per > second => (1, per / count),
+        Pace::Configured(Rate::Limited { count, per }) => in_parts(count, per + ON_THE_WAY),
+        Pace::Even(rate) if rate.is_infinite() => (0, Duration::ZERO),
+        Pace::Even(rate) => {
+            let slice = whole(rate * SLICE);
+            (slice as usize, lasts(f64::from(slice), rate))
         }
     }
+}
+
+/// k parts of a window, each with the k-th part: any window touches at most k whole ones.
+fn in_parts(count: u32, window: Duration) -> (usize, Duration) {
+    let parts = count.div_ceil(LOG_MAX);
+    // Rounded up: a part too short by a nanosecond would let one too many in.
+    let each = window / parts + Duration::from_nanos(u64::from(parts > 1));
+    ((count / parts) as usize, each)
+}
+
+/// How long so many take, within what a [`Duration`] can hold.
+fn lasts(count: f64, rate: f64) -> Duration {
+    Duration::from_secs_f64((count / rate.max(f64::MIN_POSITIVE)).clamp(1e-9, 3e9))
+}
+
+/// The next whole number, at least 1.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the cast saturates, and a rate that high is none"
+)]
+fn whole(rate: f64) -> u32 {
+    rate.ceil().max(1.0) as u32
 }
 
 #[cfg(test)]
@@ -214,6 +303,26 @@ mod tests {
     }
 
     #[test]
+    fn an_even_pace_is_even_and_slices_are_short() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::new(Pace::Even(9.5));
+        let at: Vec<_> = (0..20).map(|_| pacer.reserve(start)).collect();
+        for pair in at.windows(2) {
+            assert_eq!((pair[1] - pair[0]).as_millis(), 105);
+        }
+        let mut fast = Pacer::new(Pace::Even(1_000.0));
+        assert_eq!((0..20).filter(|_| fast.take(start).is_ok()).count(), 20);
+        assert_eq!(fast.take(start), Err(start + Duration::from_millis(20)));
+        assert_eq!(Pacer::new(Pace::Even(f64::INFINITY)).take(start), Ok(()));
+        let mut behind = Pacer::new(Pace::Even(10.0));
+        assert!(behind.take_behind(start) && !behind.take_behind(start));
+        behind.arrived(start + SECOND);
+        assert!(behind.take_behind(start + Duration::from_millis(100)));
+        let slow = Pacer::exhausted(Pace::Even(1.0 / 60.0), start);
+        assert_eq!(slow.free_at(start), start + Duration::from_secs(60));
+    }
+
+    #[test]
     fn a_changed_rate_holds_at_once() {
         let start = SystemClock.instant();
         let mut pacer = Pacer::new(rate("10/s"));
@@ -249,6 +358,44 @@ mod tests {
                     taken.pop_front();
                 }
                 prop_assert!(taken.len() <= count as usize, "{} in a second", taken.len());
+            }
+        }
+
+        /// Whatever the changes, no second holds more than the highest pace that held in it.
+        #[test]
+        fn a_change_opens_no_gap(
+            paces in proptest::collection::vec((1_u32..60, any::<bool>(), 100_u64..4_000), 1..12),
+        ) {
+            let second = Duration::from_secs(1);
+            let mut now = SystemClock.instant();
+            let mut pacer: Option<Pacer> = None;
+            let mut taken: Vec<Instant> = Vec::new();
+            let mut held: Vec<(Instant, Instant, f64)> = Vec::new();
+            for (rate, even, millis) in paces {
+                let pace = match even {
+                    true => Pace::Even(f64::from(rate) - 0.5),
+                    false => Pace::Configured(Rate::Limited { count: rate, per: second }),
+                };
+                match &mut pacer {
+                    Some(pacer) => pacer.change(pace),
+                    None => pacer = Some(Pacer::new(pace)),
+                }
+                let end = now + Duration::from_millis(millis);
+                held.push((now, end, pace.per_second()));
+                let permits = pacer.as_mut().expect("made");
+                while now < end {
+                    match permits.take(now) {
+                        Ok(()) => taken.push(now),
+                        Err(at) => now = at.min(end),
+                    }
+                }
+            }
+            for (at, first) in taken.iter().enumerate() {
+                let count = taken[at..].iter().take_while(|then| **then < *first + second).count();
+                // What a higher pace left behind just before is paid for in its own time.
+                let about = held.iter().filter(|(from, to, _)| *from < *first + second && *to + second > *first);
+                let highest = about.map(|(_, _, pace)| pace.ceil()).fold(0.0, f64::max);
+                prop_assert!(f64::from(u32::try_from(count).expect("few")) <= highest + 1.0, "{count} at {highest}");
             }
         }
 

@@ -296,6 +296,14 @@ impl<'r> Section<'r> {
         self.table.is_some_and(|table| table.contains_key(key))
     }
 
+    /// The line of the file at which `key` was typed.
+    pub(crate) fn line(&self, key: &str) -> Option<u32> {
+        match self.table?.get(key)?.origin {
+            Origin::Line(line) => Some(line),
+            Origin::Env { .. } => None,
+        }
+    }
+
     /// Whether `key` was typed as an array with nothing in it.
     pub(crate) fn is_empty_list(&self, key: &str) -> bool {
         let item = self.table.and_then(|table| table.get(key));

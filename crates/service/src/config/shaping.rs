@@ -31,8 +31,16 @@ pub struct ShapingFile {
 pub struct Limits {
     /// Open at once; at least 1.
     pub connections: u32,
+    /// Ceiling of adaptation, never below `connections`.
+    pub max_connections: u32,
     /// Then the connection is closed; at least 1.
     pub messages_per_connection: u32,
+    /// Connections opened, evenly spread whatever the unit.
+    pub new_connections: Rate,
+    /// Messages begun and not answered, over all connections; `None`: as many as those carry.
+    pub in_flight: Option<u32>,
+    /// How long a connection without work is kept; `None`: `smtp.timeouts.idle`.
+    pub idle: Option<Duration>,
     /// MAIL commands, to start with.
     pub rate: Rate,
     /// Ceiling of adaptation, never below `rate`.
@@ -45,6 +53,26 @@ pub struct Limits {
     pub retry: Vec<Duration>,
     /// How long after release a recipient is given up.
     pub expire: Duration,
+    /// Where each limit was typed.
+    pub lines: Lines,
+}
+
+/// Lines of the file, from 1, at which limits were typed, in the section itself or the one that it
+/// inherits from; `None`: a default of ours.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lines {
+    /// `connections`
+    pub connections: Option<u32>,
+    /// `messages_per_connection`
+    pub messages_per_connection: Option<u32>,
+    /// `new_connections`
+    pub new_connections: Option<u32>,
+    /// `in_flight`
+    pub in_flight: Option<u32>,
+    /// `rate`
+    pub rate: Option<u32>,
+    /// `max_rate`
+    pub max_rate: Option<u32>,
 }
 
 /// One of `[[provider]]`: domains whose MX hosts all match share one destination.
@@ -101,13 +129,18 @@ impl Default for Limits {
         }
         Self {
             connections: 5,
+            max_connections: 5,
             messages_per_connection: 50,
+            new_connections: Rate::Unlimited,
+            in_flight: None,
+            idle: None,
             rate: per_second(5),
             max_rate: per_second(20),
             adaptive: true,
             tls: TlsPolicy::Opportunistic,
             retry: [5, 10, 20, 40, 60, 120, 240].map(minutes).to_vec(),
             expire: minutes(72 * 60),
+            lines: Lines::default(),
         }
     }
 }
@@ -157,40 +190,91 @@ pub(super) fn shaping(root: &mut Section<'_>) -> ShapingFile {
     }
 }
 
-/// What this section says, the rest as in `outer`. A section that sets its rate has its own ceiling.
+/// What this section says, the rest as in `outer`. A section that sets its rate or connections has
+/// its own ceiling.
 fn limits(section: &mut Section<'_>, outer: &Limits) -> Limits {
-    let rate = section.optional::<Rate>("rate");
-    let inherited = match rate {
-        Some(rate) => four_times(rate),
-        None => outer.max_rate,
-    };
-    let rate = rate.unwrap_or(outer.rate);
+    let (rate, max_rate) = rates(section, outer);
+    let (connections, max_connections) = connections(section, outer);
+    let messages = section.checked("messages_per_connection", positive);
+    let in_flight = section.optional::<Bound>("in_flight");
+    let idle = section.checked("idle", |idle: &Duration| match idle.is_zero() {
+        true => Err("0 would close connections under the messages that wait".to_owned()),
+        false => Ok(()),
+    });
+    Limits {
+        connections,
+        max_connections,
+        messages_per_connection: messages.unwrap_or(outer.messages_per_connection),
+        new_connections: section.value("new_connections", outer.new_connections),
+        in_flight: in_flight.map_or(outer.in_flight, |bound| bound.0),
+        idle: idle.or(outer.idle),
+        rate,
+        max_rate,
+        adaptive: section.value("adaptive", outer.adaptive),
+        tls: section.value("tls", outer.tls),
+        retry: retry(section).unwrap_or_else(|| outer.retry.clone()),
+        expire: section.value("expire", outer.expire),
+        lines: lines(section, &outer.lines),
+    }
+}
+
+fn rates(section: &mut Section<'_>, outer: &Limits) -> (Rate, Rate) {
+    let own = section.optional::<Rate>("rate");
+    let rate = own.unwrap_or(outer.rate);
     let max_rate = section.checked("max_rate", |ceiling: &Rate| {
         match ceiling.per_second() >= rate.per_second() {
             true => Ok(()),
             false => Err(format!("{ceiling} is below the rate of {rate}")),
         }
     });
+    (
+        rate,
+        max_rate.unwrap_or(own.map_or(outer.max_rate, four_times)),
+    )
+}
+
+fn connections(section: &mut Section<'_>, outer: &Limits) -> (u32, u32) {
+    let own = section.checked("connections", positive);
+    let connections = own.unwrap_or(outer.connections);
+    let most = section.checked("max_connections", |most: &u32| match *most >= connections {
+        true => Ok(()),
+        false => Err(format!("{most} is below the {connections} connections")),
+    });
+    (connections, most.or(own).unwrap_or(outer.max_connections))
+}
+
+fn retry(section: &mut Section<'_>) -> Option<Vec<Duration>> {
     let retry = section.list::<Duration>("retry");
-    let retry_is_empty = section.is_empty_list("retry");
-    if retry_is_empty || retry.iter().flatten().any(Duration::is_zero) {
+    let is_empty = section.is_empty_list("retry");
+    if is_empty || retry.iter().flatten().any(Duration::is_zero) {
         section.mistake("retry", "needs at least one wait, and none of 0".to_owned());
     }
-    Limits {
-        connections: section
-            .checked("connections", positive)
-            .unwrap_or(outer.connections),
+    retry.filter(|waits| !waits.is_empty())
+}
+
+fn lines(section: &Section<'_>, outer: &Lines) -> Lines {
+    Lines {
+        connections: section.line("connections").or(outer.connections),
         messages_per_connection: section
-            .checked("messages_per_connection", positive)
-            .unwrap_or(outer.messages_per_connection),
-        rate,
-        max_rate: max_rate.unwrap_or(inherited),
-        adaptive: section.value("adaptive", outer.adaptive),
-        tls: section.value("tls", outer.tls),
-        retry: retry
-            .filter(|waits| !waits.is_empty())
-            .unwrap_or_else(|| outer.retry.clone()),
-        expire: section.value("expire", outer.expire),
+            .line("messages_per_connection")
+            .or(outer.messages_per_connection),
+        new_connections: section.line("new_connections").or(outer.new_connections),
+        in_flight: section.line("in_flight").or(outer.in_flight),
+        rate: section.line("rate").or(outer.rate),
+        max_rate: section.line("max_rate").or(outer.max_rate),
+    }
+}
+
+/// A count, or `"unlimited"`.
+struct Bound(Option<u32>);
+
+impl Meant for Bound {
+    fn meant(item: &Item) -> Result<Self, String> {
+        if matches!(&item.value, Value::String(text) if text == "unlimited") {
+            return Ok(Self(None));
+        }
+        let count = u32::meant(item).map_err(|wrong| format!("{wrong}, or \"unlimited\""))?;
+        positive(&count).map(|()| Self(Some(count)))
     }
 }
 

@@ -78,7 +78,12 @@ fn the_sample_shaping_file_shows_the_defaults() {
     let file = samples().join("shaping.toml");
     let text = std::fs::read_to_string(&file).expect("the sample");
     let shaping = shaping::ShapingFile::parse(&file, &text).expect("no mistake");
-    assert_eq!(shaping.default, shaping::Limits::default());
+    let without_lines = shaping::Limits {
+        lines: shaping::Lines::default(),
+        ..shaping.default.clone()
+    };
+    assert_eq!(without_lines, shaping::Limits::default());
+    assert!(shaping.default.lines.rate < shaping.providers[0].limits.lines.rate);
     assert!(
         shaping
             .providers

@@ -14,7 +14,7 @@ const SCAN_MAX: usize = 64;
 impl QueueState {
     /// Gives a destination's messages to its connections as far as its limits go.
     pub(super) fn pump(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) {
-        if self.draining || self.is_paused(now.instant) {
+        if self.draining || self.is_paused(now.instant) || self.is_barred(key, now) {
             return;
         }
         while self.hand_out(key, now, out) {}
@@ -41,16 +41,16 @@ impl QueueState {
         let Some(dest) = self.dests.get(key) else {
             return Vec::new();
         };
-        let max = dest.policy.limits.messages_per_connection;
         let mut found = Vec::new();
         for target in dest
             .by_share()
             .into_iter()
             .filter_map(|at| dest.targets.get(at))
         {
-            if !target.is_due(now) {
+            if !target.is_due(&dest.policy.limits, now) {
                 continue;
             }
+            let max = target.in_force.messages_per_connection;
             let conns = target
                 .conns
                 .iter()
@@ -214,10 +214,10 @@ impl QueueState {
                 .filter(|id| self.conns.get(id).is_some_and(Conn::is_ready))
                 .count();
             let opening = target.conns.len() - ready;
-            let limit = usize::try_from(dest.policy.limits.connections).unwrap_or(usize::MAX);
+            let limit = usize::try_from(target.in_force.connections).unwrap_or(usize::MAX);
             // The first tells whether anybody is there; then twice as many each time.
             let allowed = self.source_is_up(target.source, now.instant)
-                && target.is_due(now.instant)
+                && target.is_due(&dest.policy.limits, now.instant)
                 && target.may_open(now.instant)
                 && opening <= ready.saturating_sub(1)
                 && target.conns.len() < limit;
@@ -235,6 +235,7 @@ impl QueueState {
                 return;
             }
             let (source, policy) = (target.source, Arc::clone(&dest.policy));
+            let permits = Arc::clone(&target.permits);
             let id = ConnId(self.id());
             let conn = Conn {
                 destination: key.clone(),
@@ -252,13 +253,15 @@ impl QueueState {
                 .get_mut(key)
                 .and_then(|dest| dest.targets.get_mut(at))
             {
-                target.conns.push(id);
+                target.opened(id, now.instant);
             }
+            out.extend(self.limited(key, Vec::new()).map(Action::Limits));
             out.push(Action::Open {
                 conn: id,
                 route,
                 policy,
                 source,
+                permits,
             });
             return;
         }
@@ -267,14 +270,13 @@ impl QueueState {
     /// The route of a message that could start now if there were a connection from this source.
     fn route_in_need(&self, key: &Destination, source: usize, now: Instant) -> Option<Arc<Route>> {
         let dest = self.dests.get(key).filter(|dest| !dest.is_held(now))?;
-        let max = dest.policy.limits.messages_per_connection;
         let served = |route: &Arc<Route>, pool: &Pool| {
-            let mut conns = dest
-                .targets
-                .iter()
-                .flat_map(|target| &target.conns)
-                .filter_map(|id| self.conns.get(id));
-            conns.any(|conn| {
+            let mut conns = dest.targets.iter().flat_map(|target| {
+                let max = target.in_force.messages_per_connection;
+                let of_target = target.conns.iter();
+                of_target.filter_map(move |id| Some((self.conns.get(id)?, max)))
+            });
+            conns.any(|(conn, max)| {
                 let takes = |carrier: Carrier| carrier.takes(route, dest.policy.limits.tls);
                 conn.has_room(max)
                     && conn.carrier().is_some_and(takes)
@@ -344,15 +346,6 @@ impl QueueState {
         }
         self.source_works(source);
         self.dirty.insert(destination);
-    }
-
-    /// What limits adapt to.
-    pub(super) fn on_notice(&mut self, id: ConnId, notice: &Notice) {
-        let Some(conn) = self.conns.get(&id) else {
-            return;
-        };
-        tracing::info!(destination = %conn.destination, signal = ?notice.signal,
-            rule = notice.rule.as_deref(), reply = %notice.reply, "the destination asks for less");
     }
 
     pub(super) fn on_closing(&mut self, id: ConnId) {
@@ -456,7 +449,7 @@ impl QueueState {
         let Some(Out { mut waiting, conn }) = self.jobs.remove(&job) else {
             return;
         };
-        self.conn_reported(conn, &fate);
+        self.conn_reported(conn, &fate, now, out);
         let id = waiting.item.range;
         if let Some(range) = self.ranges.get_mut(&id) {
             range.out = range.out.saturating_sub(1);
@@ -487,7 +480,7 @@ impl QueueState {
         self.tidy_range(id, now, out);
     }
 
-    fn conn_reported(&mut self, id: ConnId, fate: &Fate) {
+    fn conn_reported(&mut self, id: ConnId, fate: &Fate, now: Now, out: &mut Vec<Action>) {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
@@ -496,12 +489,28 @@ impl QueueState {
             // It was not begun, so the connection does not count it either.
             conn.sent = conn.sent.saturating_sub(1);
         }
-        if let (Fate::Recorded { .. }, Some(dest)) = (fate, self.dests.get_mut(&conn.destination))
-            && let Some(target) = dest.targets.get_mut(conn.target)
+        let (key, at) = (conn.destination.clone(), conn.target);
+        if let Some(dest) = self.dests.get_mut(&key)
+            && let Some(target) = dest.targets.get_mut(at)
         {
-            target.worked();
+            target.out = target.out.saturating_sub(1);
+            let spent = conn.sent >= target.in_force.messages_per_connection;
+            // By its own count it ends itself; a limit that fell meanwhile it does not know.
+            if spent && conn.is_ready() && !conn.closing && conn.in_flight == 0 {
+                conn.closing = true;
+                out.push(Action::Close(id));
+            }
+            if let Fate::Recorded { .. } = fate {
+                target.worked();
+            }
         }
-        self.dirty.insert(conn.destination.clone());
+        if let Fate::Recorded {
+            heard: Some(heard), ..
+        } = fate
+        {
+            self.hear(&key, at, heard, now, out);
+        }
+        self.dirty.insert(key);
     }
 
     /// Ends a message that came back from a connection.

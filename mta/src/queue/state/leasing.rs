@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::queue::lane::Ending;
-use model::units::Rate;
 use store::MIXED;
 
 /// For how long is leased.
@@ -84,7 +83,7 @@ impl QueueState {
             let at = now.instant + due.since(now.wall).max(BUSY_LOOK);
             self.look_at = self.look_at.min(at);
         }
-        let wants = self.wants(&backlog, now.instant);
+        let wants = self.wants(&backlog, now);
         if wants.is_empty() || self.has_overdue(now.instant) {
             self.more = false;
             return;
@@ -94,7 +93,7 @@ impl QueueState {
     }
 
     /// What to lease of what is due.
-    fn wants(&mut self, backlog: &[Backlog], now: Instant) -> Vec<Want> {
+    fn wants(&mut self, backlog: &[Backlog], now: Now) -> Vec<Want> {
         let mut room = LEASED_MAX.saturating_sub(self.leased());
         let mut leased = self.leased_by_destination();
         let mut wants = Vec::new();
@@ -121,12 +120,7 @@ impl QueueState {
     }
 
     /// How many more recipients of a queue can be started soon.
-    fn room_for(
-        &self,
-        queue: &str,
-        leased: &mut HashMap<Destination, usize>,
-        now: Instant,
-    ) -> usize {
+    fn room_for(&self, queue: &str, leased: &mut HashMap<Destination, usize>, now: Now) -> usize {
         if queue == MIXED {
             let held: usize = self
                 .ranges
@@ -136,26 +130,34 @@ impl QueueState {
                 .sum();
             return MIXED_MAX.saturating_sub(held);
         }
-        if self.held.get(queue).is_some_and(|until| *until > now) {
+        let is_held = self
+            .held
+            .get(queue)
+            .is_some_and(|until| *until > now.instant);
+        if is_held || self.is_barred_queue(queue, now) {
             return 0;
         }
-        let (key, limits) = match self.lanes.get(queue).map(|lane| &lane.way) {
+        let default = &self.config.shaping.default;
+        let (key, rate) = match self.lanes.get(queue).map(|lane| &lane.way) {
             Some(Way::Known { destination, .. }) => match self.dests.get(destination) {
-                Some(dest) if dest.is_held(now) => return 0,
-                Some(dest) => (destination.clone(), &dest.policy.limits),
-                None => (destination.clone(), &self.config.shaping.default),
+                Some(dest) if dest.is_held(now.instant) => return 0,
+                Some(_) | None => (
+                    destination.clone(),
+                    self.rate_in_force(destination, now.instant)
+                        .unwrap_or_else(|| self.rate_configured(default)),
+                ),
             },
             Some(Way::Unknown | Way::Asked) | None => {
                 let domain = queue.parse::<Domain>().ok();
                 let own = domain.and_then(|domain| self.config.shaping.domains.get(&domain));
                 (
                     Destination::named(queue),
-                    own.unwrap_or(&self.config.shaping.default),
+                    self.rate_configured(own.unwrap_or(default)),
                 )
             }
         };
         let held = leased.entry(key).or_default();
-        let rows = startable(limits.rate, self.config.pools.of(None).len()).saturating_sub(*held);
+        let rows = startable(rate).saturating_sub(*held);
         *held += rows;
         rows
     }
@@ -173,18 +175,15 @@ impl QueueState {
     }
 }
 
-/// Messages that can be started within [`AHEAD`] at this rate.
-fn startable(rate: Rate, sources: usize) -> usize {
-    match rate {
-        Rate::Unlimited => DESTINATION_MAX,
-        Rate::Limited { count, per } => {
-            let exact = u128::from(count) * AHEAD.as_millis() * sources as u128;
-            let rows = exact.div_ceil(per.as_millis().max(1));
-            usize::try_from(rows)
-                .unwrap_or(DESTINATION_MAX)
-                .clamp(1, DESTINATION_MAX)
-        }
-    }
+/// Messages that can be started within [`AHEAD`] at so many in a second.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "between 1 and DESTINATION_MAX"
+)]
+fn startable(rate: f64) -> usize {
+    let rows = (rate * AHEAD.as_secs_f64()).ceil();
+    (rows as usize).clamp(1, DESTINATION_MAX)
 }
 
 fn split(queue: &str, rows: usize) -> Vec<Want> {
@@ -210,10 +209,11 @@ fn split(queue: &str, rows: usize) -> Vec<Want> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use model::units::Rate;
 
     #[test]
     fn half_a_minute_at_the_rate_in_force() {
-        let rows = |rate: &str| startable(rate.parse().expect("a rate"), 1);
+        let rows = |rate: &str| startable(rate.parse::<Rate>().expect("a rate").per_second());
         assert_eq!(rows("5/s"), 150);
         assert_eq!(rows("60/m"), 30);
         assert_eq!(rows("10/h"), 1);

@@ -341,7 +341,9 @@ impl QueueState {
             {
                 match self.held_until(range, now.instant) {
                     Some(until) => late.push((*id, until)),
-                    None if range.mixed => late.push((*id, now.instant)),
+                    None if range.mixed || self.has_barred(range, now) => {
+                        late.push((*id, now.instant));
+                    }
                     None => {}
                 }
             }
@@ -354,6 +356,7 @@ impl QueueState {
             }
         }
         for (id, until) in late {
+            self.bar(id, now);
             self.return_range(id, Some(until), now, out);
         }
     }

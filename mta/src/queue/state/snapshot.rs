@@ -107,7 +107,7 @@ impl QueueState {
         let sources: Vec<_> = dest
             .targets
             .iter()
-            .map(|target| self.source_view(dest, target, now))
+            .map(|target| self.source_view(target, now))
             .collect();
         DestinationView {
             policy: Arc::clone(&dest.policy),
@@ -127,13 +127,13 @@ impl QueueState {
         }
     }
 
-    fn source_view(&self, dest: &Dest, target: &Target, now: Now) -> SourceView {
+    fn source_view(&self, target: &Target, now: Now) -> SourceView {
         let conns: Vec<_> = target
             .conns
             .iter()
             .filter_map(|id| self.conns.get(id))
             .collect();
-        let max = dest.policy.limits.messages_per_connection;
+        let max = target.in_force.messages_per_connection;
         let ready = conns.iter().filter(|conn| conn.is_ready()).count();
         let full = |conn: &&&Conn| conn.is_ready() && !conn.has_room(max);
         SourceView {
