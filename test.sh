@@ -30,6 +30,7 @@ needs=(
   "prometheus /usr/bin/promtool"
   "knot /usr/sbin/knotd"
   "openssl /usr/bin/openssl"
+  "redis-server /usr/bin/redis-server"
 )
 
 install_missing() {

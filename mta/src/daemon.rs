@@ -9,6 +9,7 @@ use service::config::{self, Config, Environment, StoreUrl};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Signals, Tasks, supervise};
 use store::Store;
+use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 
 use crate::{Deps, start};
@@ -50,20 +51,29 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
 /// Opens the store that the configuration names.
 ///
 /// # Errors
-/// When it cannot be opened, or its engine comes with a later release.
+/// When it cannot be opened: [`store::StoreError`] says why.
 pub async fn open_store(config: &config::Store) -> anyhow::Result<Arc<dyn Store>> {
-    let StoreUrl::Sqlite(path) = &config.url else {
-        anyhow::bail!(
-            "store.url: the redis engine comes with a later release; this one has sqlite:FILE"
-        );
-    };
-    let options = SqliteOptions {
-        path: path.clone(),
-        partitions: config.partitions,
-        role: Role::Mta,
-    };
-    let store = SqliteStore::open(options)
-        .await
-        .with_context(|| format!("store {}", path.display()))?;
-    Ok(Arc::new(store))
+    match &config.url {
+        StoreUrl::Sqlite(path) => {
+            let options = SqliteOptions {
+                path: path.clone(),
+                partitions: config.partitions,
+                role: Role::Mta,
+            };
+            let store = SqliteStore::open(options)
+                .await
+                .with_context(|| format!("store {}", path.display()))?;
+            Ok(Arc::new(store))
+        }
+        StoreUrl::Redis(redis) => {
+            let options = RedisOptions {
+                url: RedisUrl::parse(redis.url.reveal())?,
+                partitions: config.partitions,
+                role: Role::Mta,
+                require_durable: config.require_durable,
+                clock: Clock::Server,
+            };
+            Ok(Arc::new(RedisStore::open(options).await?))
+        }
+    }
 }

@@ -9,6 +9,7 @@ use service::tasks::{EndedBadly, Shutdown, Signals, Tasks, supervise};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 use store::{Store, StoreError};
 
@@ -76,8 +77,15 @@ async fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError
             };
             Ok(Arc::new(SqliteStore::open(options).await?))
         }
-        StoreUrl::Redis(_) => Err(StoreError::Refused(
-            "this version has the sqlite engine only".to_owned(),
-        )),
+        StoreUrl::Redis(redis) => {
+            let options = RedisOptions {
+                url: RedisUrl::parse(redis.url.reveal())?,
+                partitions: config.partitions,
+                role: Role::Tracker,
+                require_durable: config.require_durable,
+                clock: Clock::Server,
+            };
+            Ok(Arc::new(RedisStore::open(options).await?))
+        }
     }
 }

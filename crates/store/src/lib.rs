@@ -18,8 +18,12 @@
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod describe;
 mod form;
+mod recent;
+pub mod redis;
 pub mod sqlite;
+mod tell;
 pub mod transition;
 mod types;
 
@@ -140,7 +144,8 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<ChangeOutcome>;
 
-    /// What was changed by anyone after `after`, in order, at most 1,000; `None`: nothing, only
+    /// What was changed by anyone after `after`, at most 1,000; what is about the same recipient,
+    /// or about any batch or destination, in the order of the changes. `None`: nothing, only
     /// the cursor of this moment. One round trip; a node asks at least every 250 ms. The feed is
     /// kept for a day: where it no longer reaches back to `after`, the page says
     /// [`reset`](ControlPage::reset).
@@ -254,6 +259,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Proves that a durable write is possible now (health).
     async fn check(&self) -> Result<()>;
+
+    /// What an answered write may be lost by, where that is more than a disk that lies: in an
+    /// operator's words, as it was at the last [`Store::check`]. `None`: it is synced.
+    fn caveat(&self) -> Option<String> {
+        None
+    }
 }
 
 /// A page of events and the cursor after it.

@@ -5,7 +5,7 @@
 //! that every unique count is one bit. Pure: every engine applies these same functions, and what
 //! they do not say does not happen. Must not do I/O.
 
-use model::{Actor, AttemptResult, Counters, EventKind, Hit, HitKind, Status};
+use model::{Actor, AttemptResult, Counters, EventKind, Hit, HitKind, Status, Timestamp, Verdict};
 
 /// The mutable part of a recipient: four bytes, of which a lot has an array.
 ///
@@ -258,10 +258,42 @@ pub fn hit(cell: &mut Cell, counters: &mut Counters, hit: &Hit) -> Option<EventK
     }
 }
 
+/// What the mode `last_date` leaves of a hit: that there was one, and the day.
+pub(crate) fn only_the_date(hit: Hit) -> Hit {
+    const DAY: i64 = 24 * 60 * 60 * 1000;
+    Hit {
+        kind: hit.kind,
+        message: hit.message,
+        at: Timestamp::from_millis(hit.at.millis().div_euclid(DAY) * DAY),
+        link: None,
+        target: None,
+        user_agent: "".into(),
+        network: "".into(),
+        visitor: None,
+        method: None,
+        verdict: Verdict {
+            actor: hit.verdict.actor,
+            machine_reasons: Vec::new(),
+            rules: hit.verdict.rules,
+        },
+    }
+}
+
+/// The time under which a retry is filed: its minute, or its second when that is soon; never early.
+pub(crate) fn filed_at(retry_at: Timestamp, now: Timestamp) -> Timestamp {
+    /// Retries sooner than this are filed by the second, all others by the minute.
+    const SOON: i64 = 60_000;
+    let soon = retry_at.millis() - now.millis() < SOON;
+    let step = if soon { 1_000 } else { 60_000 };
+    let before = retry_at.millis().div_euclid(step) * step;
+    let early = before < retry_at.millis();
+    Timestamp::from_millis(if early { before + step } else { before })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::{SuppressionReason, Timestamp};
+    use model::SuppressionReason;
     use proptest::prelude::*;
 
     fn temporary(ambiguous: bool) -> AttemptResult {

@@ -3,5 +3,6 @@
 
 pub mod dns;
 pub mod https;
+pub mod redis;
 pub mod smtp_peer;
 pub mod tls;

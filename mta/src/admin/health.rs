@@ -34,7 +34,15 @@ pub(super) async fn live() -> Response {
 pub(super) async fn ready(State(api): State<Arc<Api>>) -> Response {
     let store = api.store.check().await;
     api.metrics.store_up.set(i64::from(store.is_ok()));
-    let mut checks = vec![check("store", store.err().map(|error| error.to_string()))];
+    let mut checks = vec![match store {
+        Err(error) => check("store", Some(error.to_string())),
+        // Ready, and honest about what a 202 means.
+        Ok(()) => Check {
+            name: "store",
+            ok: true,
+            detail: api.store.caveat().unwrap_or_default(),
+        },
+    }];
     checks.extend(
         api.probes
             .iter()

@@ -3,6 +3,7 @@
 //! Bounded; shared by the writer and the readers. Must not hold anything that can change.
 
 use crate::form::{self, version};
+use crate::recent::Recent;
 use crate::{BatchHead, Result, StoreError};
 use model::Row;
 use rusqlite::{Connection, OptionalExtension as _};
@@ -25,47 +26,8 @@ pub(super) struct Lot {
 pub(super) struct Cache {
     /// Not a cache, but asked for by both: ranges that could not be read.
     unreadable: AtomicU64,
-    lots: Mutex<Recent<Arc<Lot>>>,
-    heads: Mutex<Recent<Arc<BatchHead>>>,
-}
-
-/// Keeps the values that were asked for last. Found by a scan: there are few.
-#[derive(Debug)]
-struct Recent<T> {
-    limit: usize,
-    clock: u64,
-    entries: Vec<(i64, u64, T)>,
-}
-
-impl<T: Clone> Recent<T> {
-    fn new(limit: usize) -> Mutex<Self> {
-        Mutex::new(Self {
-            limit,
-            clock: 0,
-            entries: Vec::with_capacity(limit),
-        })
-    }
-
-    fn find(&mut self, key: i64) -> Option<T> {
-        self.clock += 1;
-        let entry = self.entries.iter_mut().find(|(at, ..)| *at == key)?;
-        entry.1 = self.clock;
-        Some(entry.2.clone())
-    }
-
-    fn keep(&mut self, key: i64, value: T) {
-        if self.entries.len() >= self.limit {
-            let oldest = self
-                .entries
-                .iter()
-                .enumerate()
-                .min_by_key(|(_, entry)| entry.1);
-            if let Some((at, _)) = oldest {
-                self.entries.swap_remove(at);
-            }
-        }
-        self.entries.push((key, self.clock, value));
-    }
+    lots: Mutex<Recent<i64, Arc<Lot>>>,
+    heads: Mutex<Recent<i64, Arc<BatchHead>>>,
 }
 
 impl Cache {
@@ -91,7 +53,7 @@ impl Cache {
             .lots
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .find(id)
+            .find(&id)
         {
             return Ok(Some(lot));
         }
@@ -119,7 +81,7 @@ impl Cache {
             .heads
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .find(no)
+            .find(&no)
         {
             return Ok(head);
         }
@@ -134,24 +96,5 @@ impl Cache {
             .unwrap_or_else(PoisonError::into_inner)
             .keep(no, head.clone());
         Ok(head)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_least_recent_goes_first() {
-        let recent = Recent::new(2);
-        let mut recent = recent.lock().unwrap();
-        recent.keep(1, 'a');
-        recent.keep(2, 'b');
-        assert_eq!(recent.find(1), Some('a'));
-        recent.keep(3, 'c');
-        assert_eq!(
-            (recent.find(1), recent.find(2), recent.find(3)),
-            (Some('a'), None, Some('c'))
-        );
     }
 }

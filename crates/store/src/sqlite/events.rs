@@ -1,8 +1,6 @@
 //! Events: stored as references, told in full.
 //!
-//! Owns ids, cursors and the `data` of each type (contract, section 5). An id is computed from
-//! the fact's journal and sequence, so a fact has the same one whenever and wherever it is told.
-//! Must not change anything.
+//! Owns cursors; what an event says is `tell`'s. Must not change anything.
 
 use super::cache::Lot;
 use super::feeds::{self, Feed};
@@ -10,13 +8,10 @@ use super::ids::{self, LotId};
 use super::readers::Reading;
 use super::record::{By, record};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
+use crate::tell::{self, Told};
 use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
-use model::{
-    Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, Hit, HitKind, MessageId, Row,
-    RuleRef, Timestamp, partition_hash,
-};
+use model::{Event, EventKind, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
-use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -118,15 +113,6 @@ pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPag
     })
 }
 
-/// What an event says beside its batch and recipient.
-struct Told {
-    kind: EventKind,
-    occurred_at: Timestamp,
-    /// What its id is made of.
-    identity: String,
-    data: Value,
-}
-
 impl Telling<'_> {
     /// The event in full, if the query wants it.
     fn tell(
@@ -159,22 +145,28 @@ impl Telling<'_> {
                 if !self.of_account(account) {
                     return Ok(None);
                 }
-                let mut event = bare(own(data), seq, recorded_at, account.clone());
-                event.recipient = Some(EventRecipient {
-                    email: email.clone(),
-                    prospect_id: None,
-                });
-                Ok(Some(event))
+                Ok(Some(tell::of_address(
+                    own(data),
+                    ids::nat(seq),
+                    recorded_at,
+                    account.clone(),
+                    email.clone(),
+                )))
             }
             StoredEvent::Account { account, data, .. } => {
-                let event = || bare(own(data), seq, recorded_at, account.clone());
+                let event = || tell::bare(own(data), ids::nat(seq), recorded_at, account.clone());
                 Ok(self.of_account(account).then(event))
             }
             StoredEvent::Batch { batch, data, .. } => {
                 let Some(head) = self.wanted(*batch)? else {
                     return Ok(None);
                 };
-                Ok(Some(of_batch(own(data), seq, recorded_at, &head)))
+                Ok(Some(tell::of_batch(
+                    own(data),
+                    ids::nat(seq),
+                    recorded_at,
+                    &head,
+                )))
             }
             StoredEvent::Unsent {
                 lot,
@@ -200,17 +192,7 @@ impl Telling<'_> {
                 let Some(logged) = block.entries.get(at) else {
                     return Ok(None);
                 };
-                let told = Told {
-                    kind,
-                    occurred_at: match &logged.fact {
-                        Fact::Attempt(attempt) => attempt.at,
-                        Fact::Hit(hit) => hit.at,
-                    },
-                    identity: format!("fact {} {kind}", logged.seq),
-                    data: data_of(&logged.fact, &head),
-                };
-                let identity = format!("{} {}", block.journal, told.identity);
-                let told = Told { identity, ..told };
+                let told = Told::of_fact(kind, block.journal, logged.seq, &logged.fact, &head);
                 Ok(self.of_recipient(told, seq, recorded_at, &head, *lot, logged.position)?)
             }
         }
@@ -271,145 +253,19 @@ impl Telling<'_> {
         else {
             return Ok(None);
         };
-        let mut event = of_batch(told, seq, recorded_at, head);
-        event.message_id = Some(MessageId {
-            batch: head.id,
-            index: row.index,
-        });
-        event.recipient = Some(EventRecipient {
-            email: row.email.to_string(),
-            prospect_id: row.prospect_id.as_deref().map(str::to_owned),
-        });
-        event.metadata = metadata_of(head, row);
-        Ok(Some(event))
-    }
-}
-
-fn bare(told: Told, seq: i64, recorded_at: Timestamp, account: String) -> Event {
-    Event {
-        id: event_id(told.occurred_at, &told.identity),
-        seq: ids::nat(seq),
-        kind: told.kind,
-        occurred_at: told.occurred_at,
-        recorded_at,
-        account,
-        campaign: None,
-        batch_id: None,
-        message_id: None,
-        variant: None,
-        recipient: None,
-        metadata: json!({}),
-        data: told.data,
-    }
-}
-
-fn of_batch(told: Told, seq: i64, recorded_at: Timestamp, head: &BatchHead) -> Event {
-    let mut event = bare(told, seq, recorded_at, head.account.clone());
-    event.campaign = head.campaign.clone();
-    event.batch_id = Some(head.id);
-    event.metadata = head.metadata.clone();
-    event
-}
-
-/// A UUIDv7 of the time and of what the event is about.
-fn event_id(at: Timestamp, identity: &str) -> uuid::Uuid {
-    let millis = u64::try_from(at.millis()).unwrap_or(0);
-    let (a, b) = (
-        partition_hash("event", identity),
-        partition_hash("event id", identity),
-    );
-    let mut random = [0_u8; 10];
-    for (to, from) in random
-        .iter_mut()
-        .zip(a.to_be_bytes().into_iter().chain(b.to_be_bytes()))
-    {
-        *to = from;
-    }
-    uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()
-}
-
-/// What the caller gave: the recipient's fields over the batch's.
-fn metadata_of(head: &BatchHead, row: &Row) -> Value {
-    let own: Option<Value> = row
-        .metadata
-        .as_deref()
-        .and_then(|text| serde_json::from_str(text).ok());
-    match (head.metadata.clone(), own) {
-        (Value::Object(mut all), Some(Value::Object(own))) => {
-            all.extend(own);
-            Value::Object(all)
-        }
-        (_, Some(own)) if !own.is_null() => own,
-        (all, _) => all,
-    }
-}
-
-fn data_of(fact: &Fact, head: &BatchHead) -> Value {
-    match fact {
-        Fact::Attempt(attempt) => data_of_attempt(attempt),
-        Fact::Hit(hit) => data_of_hit(hit, head),
-    }
-}
-
-fn data_of_attempt(attempt: &Attempt) -> Value {
-    let (ambiguous, next) = match attempt.result {
-        AttemptResult::TemporaryError {
-            retry_at,
-            ambiguous,
-        } => (ambiguous, Some(retry_at)),
-        AttemptResult::Suppressed(reason) => return json!({ "reason": reason.as_str() }),
-        AttemptResult::Cancelled => return json!({}),
-        AttemptResult::Delivered | AttemptResult::Bounce | AttemptResult::Failed => (false, None),
-    };
-    let detail = &attempt.detail;
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    json!({
-        "attempt": attempt.number,
-        "smtp_code": detail.smtp_code,
-        "enhanced_code": detail.enhanced_code.map(|code| code.to_string()),
-        "class": detail.class,
-        "blame": detail.blame,
-        "reply": text(&detail.reply),
-        "host": text(&detail.host),
-        "tls": detail.tls,
-        "destination": text(&detail.destination),
-        "source": text(&detail.source),
-        "rule": detail.rule.as_ref().map(RuleRef::name),
-        "rules_version": detail.rule.as_ref().and_then(RuleRef::version),
-        "ambiguous": ambiguous,
-        "next_attempt_at": next,
-        "transaction_ms": detail.transaction_ms,
-    })
-}
-
-fn data_of_hit(hit: &Hit, head: &BatchHead) -> Value {
-    match hit.kind {
-        HitKind::Unsubscribe => json!({ "list": head.list, "method": hit.method }),
-        HitKind::Open | HitKind::Click | HitKind::Probe => json!({
-            "actor": hit.verdict.actor,
-            "machine_reasons": hit.verdict.machine_reasons,
-            "link": hit.link,
-            "url": hit.target,
-            "user_agent": hit.user_agent,
-            "network": hit.network,
-            "visitor": hit.visitor,
-        }),
+        Ok(Some(tell::of_row(
+            told,
+            ids::nat(seq),
+            recorded_at,
+            head,
+            row,
+        )))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_event_id_is_a_uuid_of_version_7_and_always_the_same() {
-        let at = Timestamp::from_millis(1_763_712_300_007);
-        let id = event_id(at, "x");
-        assert_eq!(id.get_version_num(), 7);
-        assert_eq!(id, event_id(at, "x"));
-        assert_ne!(id, event_id(at, "y"));
-        assert!(id.to_string().starts_with("019aa571-f3e7-7"), "{id}");
-    }
 
     #[test]
     fn a_cursor_reads_back() {

@@ -16,14 +16,11 @@ use crate::transition::{self, Applied};
 use crate::{Result, Shipment, Shipped};
 use model::{
     Attempt, AttemptResult, BatchId, BatchState, Fact, Hit, HitKind, JournalId, MessageId, Place,
-    Seq, Status, SuppressionReason, Timestamp, TrackingMode, Verdict,
+    Seq, Status, SuppressionReason, Timestamp, TrackingMode,
 };
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::json;
 use std::collections::HashMap;
-
-/// Retries sooner than this are filed by the second, all others by the minute.
-const SOON: i64 = 60_000;
 
 /// Through which sequence a journal was taken.
 pub(super) fn high_water(connection: &Connection, journal: JournalId) -> Result<Seq> {
@@ -192,17 +189,7 @@ fn file_retry(
     retry_at: Timestamp,
     rank: u8,
 ) -> Result<()> {
-    let step = if retry_at.millis() - books.now.millis() < SOON {
-        1_000
-    } else {
-        60_000
-    };
-    let due_at = retry_at.millis().div_euclid(step) * step;
-    let due_at = if due_at < retry_at.millis() {
-        due_at + step
-    } else {
-        due_at
-    };
+    let due_at = transition::filed_at(retry_at, books.now).millis();
     let key = RetryKey {
         batch: ids::split(lot).0,
         partition: of.lot.partition(),
@@ -277,7 +264,7 @@ fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit)
                 lot,
                 place.position,
                 seq,
-                Fact::Hit(Box::new(only_the_date(hit))),
+                Fact::Hit(Box::new(transition::only_the_date(hit))),
             )?;
         }
         TrackingMode::Aggregate | TrackingMode::Off => {}
@@ -315,25 +302,4 @@ fn tracking_of(
         .and_then(|row| row.tracking)
         .unwrap_or(TrackingMode::Individual);
     Ok(own.min(batch.tracking))
-}
-
-/// What the mode `last_date` leaves of a hit: that there was one, and the day.
-fn only_the_date(hit: Hit) -> Hit {
-    const DAY: i64 = 24 * 60 * 60 * 1000;
-    Hit {
-        kind: hit.kind,
-        message: hit.message,
-        at: Timestamp::from_millis(hit.at.millis().div_euclid(DAY) * DAY),
-        link: None,
-        target: None,
-        user_agent: "".into(),
-        network: "".into(),
-        visitor: None,
-        method: None,
-        verdict: Verdict {
-            actor: hit.verdict.actor,
-            machine_reasons: Vec::new(),
-            rules: hit.verdict.rules,
-        },
-    }
 }

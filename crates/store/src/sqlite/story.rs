@@ -9,15 +9,14 @@ use super::readers::Reading;
 use super::record::{BatchRecord, By, record};
 use super::stage::{is_mixed, short_hash};
 use super::suppress;
+use crate::describe::{self, Facts, describe};
 use crate::form::{self, LogBlock, version};
-use crate::transition::{Cell, Engagement};
+use crate::transition::Cell;
 use crate::{
     AddressStory, BatchHead, MIXED, MessageStory, Page, RecipientQuery, RecipientRow, Result,
     StoreError,
 };
-use model::{
-    Attempt, AttemptResult, Fact, Hit, HitKind, MessageId, Place, Row, Status, TrackingMode,
-};
+use model::{MessageId, Place};
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -29,15 +28,6 @@ const CHUNKS: u32 = 64;
 const MESSAGES: usize = 100;
 /// Lots looked through for an address, newest first.
 const LOTS: u32 = 50_000;
-/// Facts told of one message.
-const FACTS: usize = 10_000;
-
-/// What happened to one recipient, as the store learned it.
-#[derive(Debug, Default)]
-struct Facts {
-    attempts: Vec<Attempt>,
-    hits: Vec<Hit>,
-}
 
 /// Reads the log of a lot for some of its positions.
 fn facts_of(
@@ -57,14 +47,7 @@ fn facts_of(
             if !positions.contains(&entry.position) {
                 continue;
             }
-            let facts = all.entry(entry.position).or_default();
-            if facts.attempts.len() + facts.hits.len() >= FACTS {
-                continue;
-            }
-            match entry.fact {
-                Fact::Attempt(attempt) => facts.attempts.push(*attempt),
-                Fact::Hit(hit) => facts.hits.push(*hit),
-            }
+            all.entry(entry.position).or_default().add(entry.fact);
         }
     }
     Ok(all)
@@ -85,80 +68,6 @@ fn cell_at(cells: &[u8], lot: LotId, position: u16) -> Result<Cell> {
         .get(at..at + Cell::BYTES)
         .and_then(Cell::read)
         .ok_or_else(|| StoreError::Damaged(format!("cell {position} of lot {lot}")))
-}
-
-/// The attempt that made the recipient what it is: its delivery, else the one with the highest
-/// number, the first of these that was learned.
-fn decisive<'a>(status: Status, attempts: &'a [Attempt]) -> Option<&'a Attempt> {
-    let delivered = |attempt: &&Attempt| attempt.result == AttemptResult::Delivered;
-    if status == Status::Delivered {
-        return attempts.iter().find(delivered);
-    }
-    let by_number = |best: &'a Attempt, next: &'a Attempt| {
-        if next.number > best.number {
-            next
-        } else {
-            best
-        }
-    };
-    attempts.iter().reduce(by_number)
-}
-
-fn describe(
-    row: Row,
-    cell: Cell,
-    batch: &BatchRecord,
-    head: &BatchHead,
-    facts: &Facts,
-) -> RecipientRow {
-    let status = cell.status(batch.released);
-    let last = decisive(status, &facts.attempts);
-    // Who expired while waiting was told nothing new: the last reply stands.
-    let silent = |attempt: &&Attempt| attempt.detail.reply.is_empty();
-    let heard = facts.attempts.iter().filter(|attempt| !silent(attempt));
-    let said = match last.filter(silent) {
-        Some(last) => heard.max_by_key(|attempt| attempt.number).or(Some(last)),
-        None => last,
-    };
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    let first = |kind: HitKind| {
-        facts
-            .hits
-            .iter()
-            .filter(|hit| hit.kind == kind)
-            .map(|hit| hit.at)
-            .min()
-    };
-    let delivery = facts
-        .attempts
-        .iter()
-        .find(|attempt| attempt.result == AttemptResult::Delivered);
-    RecipientRow {
-        row,
-        status,
-        attempts: cell.attempts(),
-        next_attempt_at: match last.map(|attempt| attempt.result) {
-            Some(AttemptResult::TemporaryError { retry_at, .. })
-                if status == Status::TemporaryError =>
-            {
-                Some(retry_at)
-            }
-            _ => None,
-        },
-        smtp_code: said.and_then(|attempt| attempt.detail.smtp_code),
-        enhanced_code: said.and_then(|attempt| attempt.detail.enhanced_code),
-        class: last.and_then(|attempt| attempt.detail.class),
-        blame: last.and_then(|attempt| attempt.detail.blame),
-        reply: said.and_then(|attempt| text(&attempt.detail.reply)),
-        host: said.and_then(|attempt| text(&attempt.detail.host)),
-        accepted_at: head.created_at,
-        delivered_at: delivery.map(|attempt| attempt.at),
-        opened_at: first(HitKind::Open),
-        clicked_at: first(HitKind::Click),
-        complained_at: None,
-        unsubscribed_at: first(HitKind::Unsubscribe),
-        replied_at: None,
-    }
 }
 
 /// A recipient chosen by its cell, not read yet.
@@ -199,7 +108,10 @@ fn read_rows(
                 StoreError::Damaged(format!("lot {id} has no row {}", of.position))
             })?;
             let facts = facts.get(&of.position).unwrap_or(&none);
-            rows.insert(at, describe(row.clone(), of.cell, batch, &head, facts));
+            rows.insert(
+                at,
+                describe(row.clone(), of.cell, batch.released, &head, facts),
+            );
         }
     }
     Ok(rows.into_values().collect())
@@ -224,19 +136,8 @@ impl Gathering<'_> {
             }
         };
         let cell = cell_at(cells, lot, place.position)?;
-        // In the modes that count only, who opened is nobody's to know.
-        let told = self.batch.tracking >= TrackingMode::LastDate;
-        let has = |engagement| told && cell.has(engagement);
-        let query = self.query;
-        let wanted = query
-            .status
-            .is_none_or(|status| status == cell.status(self.batch.released))
-            && query
-                .opened
-                .is_none_or(|opened| opened == has(Engagement::Opened))
-            && query
-                .clicked
-                .is_none_or(|clicked| clicked == has(Engagement::Clicked));
+        let (batch, query) = (self.batch, self.query);
+        let wanted = describe::wanted(query, cell, batch.released, batch.tracking);
         if !wanted || !self.in_domain(lot, place.position)? {
             return Ok(None);
         }
@@ -334,10 +235,9 @@ pub(super) fn message(reading: &Reading<'_>, message: MessageId) -> Result<Optio
     let mut facts = facts_of(reading, id, &HashSet::from([place.position]))?
         .remove(&place.position)
         .unwrap_or_default();
-    facts.attempts.sort_by_key(|attempt| attempt.at);
-    facts.hits.sort_by_key(|hit| hit.at);
+    facts.sort();
     Ok(Some(MessageStory {
-        recipient: describe(row, cell, &batch, &head, &facts),
+        recipient: describe(row, cell, batch.released, &head, &facts),
         batch: head,
         attempts: facts.attempts,
         hits: facts.hits,

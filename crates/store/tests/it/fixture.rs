@@ -1,10 +1,12 @@
-//! Sqlite stores in a directory of their own.
+//! Stores of every engine, each in a directory of its own.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use store::Store;
 use store::conformance::Fixture;
+use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
+use testkit::redis::RedisServer;
 
 /// A directory with one store.
 pub(crate) struct Sqlite {
@@ -36,6 +38,49 @@ impl Sqlite {
 
 #[async_trait::async_trait]
 impl Fixture for Sqlite {
+    async fn mta(&self) -> Arc<dyn Store> {
+        Arc::new(self.open(Role::Mta).await.expect("it opens"))
+    }
+
+    async fn another(&self) -> Arc<dyn Store> {
+        Arc::new(self.open(Role::Tracker).await.expect("it opens"))
+    }
+}
+
+/// A server, or some, with one store.
+pub(crate) struct Redis {
+    url: RedisUrl,
+    partitions: u16,
+    _servers: Box<dyn Send + Sync>,
+    _directory: tempfile::TempDir,
+}
+
+impl Redis {
+    pub(crate) fn single(partitions: u16) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+        Self {
+            url: RedisUrl::parse(&server.url()).expect("an address"),
+            partitions,
+            _servers: Box::new(server),
+            _directory: directory,
+        }
+    }
+
+    pub(crate) async fn open(&self, role: Role) -> store::Result<RedisStore> {
+        let options = RedisOptions {
+            url: self.url.clone(),
+            partitions: self.partitions,
+            role,
+            require_durable: false,
+            clock: Clock::Caller,
+        };
+        RedisStore::open(options).await
+    }
+}
+
+#[async_trait::async_trait]
+impl Fixture for Redis {
     async fn mta(&self) -> Arc<dyn Store> {
         Arc::new(self.open(Role::Mta).await.expect("it opens"))
     }

@@ -153,11 +153,11 @@ fn store_url(text: &str, data_dir: &Path) -> Result<StoreUrl, String> {
         .map_or(authority, |(_, hosts)| hosts);
     let topology = match scheme {
         "redis" | "rediss" => RedisTopology::Single,
-        "redis+cluster" => RedisTopology::Cluster,
-        "redis+sentinel" if path.is_empty() => {
+        "redis+cluster" | "rediss+cluster" => RedisTopology::Cluster,
+        "redis+sentinel" | "rediss+sentinel" if path.is_empty() => {
             return Err("names no primary: write redis+sentinel://H1,H2/NAME".to_owned());
         }
-        "redis+sentinel" => RedisTopology::Sentinel {
+        "redis+sentinel" | "rediss+sentinel" => RedisTopology::Sentinel {
             service: path.to_owned(),
         },
         _ => return Err(format!("has an unknown scheme: write {KNOWN}")),

@@ -1,0 +1,92 @@
+#!lua
+-- One step in one partition: every check holds and every write is done, or nothing is.
+-- KEYS: the keys, named below by number. ARGV: the number of checks, the checks, the writes.
+-- Answers {1, last event number, what each count left open ...} or {0, the key that had changed}.
+local call, at = redis.call, 2
+local function take()
+  local value = ARGV[at]
+  at = at + 1
+  return value
+end
+
+for _ = 1, tonumber(ARGV[1]) do
+  local kind, key = take(), KEYS[tonumber(take())]
+  if kind == 'V' then
+    -- The version, or nothing where there must be nothing.
+    if call('GETRANGE', key, 0, 7) ~= take() then return {0, key} end
+  else
+    -- A field of a hash, or nothing.
+    local field, expected = take(), take()
+    if (call('HGET', key, field) or '') ~= expected then return {0, key} end
+  end
+end
+
+local answer = {1, '0'}
+while ARGV[at] do
+  local kind, key = take(), KEYS[tonumber(take())]
+  if kind == 'R' then
+    -- A command as it is.
+    local name, count = take(), tonumber(take())
+    call(name, key, unpack(ARGV, at, at + count - 1))
+    at = at + count
+  elseif kind == 'E' then
+    -- Events: the number goes behind the id, which has a fixed length.
+    local counter, floor, count = KEYS[tonumber(take())], tonumber(take()), tonumber(take())
+    local time = call('TIME')
+    local last = math.max(tonumber(call('GET', counter) or '0'), floor, time[1] * 1000000 + time[2] - 1)
+    for _ = 1, count do
+      local event = take()
+      last = last + 1
+      local number = string.format('%.0f', last)
+      call('XADD', key, number .. '-0', 'e', string.sub(event, 1, 44) .. ',"seq":' .. number .. string.sub(event, 45))
+    end
+    answer[2] = string.format('%.0f', last)
+    call('SET', counter, answer[2])
+  elseif kind == 'C' then
+    -- Control items: numbered without gaps; what is too old goes, up to the first that is not.
+    local counter, now, oldest, count = KEYS[tonumber(take())], take(), tonumber(take()), tonumber(take())
+    local trim = false
+    for _ = 1, count do
+      local number = call('INCR', counter)
+      call('XADD', key, number .. '-0', 't', now, 'i', take())
+      trim = trim or number % 64 == 0
+    end
+    while trim do
+      local first = call('XRANGE', key, '-', '+', 'COUNT', 256)
+      trim = #first == 256
+      for _, item in ipairs(first) do
+        if tonumber(item[2][2]) >= oldest then
+          trim = false
+          break
+        end
+        call('XDEL', key, item[1])
+      end
+    end
+  elseif kind == 'Q' then
+    -- A queue is listed as long as something stands in it.
+    local list, name = KEYS[tonumber(take())], take()
+    if call('EXISTS', key) == 1 then call('ZADD', list, 0, name) else call('ZREM', list, name) end
+  elseif kind == 'K' then
+    -- Counters move; asked to, tells how many recipients are open.
+    local tell, count = take(), tonumber(take())
+    for _ = 1, count do
+      local field = take()
+      call('HINCRBY', key, field, take())
+    end
+    if tell == '1' then
+      local open = 0
+      for _, value in ipairs(call('HMGET', key, 'scheduled', 'queued', 'temporary_error')) do
+        open = open + tonumber(value or '0')
+      end
+      answer[#answer + 1] = open
+    end
+  else
+    -- What was scheduled is queued.
+    local waiting = call('HGET', key, 'scheduled')
+    if waiting then
+      call('HDEL', key, 'scheduled')
+      call('HINCRBY', key, 'queued', waiting)
+    end
+  end
+end
+return answer

@@ -1,0 +1,337 @@
+//! One atomic step in one partition, as one script.
+//!
+//! What a step means is decided in Rust, by the same rules for every engine, on what was read
+//! before; the script checks that nothing of it has changed since and then writes everything. So
+//! there is one copy of the rules and one small script; two steps at once on the same recipients
+//! cost a second try, which is rare: nodes hold different ranges. What everybody changes at once
+//! (counters, feeds, event numbers) is never checked but moved by the script itself. Must not
+//! decide what is written.
+
+use super::Inner;
+use super::keys;
+use super::link::answer;
+use super::record::Version;
+use crate::{Control, Result, StoreError};
+use ::redis::{Cmd, ErrorKind, Pipeline, Script, ServerErrorKind, Value};
+use model::{Event, Partition, Timestamp};
+use std::collections::HashMap;
+
+/// How long control items are kept, in milliseconds: a node that was away longer starts anew.
+const CONTROL_KEPT: i64 = 24 * 60 * 60 * 1000;
+/// Arguments of one command within a script: what fits Lua's stack with room to spare.
+const ARGUMENTS: usize = 2_000;
+/// How long a replica may take to have a write.
+const REPLICATED_MS: u32 = 2_000;
+
+/// A script by its text; the server knows it by its hash.
+pub(super) struct Lua {
+    code: &'static str,
+    script: Script,
+}
+
+impl Lua {
+    fn new(code: &'static str) -> Self {
+        Self {
+            code,
+            script: Script::new(code),
+        }
+    }
+}
+
+/// The scripts of this engine.
+pub(super) struct Scripts {
+    pub(super) commit: Lua,
+    pub(super) look: Lua,
+    pub(super) find: Lua,
+    pub(super) survey: Lua,
+}
+
+impl Scripts {
+    pub(super) fn new() -> Self {
+        Self {
+            commit: Lua::new(include_str!("commit.lua")),
+            look: Lua::new(include_str!("look.lua")),
+            find: Lua::new(include_str!("find.lua")),
+            survey: Lua::new(include_str!("survey.lua")),
+        }
+    }
+}
+
+/// What became of a step.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is done: the number of its last event (0: it had none), and how many recipients each
+    /// count that asked left open.
+    Done { seq: u64, open: Vec<i64> },
+    /// Something that it had read was changed meanwhile: nothing was done.
+    Conflict,
+}
+
+/// A step being put together.
+pub(super) struct Commit {
+    pub(super) partition: Partition,
+    keys: Vec<String>,
+    numbers: HashMap<String, usize>,
+    checks: Vec<Vec<u8>>,
+    checked: usize,
+    writes: Vec<Vec<u8>>,
+}
+
+fn text(number: impl ToString) -> Vec<u8> {
+    number.to_string().into_bytes()
+}
+
+impl Commit {
+    pub(super) fn new(partition: Partition) -> Self {
+        Self {
+            partition,
+            keys: Vec::new(),
+            numbers: HashMap::new(),
+            checks: Vec::new(),
+            checked: 0,
+            writes: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.writes.is_empty()
+    }
+
+    fn key(&mut self, key: String) -> Vec<u8> {
+        let known = self.numbers.get(&key).copied();
+        let number = known.unwrap_or_else(|| {
+            self.keys.push(key.clone());
+            self.numbers.insert(key, self.keys.len());
+            self.keys.len()
+        });
+        text(number)
+    }
+
+    /// The key still has this version; none: it is still not there.
+    pub(super) fn check(&mut self, key: String, version: Option<Version>) {
+        let key = self.key(key);
+        let version = version.map_or(Vec::new(), |version| version.to_vec());
+        self.checks.extend([b"V".to_vec(), key, version]);
+        self.checked += 1;
+    }
+
+    /// The field still has this value; none: it is still not there.
+    pub(super) fn check_field(&mut self, key: String, field: &[u8], value: Option<&[u8]>) {
+        let key = self.key(key);
+        let value = value.unwrap_or_default().to_vec();
+        self.checks
+            .extend([b"H".to_vec(), key, field.to_vec(), value]);
+        self.checked += 1;
+    }
+
+    /// A command on a key.
+    pub(super) fn write<A: AsRef<[u8]>>(
+        &mut self,
+        command: &str,
+        key: String,
+        arguments: impl IntoIterator<Item = A>,
+    ) {
+        let key = self.key(key);
+        let arguments: Vec<Vec<u8>> = arguments
+            .into_iter()
+            .map(|of| of.as_ref().to_vec())
+            .collect();
+        self.writes.extend([
+            b"R".to_vec(),
+            key,
+            command.as_bytes().to_vec(),
+            text(arguments.len()),
+        ]);
+        self.writes.extend(arguments);
+    }
+
+    /// A command that takes any number of arguments after `first`, in groups of `group`.
+    pub(super) fn write_many(&mut self, command: &str, key: &str, all: &[Vec<u8>], group: usize) {
+        for some in all.chunks(ARGUMENTS / group * group) {
+            self.write(command, key.to_owned(), some);
+        }
+    }
+
+    /// Events, in order; their numbers are above `floor`.
+    pub(super) fn events(&mut self, events: &[Event], floor: u64) -> Result<()> {
+        if events.is_empty() {
+            return Ok(());
+        }
+        let stream = self.key(keys::events(self.partition));
+        let counter = self.key(keys::event_counter(self.partition));
+        self.writes.extend([
+            b"E".to_vec(),
+            stream,
+            counter,
+            text(floor),
+            text(events.len()),
+        ]);
+        for event in events {
+            self.writes.push(unnumbered(event)?);
+        }
+        Ok(())
+    }
+
+    /// Items of the control feed, in order.
+    pub(super) fn control(&mut self, items: &[Control], now: Timestamp) -> Result<()> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let feed = self.key(keys::control(self.partition));
+        let counter = self.key(keys::control_counter(self.partition));
+        self.writes.extend([
+            b"C".to_vec(),
+            feed,
+            counter,
+            text(now.millis()),
+            text(now.millis() - CONTROL_KEPT),
+            text(items.len()),
+        ]);
+        for item in items {
+            let item = serde_json::to_vec(item)
+                .map_err(|error| StoreError::Damaged(format!("a control item: {error}")))?;
+            self.writes.push(item);
+        }
+        Ok(())
+    }
+
+    /// Lists the queue if something stands in it, after the writes before.
+    pub(super) fn list_queue(&mut self, rank: u8, queue: &str) {
+        let key = self.key(keys::queue(self.partition, rank, queue));
+        let list = self.key(keys::queues(self.partition));
+        let name = keys::queue_name(rank, queue);
+        self.writes.extend([b"Q".to_vec(), key, list, name]);
+    }
+
+    /// Moves counters; whether to tell what is open after it.
+    pub(super) fn count(&mut self, key: String, moves: &[(&'static str, i64)], tell: bool) {
+        let key = self.key(key);
+        self.writes
+            .extend([b"K".to_vec(), key, text(u8::from(tell)), text(moves.len())]);
+        for (field, by) in moves {
+            self.writes.extend([field.as_bytes().to_vec(), text(by)]);
+        }
+    }
+
+    /// What was scheduled is queued.
+    pub(super) fn release_counters(&mut self, key: String) {
+        let key = self.key(key);
+        self.writes.extend([b"S".to_vec(), key]);
+    }
+
+    /// Does it. `safe`: with replicas, one of them has it when this returns.
+    pub(super) async fn run(self, inner: &Inner, safe: bool) -> Result<Outcome> {
+        if self.is_empty() {
+            return Ok(Outcome::Done {
+                seq: 0,
+                open: Vec::new(),
+            });
+        }
+        let mut arguments = vec![text(self.checked)];
+        arguments.extend(self.checks);
+        arguments.extend(self.writes);
+        let answer = inner
+            .script(&inner.scripts.commit, &self.keys, &arguments, safe)
+            .await?;
+        let mut parts = answer::list(answer).into_iter();
+        if parts.next().map(answer::number) != Some(1) {
+            return Ok(Outcome::Conflict);
+        }
+        let seq = parts.next().map_or(0, answer::number);
+        Ok(Outcome::Done {
+            seq: u64::try_from(seq).unwrap_or(0),
+            open: parts.map(answer::number).collect(),
+        })
+    }
+}
+
+/// An event without its number, which the script puts behind the id.
+fn unnumbered(event: &Event) -> Result<Vec<u8>> {
+    const NUMBER: &str = ",\"seq\":0";
+    const ID: usize = 44;
+    let unnumbered = Event {
+        seq: 0,
+        ..event.clone()
+    };
+    let text = serde_json::to_string(&unnumbered)
+        .map_err(|error| StoreError::Damaged(format!("an event: {error}")))?;
+    match text.split_at_checked(ID) {
+        Some((id, rest)) if rest.starts_with(NUMBER) => {
+            let rest = rest.strip_prefix(NUMBER).unwrap_or(rest);
+            Ok([id.as_bytes(), rest.as_bytes()].concat())
+        }
+        _ => Err(StoreError::Damaged("an event without an id".into())),
+    }
+}
+
+impl Inner {
+    /// Runs a script; `safe`: with replicas, one of them has what it wrote when this returns.
+    pub(super) async fn script(
+        &self,
+        script: &Lua,
+        keys: &[String],
+        arguments: &[Vec<u8>],
+        safe: bool,
+    ) -> Result<Value> {
+        let by_hash = self.pipeline("EVALSHA", script.script.get_hash(), keys, arguments, safe);
+        let answers = match self.link.bulk_raw(&by_hash).await? {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                // A server that was started or became the primary since.
+                let whole = self.pipeline("EVAL", script.code, keys, arguments, safe);
+                self.link.bulk(&whole).await?
+            }
+            answers => answers?,
+        };
+        let mut answers = answers.into_iter();
+        let answer = answers.next().unwrap_or(Value::Nil);
+        if let Some(replicas) = answers.next().map(answer::number)
+            && replicas == 0
+        {
+            return Err(StoreError::Unavailable(format!(
+                "redis: no replica had a write within {REPLICATED_MS} ms"
+            )));
+        }
+        Ok(answer)
+    }
+
+    fn pipeline(
+        &self,
+        command: &str,
+        script: &str,
+        keys: &[String],
+        arguments: &[Vec<u8>],
+        safe: bool,
+    ) -> Pipeline {
+        let mut run = Cmd::new();
+        run.arg(command).arg(script).arg(keys.len()).arg(keys);
+        for argument in arguments {
+            run.arg(argument);
+        }
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(run);
+        if safe && self.has_replicas() {
+            pipeline.cmd("WAIT").arg(1).arg(REPLICATED_MS);
+        }
+        pipeline
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_written_without_its_number() {
+        let told = crate::tell::Told {
+            kind: model::EventKind::BatchStarted,
+            occurred_at: Timestamp::from_millis(5),
+            identity: "x".into(),
+            data: serde_json::json!({ "seq": 0 }),
+        };
+        let event = crate::tell::bare(told, 77, Timestamp::from_millis(6), "acme".into());
+        let written = String::from_utf8(unnumbered(&event).unwrap()).unwrap();
+        let (id, rest) = written.split_at(44);
+        let whole = format!("{id},\"seq\":77{rest}");
+        assert_eq!(serde_json::from_str::<Event>(&whole).unwrap(), event);
+    }
+}

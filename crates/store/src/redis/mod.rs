@@ -1,0 +1,410 @@
+//! The engine for many machines: Redis or Valkey, single, behind sentinels, or a Cluster.
+//!
+//! Any number of processes share it; none owns anything but its leases. What belongs to a
+//! recipient lives in one partition, whose keys share a hash tag, and changes in one script
+//! (`commit`). Key names, sizes and lifetimes: `docs/redis.md`.
+
+mod batches;
+mod books;
+mod cache;
+mod calls;
+mod commit;
+mod feeds;
+mod keys;
+mod lease;
+mod link;
+mod read;
+mod record;
+mod server;
+mod shared;
+mod ship;
+mod stage;
+mod suppress;
+mod url;
+mod work;
+
+pub use server::Standing;
+pub use url::{RedisUrl, Topology};
+
+use crate::sqlite::Role;
+use crate::{
+    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
+    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
+    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+};
+use async_trait::async_trait;
+use cache::Cache;
+use commit::Scripts;
+use lease::Turn;
+use link::Link;
+use model::{BatchId, JournalId, MessageId, Partition, Seq, Timestamp};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How often another process's changes are looked for.
+const POLL: Duration = Duration::from_millis(100);
+/// Tries of a step that others keep changing under it.
+const TRIES: u32 = 100;
+
+/// By which clock leases run out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The server's: clocks of nodes need not agree.
+    Server,
+    /// The one in each request. For tests, where time is not real.
+    Caller,
+}
+
+/// How to open the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RedisOptions {
+    /// Where it is.
+    pub url: RedisUrl,
+    /// In how many partitions recipients live (1 to 256), when the store is made. Later an MTA
+    /// that asks for another number is refused.
+    pub partitions: u16,
+    /// Who opens it.
+    pub role: Role,
+    /// Refuse a server that may drop keys or loses everything when it ends.
+    pub require_durable: bool,
+    /// By which clock leases run out.
+    pub clock: Clock,
+}
+
+/// What every call works with.
+struct Inner {
+    link: Link,
+    partitions: u16,
+    clock: Clock,
+    scripts: Scripts,
+    cache: Cache,
+    /// The batch served last, by queue and rank: the next lease begins after it.
+    turns: Mutex<HashMap<Turn, BatchId>>,
+    unreadable: AtomicU64,
+    standing: watch::Sender<Standing>,
+    /// Counts what this process wrote.
+    written: watch::Sender<u64>,
+}
+
+impl Inner {
+    fn all_partitions(&self) -> impl Iterator<Item = Partition> + use<> {
+        (0..=u8::MAX)
+            .take(usize::from(self.partitions))
+            .map(Partition)
+    }
+
+    fn has_replicas(&self) -> bool {
+        self.standing.borrow().replicas > 0
+    }
+
+    fn count_unreadable(&self) {
+        self.unreadable.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn unreadable(&self) -> u64 {
+        self.unreadable.load(Ordering::Relaxed)
+    }
+
+    /// Wakes those who wait in this process.
+    fn wrote(&self) {
+        self.written.send_modify(|count| *count += 1);
+    }
+
+    fn tries(&self) -> Tries {
+        Tries(0)
+    }
+}
+
+/// Counts the tries of a step.
+struct Tries(u32);
+
+impl Tries {
+    /// True, after a little while when it is not the first; an error when there were too many.
+    async fn again(&mut self) -> Result<bool> {
+        self.0 += 1;
+        if self.0 > TRIES {
+            return Err(StoreError::Unavailable(
+                "redis: others keep changing what this step needs".into(),
+            ));
+        }
+        if self.0 > 1 {
+            let most = u64::from(self.0).min(20);
+            let pause = Duration::from_millis(fastrand::u64(0..=most));
+            tokio::time::sleep(pause).await;
+        }
+        Ok(true)
+    }
+}
+
+/// The engine for many machines.
+pub struct RedisStore {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for RedisStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RedisStore")
+            .field("partitions", &self.inner.partitions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl RedisStore {
+    /// Opens the store, and makes it when it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when the server cannot be reached; [`StoreError::Refused`] when
+    /// it is too old, may drop keys or forgets everything when it ends, or the store has another
+    /// number of partitions; [`StoreError::Damaged`] when a newer version made it.
+    pub async fn open(options: RedisOptions) -> Result<Self> {
+        if !(1..=256).contains(&options.partitions) {
+            return Err(StoreError::Refused("partitions must be 1 to 256".into()));
+        }
+        let link = Link::open(&options.url).await?;
+        let standing = server::standing(&link).await?;
+        if options.require_durable {
+            standing.must_be_durable()?;
+        }
+        let partitions = server::partitions(&link, &options).await?;
+        let inner = Inner {
+            link,
+            partitions,
+            clock: options.clock,
+            scripts: Scripts::new(),
+            cache: Cache::new(),
+            turns: Mutex::new(HashMap::new()),
+            unreadable: AtomicU64::new(0),
+            standing: watch::Sender::new(standing),
+            written: watch::Sender::new(0),
+        };
+        if options.role == Role::Mta {
+            let now = Timestamp::from_millis(inner.wall().await?);
+            inner.abandon_leftovers(now).await?;
+        }
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// How the server stands, as it was at the last [`Store::check`].
+    pub fn standing(&self) -> Standing {
+        self.inner.standing.borrow().clone()
+    }
+}
+
+#[async_trait]
+impl Store for RedisStore {
+    fn partitions(&self) -> u16 {
+        self.inner.partitions
+    }
+
+    async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
+        self.inner.stage(batch, lots).await
+    }
+
+    async fn begin_call(&self, call: NewCall, now: Timestamp, ttl: Duration) -> Result<Begun> {
+        self.inner.begin_call(call, now, ttl).await
+    }
+
+    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()> {
+        self.inner.drop_call(key, attempt).await
+    }
+
+    async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()> {
+        self.inner.commit(batch, now).await
+    }
+
+    async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
+        let now = Timestamp::from_millis(self.inner.wall().await?);
+        self.inner.abandon(batch, now).await
+    }
+
+    async fn backlog(
+        &self,
+        now: Timestamp,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Backlog>> {
+        self.inner.backlog(now, after, limit).await
+    }
+
+    async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>> {
+        self.inner.lease(&request).await
+    }
+
+    async fn reclaim(
+        &self,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Vec<LeasedRange>> {
+        self.inner.reclaim(node, now, ttl).await
+    }
+
+    async fn renew(&self, node: JournalId, now: Timestamp, ttl: Duration) -> Result<Vec<RangeRef>> {
+        self.inner.renew(node, now, ttl).await
+    }
+
+    async fn release(&self, ranges: Vec<Release>, now: Timestamp) -> Result<()> {
+        self.inner.release(ranges, now).await
+    }
+
+    async fn ship(&self, shipment: Shipment) -> Result<Shipped> {
+        self.inner.ship(shipment).await
+    }
+
+    async fn high_water(&self, journal: JournalId) -> Result<Seq> {
+        self.inner.high_water(journal).await
+    }
+
+    async fn change_batch(
+        &self,
+        batch: BatchId,
+        change: BatchChange,
+        now: Timestamp,
+    ) -> Result<ChangeOutcome> {
+        self.inner.change(batch, change, now).await
+    }
+
+    async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
+        self.inner.control_page(after).await
+    }
+
+    async fn changed(&self, after: FeedPlace<'_>, at_most: Duration) {
+        let Some(place) = self.inner.place(after) else {
+            return;
+        };
+        let looking = async {
+            let mut here = self.inner.written.subscribe();
+            loop {
+                here.mark_unchanged();
+                // A store that does not answer is a change: reading tells.
+                if self.inner.is_ahead(&place).await.unwrap_or(true) {
+                    return;
+                }
+                // What this process wrote is looked at when it was written, the rest soon.
+                let _changed = tokio::time::timeout(POLL, here.changed()).await;
+            }
+        };
+        let _ended = tokio::time::timeout(at_most, looking).await;
+    }
+
+    async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()> {
+        self.inner.suppress(entries, now).await
+    }
+
+    async fn unsuppress(
+        &self,
+        account: &str,
+        email: &str,
+        list: Option<&str>,
+        now: Timestamp,
+    ) -> Result<u32> {
+        self.inner.unsuppress(account, email, list, now).await
+    }
+
+    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
+        self.inner.suspend(suspension, now).await
+    }
+
+    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool> {
+        self.inner.resume(destination, now).await
+    }
+
+    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>> {
+        self.inner.suspensions(now).await
+    }
+
+    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64> {
+        self.inner.make_due(scope, now, dry_run).await
+    }
+
+    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
+        self.inner.put_notes(notes, now).await
+    }
+
+    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
+        self.inner.notes(kind, now).await
+    }
+
+    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
+        self.inner.note(kind, key, now).await
+    }
+
+    async fn job_lease(
+        &self,
+        job: &str,
+        node: JournalId,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<Option<u64>> {
+        self.inner.job_lease(job, node, now, ttl).await
+    }
+
+    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
+        self.inner.announce(news, now).await
+    }
+
+    async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
+        self.inner.batch(batch).await
+    }
+
+    async fn batches(&self, query: BatchQuery) -> Result<Page<Batch>> {
+        self.inner.batches(&query).await
+    }
+
+    async fn content(&self, batch: BatchId) -> Result<Option<Arc<[u8]>>> {
+        self.inner.content(batch).await
+    }
+
+    async fn recipients(&self, query: RecipientQuery) -> Result<Page<RecipientRow>> {
+        self.inner.recipients(&query).await
+    }
+
+    async fn message(&self, message: MessageId) -> Result<Option<MessageStory>> {
+        self.inner.message(message).await
+    }
+
+    async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
+        self.inner.address(account, email).await
+    }
+
+    async fn suppressions(&self, query: SuppressionQuery) -> Result<Page<Suppression>> {
+        self.inner.suppression_page(&query).await
+    }
+
+    async fn events(&self, query: EventQuery) -> Result<EventPage> {
+        self.inner.event_page(&query).await
+    }
+
+    async fn work(
+        &self,
+        scope: WorkScope,
+        now: Timestamp,
+        limit: u32,
+    ) -> Result<Option<Vec<Work>>> {
+        self.inner.work(scope, now, limit).await.map(Some)
+    }
+
+    async fn totals(&self, now: Timestamp) -> Result<Totals> {
+        self.inner.totals(now).await
+    }
+
+    async fn setting(&self, key: &str, default: &str) -> Result<String> {
+        self.inner.setting(key, default).await
+    }
+
+    async fn check(&self) -> Result<()> {
+        self.inner.check().await
+    }
+
+    fn caveat(&self) -> Option<String> {
+        self.inner.standing.borrow().weakness()
+    }
+}

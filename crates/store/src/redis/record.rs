@@ -1,0 +1,629 @@
+//! Stored forms of what changes: batches, ranges, cells, lots.
+//!
+//! What is checked before a step begins with eight bytes of version, which are random and new with
+//! every write. Behind them stands the number of the form. Must not touch the server.
+
+use crate::form::{self, Ref};
+use crate::transition::Cell;
+use crate::{Result, StoreError};
+use model::{
+    BatchId, BatchState, Counters, JournalId, LotNumber, Partition, Priority, Row, Timestamp,
+    TrackingMode,
+};
+
+/// The form of every record here.
+const FORM: u8 = 1;
+
+/// The version of what is stored; none: there must be nothing.
+pub(super) type Version = [u8; 8];
+
+/// A new version.
+pub(super) fn new_version() -> Version {
+    fastrand::u64(..).to_le_bytes()
+}
+
+fn damaged(what: &str) -> StoreError {
+    StoreError::Damaged(format!("{what} is not readable"))
+}
+
+/// Reads fixed pieces from the front.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (first, rest) = self.0.split_first_chunk::<N>()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take::<1>().map(|[byte]| byte)
+    }
+
+    fn bool(&mut self) -> Option<bool> {
+        self.byte().map(|byte| byte != 0)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn i64(&mut self) -> Option<i64> {
+        self.take().map(i64::from_le_bytes)
+    }
+
+    fn text(&mut self) -> Option<&'a str> {
+        let length = usize::from(u16::from_le_bytes(self.take()?));
+        let (text, rest) = self.0.split_at_checked(length)?;
+        self.0 = rest;
+        std::str::from_utf8(text).ok()
+    }
+}
+
+fn put_text(to: &mut Vec<u8>, text: &str) {
+    let length = u16::try_from(text.len()).unwrap_or(u16::MAX);
+    to.extend(length.to_le_bytes());
+    to.extend(text.as_bytes().iter().take(usize::from(length)));
+}
+
+// ---- batches ----------------------------------------------------------------------------
+
+/// What of a batch can change.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct BatchRecord {
+    pub(super) version: Version,
+    pub(super) state: BatchState,
+    pub(super) released: bool,
+    pub(super) archived: bool,
+    pub(super) priority: Priority,
+    pub(super) tracking: TrackingMode,
+    /// Rises with every change: a copy never goes back.
+    pub(super) revision: u32,
+    pub(super) release_at: Timestamp,
+    pub(super) started_at: Option<Timestamp>,
+    pub(super) completed_at: Option<Timestamp>,
+    pub(super) accepted: u64,
+    pub(super) rejected: u64,
+}
+
+const NEVER: i64 = i64::MIN;
+
+impl BatchRecord {
+    pub(super) fn read(bytes: &[u8]) -> Result<Self> {
+        Self::parse(bytes).ok_or_else(|| damaged("a batch"))
+    }
+
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut from = Reader(bytes);
+        let version = from.take()?;
+        if from.byte()? != FORM {
+            return None;
+        }
+        let time = |millis| (millis != NEVER).then(|| Timestamp::from_millis(millis));
+        Some(Self {
+            version,
+            state: BatchState::from_code(from.byte()?)?,
+            released: from.bool()?,
+            archived: from.bool()?,
+            priority: Priority::from_code(from.byte()?)?,
+            tracking: TrackingMode::from_code(from.byte()?)?,
+            revision: from.u32()?,
+            release_at: Timestamp::from_millis(from.i64()?),
+            started_at: time(from.i64()?),
+            completed_at: time(from.i64()?),
+            accepted: from.u64()?,
+            rejected: from.u64()?,
+        })
+    }
+
+    /// The bytes under a new version.
+    pub(super) fn write(&self, version: Version) -> Vec<u8> {
+        let time = |at: Option<Timestamp>| at.map_or(NEVER, Timestamp::millis).to_le_bytes();
+        let mut to = version.to_vec();
+        to.extend([
+            FORM,
+            self.state.code(),
+            u8::from(self.released),
+            u8::from(self.archived),
+            self.priority.code(),
+            self.tracking.code(),
+        ]);
+        to.extend(self.revision.to_le_bytes());
+        to.extend(self.release_at.millis().to_le_bytes());
+        to.extend(time(self.started_at));
+        to.extend(time(self.completed_at));
+        to.extend(self.accepted.to_le_bytes());
+        to.extend(self.rejected.to_le_bytes());
+        to
+    }
+
+    /// Whether attempts may start.
+    pub(super) fn active(&self) -> bool {
+        self.state == BatchState::InProgress
+    }
+
+    /// The rank of its ranges: what goes first, then list mail.
+    pub(super) fn rank(&self) -> u8 {
+        u8::from(self.priority != Priority::Transactional)
+    }
+}
+
+// ---- ranges -----------------------------------------------------------------------------
+
+/// What a range refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// `count` recipients of a lot from `first`, none of which had an attempt.
+    Span { lot: LotNumber, first: u16 },
+    /// These.
+    Refs(Vec<Ref>),
+}
+
+/// Who holds a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    Nobody,
+    Node(JournalId),
+    /// It could not be read: nobody has it for a while.
+    PutOff,
+}
+
+/// A range as it is stored.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Range {
+    pub(super) version: Version,
+    pub(super) id: u64,
+    pub(super) partition: Partition,
+    pub(super) batch: BatchId,
+    pub(super) queue: Box<str>,
+    pub(super) rank: u8,
+    pub(super) due_at: i64,
+    pub(super) count: u32,
+    pub(super) holder: Holder,
+    pub(super) token: u64,
+    pub(super) expires: i64,
+    pub(super) window: u32,
+    pub(super) piece: Piece,
+}
+
+impl Range {
+    pub(super) fn read(partition: Partition, bytes: &[u8]) -> Result<Self> {
+        let (mut range, refs) = Self::parse(partition, bytes).ok_or_else(|| damaged("a range"))?;
+        if let Some(refs) = refs {
+            range.piece = Piece::Refs(form::unpack_refs(refs)?);
+        }
+        Ok(range)
+    }
+
+    fn parse(partition: Partition, bytes: &[u8]) -> Option<(Self, Option<&[u8]>)> {
+        let mut from = Reader(bytes);
+        let version = from.take()?;
+        if from.byte()? != FORM {
+            return None;
+        }
+        let rank = from.byte()?;
+        let kind = from.byte()?;
+        let node = JournalId::from_bytes(from.take()?);
+        let holder = match kind {
+            0 => Holder::Nobody,
+            1 => Holder::Node(node),
+            2 => Holder::PutOff,
+            _ => return None,
+        };
+        let (id, token) = (from.u64()?, from.u64()?);
+        let (expires, due_at) = (from.i64()?, from.i64()?);
+        let (window, count) = (from.u32()?, from.u32()?);
+        let batch = BatchId::from_bytes(from.take()?);
+        let queue = from.text()?.into();
+        let (piece, refs) = match from.byte()? {
+            0 => {
+                let lot = LotNumber(from.u32()?);
+                let first = u16::from_le_bytes(from.take()?);
+                (Piece::Span { lot, first }, None)
+            }
+            1 => (Piece::Refs(Vec::new()), Some(from.0)),
+            _ => return None,
+        };
+        let range = Self {
+            version,
+            id,
+            partition,
+            batch,
+            queue,
+            rank,
+            due_at,
+            count,
+            holder,
+            token,
+            expires,
+            window,
+            piece,
+        };
+        Some((range, refs))
+    }
+
+    /// The bytes under a new version.
+    pub(super) fn write(&self, version: Version) -> Vec<u8> {
+        let (kind, node) = match self.holder {
+            Holder::Nobody => (0, [0; 16]),
+            Holder::Node(node) => (1, node.to_bytes()),
+            Holder::PutOff => (2, [0; 16]),
+        };
+        let mut to = version.to_vec();
+        to.extend([FORM, self.rank, kind]);
+        to.extend(node);
+        to.extend(self.id.to_le_bytes());
+        to.extend(self.token.to_le_bytes());
+        to.extend(self.expires.to_le_bytes());
+        to.extend(self.due_at.to_le_bytes());
+        to.extend(self.window.to_le_bytes());
+        to.extend(self.count.to_le_bytes());
+        to.extend(self.batch.to_bytes());
+        put_text(&mut to, &self.queue);
+        match &self.piece {
+            Piece::Span { lot, first } => {
+                to.push(0);
+                to.extend(lot.0.to_le_bytes());
+                to.extend(first.to_le_bytes());
+            }
+            Piece::Refs(refs) => {
+                to.push(1);
+                to.extend(form::pack_refs(refs));
+            }
+        }
+        to
+    }
+
+    /// Whether a node or nobody at all has it at this moment.
+    pub(super) fn is_taken(&self, moment: i64) -> bool {
+        self.holder != Holder::Nobody && self.expires > moment
+    }
+
+    /// From when on it may be leased.
+    pub(super) fn ready(&self) -> i64 {
+        match self.holder {
+            Holder::Nobody => self.due_at,
+            Holder::Node(_) | Holder::PutOff => self.due_at.max(self.expires),
+        }
+    }
+
+    /// The recipients, with the attempts that each had when it was filed.
+    pub(super) fn refs(&self) -> Vec<Ref> {
+        match &self.piece {
+            Piece::Refs(refs) => refs.clone(),
+            Piece::Span { lot, first } => (*first..)
+                .zip(0..self.count)
+                .map(|(position, _)| Ref {
+                    lot: *lot,
+                    position,
+                    attempts: 0,
+                })
+                .collect(),
+        }
+    }
+
+    /// Below which offset its holder may have started what is unreported.
+    pub(super) fn doubtful(&self) -> u32 {
+        if self.holder == Holder::Nobody {
+            0
+        } else {
+            self.window
+        }
+    }
+
+    /// The same range with these recipients of it.
+    pub(super) fn with_refs(&self, refs: Vec<Ref>) -> Self {
+        let count = u32::try_from(refs.len()).unwrap_or(u32::MAX);
+        let contiguous = refs
+            .windows(2)
+            .all(|pair| matches!(pair, [a, b] if a.position.checked_add(1) == Some(b.position)));
+        let piece = match (&self.piece, refs.first()) {
+            (&Piece::Span { lot, .. }, Some(first)) if contiguous => Piece::Span {
+                lot,
+                first: first.position,
+            },
+            _ => Piece::Refs(refs),
+        };
+        Self {
+            count,
+            piece,
+            ..self.clone()
+        }
+    }
+
+    /// The same range, held by nobody, due at this time.
+    pub(super) fn freed(&self, due_at: i64) -> Self {
+        Self {
+            holder: Holder::Nobody,
+            expires: 0,
+            window: 0,
+            due_at,
+            ..self.clone()
+        }
+    }
+}
+
+// ---- lots -------------------------------------------------------------------------------
+
+/// A lot as it was staged.
+#[derive(Debug)]
+pub(super) struct Lot {
+    pub(super) queue: Box<str>,
+    /// Whether some recipients have a tracking mode of their own.
+    pub(super) overrides: bool,
+    pub(super) rows: Vec<Row>,
+}
+
+/// The bytes of a lot: its form, how many rows, flags; four bytes of hash for each; queue; rows.
+pub(super) fn write_lot(queue: &str, overrides: bool, hashes: &[u32], packed: &[u8]) -> Vec<u8> {
+    let rows = u16::try_from(hashes.len()).unwrap_or(u16::MAX);
+    let mut to = vec![FORM];
+    to.extend(rows.to_le_bytes());
+    to.push(u8::from(overrides));
+    to.extend(form::pack_u32s(hashes.iter().copied()));
+    put_text(&mut to, queue);
+    to.extend(packed);
+    to
+}
+
+impl Lot {
+    pub(super) fn read(bytes: &[u8]) -> Result<Self> {
+        let parse = || {
+            let mut from = Reader(bytes);
+            if from.byte()? != FORM {
+                return None;
+            }
+            let rows = usize::from(u16::from_le_bytes(from.take()?));
+            let overrides = from.bool()?;
+            let (_hashes, rest) = from.0.split_at_checked(rows * 4)?;
+            from.0 = rest;
+            let queue = from.text()?;
+            Some((queue, overrides, from.0))
+        };
+        let (queue, overrides, packed) = parse().ok_or_else(|| damaged("a lot"))?;
+        Ok(Self {
+            queue: queue.into(),
+            overrides,
+            rows: form::unpack(form::version::ROWS, packed)?,
+        })
+    }
+
+    pub(super) fn row(&self, position: u16) -> Option<&Row> {
+        self.rows.get(usize::from(position))
+    }
+}
+
+// ---- cells ------------------------------------------------------------------------------
+
+/// The cells of a lot.
+#[derive(Debug, Clone)]
+pub(super) struct Cells {
+    pub(super) version: Version,
+    bytes: Vec<u8>,
+    /// Positions that were changed: the first and the last.
+    changed: Option<(u16, u16)>,
+}
+
+impl Cells {
+    /// Nothing happened to anybody yet.
+    pub(super) fn fresh(rows: usize, version: Version) -> Vec<u8> {
+        let mut to = version.to_vec();
+        to.extend(Cell::NEW.to_bytes().repeat(rows));
+        to
+    }
+
+    pub(super) fn read(stored: &[u8]) -> Option<Self> {
+        let (version, bytes) = stored.split_first_chunk()?;
+        Some(Self {
+            version: *version,
+            bytes: bytes.to_vec(),
+            changed: None,
+        })
+    }
+
+    /// The cell at a position; `None` when there is none.
+    pub(super) fn get(&self, position: u16) -> Result<Option<Cell>> {
+        let at = usize::from(position) * Cell::BYTES;
+        match self.bytes.get(at..at + Cell::BYTES) {
+            None => Ok(None),
+            Some(bytes) => Cell::read(bytes)
+                .map(Some)
+                .ok_or_else(|| damaged(&format!("cell {position}"))),
+        }
+    }
+
+    pub(super) fn set(&mut self, position: u16, cell: Cell) {
+        let at = usize::from(position) * Cell::BYTES;
+        if let Some(bytes) = self.bytes.get_mut(at..at + Cell::BYTES) {
+            if bytes == cell.to_bytes() {
+                return;
+            }
+            bytes.copy_from_slice(&cell.to_bytes());
+            let (first, last) = self.changed.unwrap_or((position, position));
+            self.changed = Some((first.min(position), last.max(position)));
+        }
+    }
+
+    /// What is to be written, as pieces with where they go: the version and what was changed, or
+    /// all in one when that is shorter to say.
+    pub(super) fn changes(&self, version: Version) -> Vec<(usize, Vec<u8>)> {
+        let Some((first, last)) = self.changed else {
+            return Vec::new();
+        };
+        let from = usize::from(first) * Cell::BYTES;
+        let until = (usize::from(last) + 1) * Cell::BYTES;
+        let span = self.bytes.get(from..until).unwrap_or_default();
+        if from == 0 || span.len() * 4 > self.bytes.len() * 3 {
+            let mut all = version.to_vec();
+            all.extend(self.bytes.iter().take(until));
+            return vec![(0, all)];
+        }
+        vec![(0, version.to_vec()), (8 + from, span.to_vec())]
+    }
+}
+
+// ---- counters ---------------------------------------------------------------------------
+
+/// Every counter with its name.
+pub(super) fn fields(of: &mut Counters) -> [(&'static str, &mut u64); 20] {
+    let Counters {
+        accepted,
+        scheduled,
+        queued,
+        temporary_error,
+        delivered,
+        bounce,
+        failed,
+        suppressed,
+        cancelled,
+        complained,
+        unsubscribed,
+        replied,
+        opened_unique,
+        opened_total,
+        clicked_unique,
+        clicked_total,
+        opened_unique_human,
+        opened_total_human,
+        clicked_unique_human,
+        clicked_total_human,
+    } = of;
+    [
+        ("accepted", accepted),
+        ("scheduled", scheduled),
+        ("queued", queued),
+        ("temporary_error", temporary_error),
+        ("delivered", delivered),
+        ("bounce", bounce),
+        ("failed", failed),
+        ("suppressed", suppressed),
+        ("cancelled", cancelled),
+        ("complained", complained),
+        ("unsubscribed", unsubscribed),
+        ("replied", replied),
+        ("opened_unique", opened_unique),
+        ("opened_total", opened_total),
+        ("clicked_unique", clicked_unique),
+        ("clicked_total", clicked_total),
+        ("opened_unique_human", opened_unique_human),
+        ("opened_total_human", opened_total_human),
+        ("clicked_unique_human", clicked_unique_human),
+        ("clicked_total_human", clicked_total_human),
+    ]
+}
+
+/// Adds what is stored of a partition's counters.
+pub(super) fn add_counters(sum: &mut Counters, stored: &[(Vec<u8>, Vec<u8>)]) {
+    for (name, value) in fields(sum) {
+        let found = stored.iter().find(|(stored, _)| stored == name.as_bytes());
+        let number =
+            found.and_then(|(_, text)| std::str::from_utf8(text).ok()?.parse::<u64>().ok());
+        *value += number.unwrap_or(0);
+    }
+}
+
+/// Counters from which changes are told: so high that none falls below zero.
+pub(super) fn base() -> Counters {
+    let mut base = Counters::default();
+    for (_, value) in fields(&mut base) {
+        *value = BASE;
+    }
+    base
+}
+
+const BASE: u64 = 1 << 40;
+
+/// How counters that began at [`base`] have moved.
+pub(super) fn moves(mut of: Counters) -> Vec<(&'static str, i64)> {
+    let moved = |value: u64| {
+        let (value, base) = (i64::try_from(value), i64::try_from(BASE));
+        value.unwrap_or(0) - base.unwrap_or(0)
+    };
+    let all = fields(&mut of).map(|(name, value)| (name, moved(*value)));
+    all.into_iter().filter(|(_, by)| *by != 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn range(refs: Vec<Ref>) -> Range {
+        Range {
+            version: [3; 8],
+            id: 9,
+            partition: Partition(2),
+            batch: BatchId::from_bytes([1; 16]),
+            queue: "x.example".into(),
+            rank: 1,
+            due_at: 5,
+            count: u32::try_from(refs.len()).unwrap(),
+            holder: Holder::Node(JournalId::from_bytes([2; 16])),
+            token: 7,
+            expires: 11,
+            window: 1,
+            piece: Piece::Refs(refs),
+        }
+    }
+
+    #[test]
+    fn a_lot_reads_back() {
+        let row = Row {
+            index: 4,
+            email: "a@x.example".parse().unwrap(),
+            name: None,
+            prospect_id: None,
+            vars: None,
+            metadata: None,
+            tracking: None,
+        };
+        let packed = form::pack_rows(std::slice::from_ref(&row)).unwrap();
+        let lot = Lot::read(&write_lot("x.example", true, &[77], &packed)).unwrap();
+        assert_eq!(
+            (&*lot.queue, lot.overrides, lot.row(0)),
+            ("x.example", true, Some(&row))
+        );
+        assert_eq!(lot.row(1), None);
+    }
+
+    proptest! {
+        #[test]
+        fn records_read_back(list in prop::collection::vec((any::<u32>(), any::<u16>(), any::<u8>()), 0..20)) {
+            let refs = list
+                .into_iter()
+                .map(|(lot, position, attempts)| Ref { lot: LotNumber(lot), position, attempts })
+                .collect();
+            let range = range(refs);
+            prop_assert_eq!(Range::read(Partition(2), &range.write([3; 8])), Ok(range));
+        }
+
+        #[test]
+        fn any_bytes_are_a_record_or_refused(bytes: Vec<u8>) {
+            for form in [bytes.clone(), [&[0; 8][..], &[FORM], &bytes].concat(), [&[FORM][..], &bytes].concat()] {
+                let _read = Range::read(Partition(0), &form);
+                let _read = BatchRecord::read(&form);
+                let _read = Lot::read(&form);
+                let _read = Cells::read(&form);
+            }
+        }
+
+        #[test]
+        fn changed_cells_are_written_where_they_stand(changes in prop::collection::vec((0_u16..50, 1_u8..9), 0..20)) {
+            let mut stored = Cells::fresh(50, [1; 8]);
+            let mut cells = Cells::read(&stored).unwrap();
+            for (position, flags) in changes {
+                let mut bytes = Cell::NEW.to_bytes();
+                bytes[2] = flags;
+                cells.set(position, Cell::read(&bytes).unwrap());
+            }
+            for (at, piece) in cells.changes([1; 8]) {
+                stored[at..at + piece.len()].copy_from_slice(&piece);
+            }
+            prop_assert_eq!(&stored[8..], &cells.bytes[..]);
+        }
+    }
+}

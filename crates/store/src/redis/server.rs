@@ -1,0 +1,256 @@
+//! What the server is: its version, whether it keeps what it is told, its replicas, its clock.
+//!
+//! Must not touch a recipient.
+
+use super::keys::{self, HOME};
+use super::link::{Link, answer};
+use super::{Inner, RedisOptions};
+use crate::sqlite::Role;
+use crate::{Result, StoreError};
+use ::redis::{Cmd, Pipeline};
+use std::collections::BTreeSet;
+
+/// The version of everything that is stored: another one is not touched.
+const FORM: &str = "1";
+/// The oldest server: scripts that say what they do, `ZRANGEBYLEX` within them on every key.
+const OLDEST: u32 = 7;
+
+/// How a server, or the weakest node of a Cluster, stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// What it does when its memory is full; only `noeviction` loses nobody.
+    pub eviction: String,
+    /// Whether it keeps an append-only file.
+    pub append_only: bool,
+    /// When it syncs that: `always`, `everysec`, `no`; empty where it does not say.
+    pub sync: String,
+    /// Replicas that are connected; of a Cluster the fewest of a node.
+    pub replicas: u64,
+    /// The histories of writes that it tells: a new one may lack some.
+    pub histories: BTreeSet<String>,
+}
+
+impl Standing {
+    /// Why an acknowledged write may be lost when one machine loses power; `None`: it may not.
+    pub fn weakness(&self) -> Option<String> {
+        if self.eviction != "noeviction" {
+            return Some(format!(
+                "maxmemory-policy is {}: keys are dropped when the memory is full",
+                self.eviction
+            ));
+        }
+        if !self.append_only {
+            return Some(
+                "appendonly is off: a restart forgets what came after the last snapshot".into(),
+            );
+        }
+        if self.sync != "always" && self.replicas == 0 {
+            return Some(format!(
+                "appendfsync is {} and there is no replica: a power cut loses the last second or more",
+                if self.sync.is_empty() {
+                    "unknown"
+                } else {
+                    &self.sync
+                }
+            ));
+        }
+        None
+    }
+
+    /// Refuses what loses mail without anybody's fault.
+    pub(super) fn must_be_durable(&self) -> Result<()> {
+        let lost = self.eviction != "noeviction" || !self.append_only;
+        match self.weakness().filter(|_| lost) {
+            None => Ok(()),
+            Some(why) => Err(StoreError::Refused(format!(
+                "redis: {why}; set maxmemory-policy noeviction and appendonly yes, or store.require_durable = false"
+            ))),
+        }
+    }
+}
+
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .map(str::trim)
+}
+
+/// Asks how the server stands.
+pub(super) async fn standing(link: &Link) -> Result<Standing> {
+    let mut info = Cmd::new();
+    info.arg("INFO").arg("everything");
+    let mut standing: Option<Standing> = None;
+    for answered in link.everywhere(&info).await? {
+        let text = answer::bytes(answered).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let one = read_info(&text)?;
+        standing = Some(match standing {
+            None => one,
+            Some(before) => weaker(before, one),
+        });
+    }
+    let mut standing =
+        standing.ok_or_else(|| StoreError::Unavailable("redis: nobody answered".into()))?;
+    // Some managed servers do not let it be asked; then it is unknown.
+    let mut ask = Cmd::new();
+    ask.arg("CONFIG").arg("GET").arg("appendfsync");
+    if let Ok(answers) = link.everywhere(&ask).await {
+        let said: BTreeSet<Vec<u8>> = answers
+            .into_iter()
+            .flat_map(answer::pairs)
+            .map(|(_, value)| value)
+            .collect();
+        // The weakest of them: `no`, then `everysec`.
+        let order: [&[u8]; 3] = [b"no", b"everysec", b"always"];
+        let weakest = order.iter().find(|of| said.contains(**of));
+        let text = weakest.map(|of| String::from_utf8_lossy(of).into_owned());
+        standing.sync = text.unwrap_or_default();
+    }
+    Ok(standing)
+}
+
+fn read_info(info: &str) -> Result<Standing> {
+    let version = field(info, "redis_version").unwrap_or_default();
+    let major = version.split('.').next().and_then(|text| text.parse().ok());
+    if major.is_some_and(|major: u32| major < OLDEST) {
+        return Err(StoreError::Refused(format!(
+            "redis: version {version}, at least {OLDEST}.0 is needed"
+        )));
+    }
+    let history = field(info, "master_replid").unwrap_or_default();
+    Ok(Standing {
+        eviction: field(info, "maxmemory_policy").unwrap_or("unknown").into(),
+        append_only: field(info, "aof_enabled") == Some("1"),
+        sync: String::new(),
+        replicas: field(info, "connected_slaves")
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0),
+        histories: BTreeSet::from([history.to_owned()]),
+    })
+}
+
+fn weaker(mut a: Standing, b: Standing) -> Standing {
+    a.histories.extend(b.histories);
+    Standing {
+        eviction: if a.eviction == "noeviction" {
+            b.eviction
+        } else {
+            a.eviction
+        },
+        append_only: a.append_only && b.append_only,
+        sync: String::new(),
+        replicas: a.replicas.min(b.replicas),
+        histories: a.histories,
+    }
+}
+
+/// In how many partitions recipients live; fixed by whoever comes first.
+pub(super) async fn partitions(link: &Link, options: &RedisOptions) -> Result<u16> {
+    let meta = keys::meta(HOME);
+    let mut pipeline = Pipeline::new();
+    // Whoever comes before the MTA makes it as well: they have one configuration.
+    let configured = options.partitions;
+    pipeline.cmd("HSETNX").arg(&meta).arg("form").arg(FORM);
+    pipeline
+        .cmd("HSETNX")
+        .arg(&meta)
+        .arg("partitions")
+        .arg(configured);
+    pipeline
+        .cmd("HMGET")
+        .arg(&meta)
+        .arg("form")
+        .arg("partitions");
+    let answers = link.bulk(&pipeline).await?;
+    let mut of = answers
+        .into_iter()
+        .nth(2)
+        .map(answer::list)
+        .unwrap_or_default()
+        .into_iter();
+    let form = of.next().and_then(answer::bytes).unwrap_or_default();
+    if form != FORM.as_bytes() {
+        return Err(StoreError::Damaged(format!(
+            "its form is {}, this program knows {FORM}",
+            String::from_utf8_lossy(&form)
+        )));
+    }
+    let partitions = u16::try_from(of.next().map_or(0, answer::number)).unwrap_or(0);
+    if !(1..=256).contains(&partitions) {
+        return Err(StoreError::Damaged(
+            "it does not know its partitions".into(),
+        ));
+    }
+    if options.role == Role::Mta && partitions != options.partitions {
+        return Err(StoreError::Refused(format!(
+            "it was made with {partitions} partitions, {} are configured",
+            options.partitions
+        )));
+    }
+    Ok(partitions)
+}
+
+impl Inner {
+    /// The server's time in milliseconds.
+    pub(super) async fn wall(&self) -> Result<i64> {
+        let mut pipeline = Pipeline::new();
+        // With a key, so that it is partition 0's server on a Cluster too.
+        pipeline.cmd("EXISTS").arg(keys::meta(HOME));
+        pipeline.cmd("TIME");
+        let answers = self.link.bulk(&pipeline).await?;
+        let time = answers
+            .into_iter()
+            .nth(1)
+            .map(answer::list)
+            .unwrap_or_default();
+        let mut parts = time.into_iter().map(answer::number);
+        let (seconds, micros) = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+        Ok(seconds * 1_000 + micros / 1_000)
+    }
+
+    /// Proves that a durable write is possible now, and looks how the server stands.
+    pub(super) async fn check(&self) -> Result<()> {
+        for p in self.all_partitions() {
+            let mut count = Cmd::new();
+            count.arg("HINCRBY").arg(keys::meta(p)).arg("checks").arg(1);
+            self.link.short(&count).await?;
+        }
+        let now = standing(&self.link).await?;
+        let before = self.standing.send_replace(now.clone());
+        if before.histories != now.histories {
+            tracing::error!(
+                before = ?before.histories,
+                now = ?now.histories,
+                "another server has become the primary: it may lack writes that were acknowledged"
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "# Server\r\nredis_version:7.0.15\r\nmaxmemory_policy:noeviction\r\naof_enabled:1\r\nconnected_slaves:0\r\nmaster_replid:abc\r\n";
+
+    #[test]
+    fn what_a_server_says_is_judged() {
+        let mut good = read_info(GOOD).unwrap();
+        good.sync = "always".into();
+        assert_eq!((good.weakness(), good.must_be_durable()), (None, Ok(())));
+        good.sync = "everysec".into();
+        assert!(good.weakness().unwrap().contains("everysec"));
+        assert_eq!(good.must_be_durable(), Ok(()));
+        good.replicas = 1;
+        assert_eq!(good.weakness(), None);
+        let evicting = read_info(&GOOD.replace("noeviction", "allkeys-lru")).unwrap();
+        let refused = evicting.must_be_durable();
+        assert!(matches!(&refused, Err(StoreError::Refused(why)) if why.contains("allkeys-lru")));
+        let forgetful = read_info(&GOOD.replace("aof_enabled:1", "aof_enabled:0")).unwrap();
+        assert!(forgetful.must_be_durable().is_err());
+        assert!(!weaker(good.clone(), forgetful).append_only);
+        let old = read_info(&GOOD.replace("7.0.15", "6.2.1"));
+        assert!(matches!(&old, Err(StoreError::Refused(why)) if why.contains("6.2.1")));
+    }
+}

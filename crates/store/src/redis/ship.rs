@@ -1,0 +1,416 @@
+//! Facts on their way in: each is applied at most once, with its counters, events, retry lots and
+//! suppressions, in one step with the journal's high-water mark and the windows of leases.
+//!
+//! Every partition has its own part of a shipment and its own mark, so a shipment that came through
+//! in some partitions only is shipped again as a whole. Two round trips: read, do. Must not decide:
+//! `transition` does.
+
+use super::Inner;
+use super::books::{Books, Needs, RetryKey};
+use super::cache::LotKey;
+use super::commit::Outcome;
+use super::keys::{self, HOME};
+use super::link::answer;
+use super::record::{BatchRecord, Holder, Range};
+use super::suppress;
+use crate::form::Ref;
+use crate::transition::{self, Applied};
+use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression};
+use ::redis::Cmd;
+use futures_util::future::try_join_all;
+use model::{
+    Attempt, AttemptResult, BatchState, Fact, Hit, HitKind, JournalId, Partition, Place, Seq,
+    Status, SuppressionReason, Timestamp, TrackingMode,
+};
+use serde_json::json;
+use std::collections::BTreeMap;
+
+/// A fact and where its recipient stands.
+#[derive(Debug, Clone)]
+struct Placed {
+    seq: Seq,
+    fact: Fact,
+    place: Option<Place>,
+}
+
+impl Placed {
+    fn key(&self) -> Option<LotKey> {
+        Some((self.fact.message().batch, self.place?.lot))
+    }
+}
+
+/// The part of a shipment that is of one partition.
+#[derive(Debug, Default)]
+struct Part {
+    facts: Vec<Placed>,
+    windows: Vec<(RangeRef, u32)>,
+    finished: Vec<RangeRef>,
+}
+
+/// What all parts of a shipment share.
+#[derive(Debug, Clone, Copy)]
+struct Of {
+    journal: JournalId,
+    through: Seq,
+    now: Timestamp,
+}
+
+impl Inner {
+    /// Through which sequence every partition took a journal.
+    pub(super) async fn high_water(&self, journal: JournalId) -> Result<Seq> {
+        let marks = self.all_partitions().map(|p| self.mark(p, journal));
+        let marks = try_join_all(marks).await?;
+        Ok(marks.into_iter().min().unwrap_or(0))
+    }
+
+    async fn mark(&self, p: Partition, journal: JournalId) -> Result<Seq> {
+        let mut get = Cmd::new();
+        get.arg("HGET")
+            .arg(keys::journals(p))
+            .arg(journal.to_string());
+        let mark = answer::number(self.link.short(&get).await?);
+        Ok(u64::try_from(mark).unwrap_or(0))
+    }
+
+    /// Applies a shipment.
+    pub(super) async fn ship(&self, shipment: Shipment) -> Result<Shipped> {
+        let last = shipment.facts.last().map_or(0, |(seq, _)| *seq);
+        let of = Of {
+            journal: shipment.journal,
+            through: shipment.through.max(last),
+            now: shipment.now,
+        };
+        let parts = self.divide(shipment).await?;
+        let shipped = parts
+            .into_iter()
+            .map(|(p, part)| self.ship_part(p, part, of));
+        let mut all = Shipped::default();
+        for one in try_join_all(shipped).await? {
+            all.duplicates.extend(one.duplicates);
+            all.unknown += one.unknown;
+            all.repeated += one.repeated;
+            all.lost.extend(one.lost);
+            all.completed.extend(one.completed);
+        }
+        Ok(all)
+    }
+
+    /// Divides a shipment by partition. A fact that has no place is partition 0's to count.
+    async fn divide(&self, shipment: Shipment) -> Result<BTreeMap<Partition, Part>> {
+        let parts = self.all_partitions().map(|p| (p, Part::default()));
+        let mut parts: BTreeMap<Partition, Part> = parts.collect();
+        for (seq, fact) in shipment.facts {
+            let place = match &fact {
+                Fact::Attempt(attempt) => Some(attempt.place),
+                Fact::Hit(hit) => self.place_of(hit.message.batch, hit.message.index).await?,
+            };
+            let of = place.map_or(HOME, |place| place.lot.partition());
+            let known = parts.contains_key(&of);
+            let place = place.filter(|_| known);
+            let of = if known { of } else { HOME };
+            if let Some(part) = parts.get_mut(&of) {
+                part.facts.push(Placed { seq, fact, place });
+            }
+        }
+        for (range, window) in shipment.windows {
+            if let Some(part) = parts.get_mut(&range.partition) {
+                part.windows.push((range, window));
+            }
+        }
+        for range in shipment.finished {
+            if let Some(part) = parts.get_mut(&range.partition) {
+                part.finished.push(range);
+            }
+        }
+        Ok(parts)
+    }
+
+    async fn ship_part(&self, p: Partition, part: Part, of: Of) -> Result<Shipped> {
+        let mut tries = self.tries();
+        while tries.again().await? {
+            let mut shipped = Shipped::default();
+            let mark = self.mark(p, of.journal).await?;
+            let mut books = Books::open(self, p, of.now);
+            let (new, old): (Vec<&Placed>, Vec<&Placed>) =
+                part.facts.iter().partition(|placed| placed.seq > mark);
+            shipped.repeated = u64::try_from(old.len()).unwrap_or(u64::MAX);
+            load_for(&mut books, &new, &part).await?;
+            for placed in new {
+                if !apply(&mut books, placed, of.journal, &mut shipped)? {
+                    shipped.unknown += 1;
+                }
+            }
+            move_ranges(&mut books, &part, &mut shipped)?;
+            let collected = Needs {
+                ranges: books.retry_ranges(),
+                ..Needs::default()
+            };
+            if !collected.ranges.is_empty() {
+                books.load(&collected).await?;
+                books.file_retries();
+            }
+            if of.through > mark {
+                let (key, field) = (keys::journals(p), of.journal.to_string());
+                let before = mark.to_string();
+                let expected = (mark > 0).then_some(before.as_bytes());
+                books
+                    .commit
+                    .check_field(key.clone(), field.as_bytes(), expected);
+                books
+                    .commit
+                    .write("HSET", key, [field, of.through.to_string()]);
+            }
+            let (commit, told) = books.close(Some(of.journal), 0)?;
+            if let Outcome::Done { seq, open } = commit.run(self, false).await? {
+                shipped.completed = self.completions(&told, &open, of.now, seq).await?;
+                return Ok(shipped);
+            }
+        }
+        Ok(Shipped::default())
+    }
+}
+
+/// Reads what the facts and ranges of a part need.
+async fn load_for(books: &mut Books<'_>, new: &[&Placed], part: &Part) -> Result<()> {
+    let mut needs = Needs::default();
+    for placed in new {
+        needs.batches.insert(placed.fact.message().batch);
+        needs.cells.extend(placed.key());
+    }
+    needs.lots.clone_from(&needs.cells);
+    let windows = part.windows.iter().map(|(range, _)| range.id);
+    let finished = part.finished.iter().map(|range| range.id);
+    needs.ranges.extend(windows.chain(finished));
+    books.load(&needs).await?;
+    // What the facts themselves lead to.
+    let mut more = Needs::default();
+    for range in &part.finished {
+        if let Some(range) = books.held(*range) {
+            let lots = range.refs().into_iter().map(|of| (range.batch, of.lot));
+            more.cells.extend(lots);
+        }
+    }
+    more.cells.retain(|key| !needs.cells.contains(key));
+    for placed in new.iter().filter(|placed| suppresses(&placed.fact)) {
+        more.addresses.extend(address_of(books, placed));
+    }
+    if !more.cells.is_empty() || !more.addresses.is_empty() {
+        books.load(&more).await?;
+    }
+    Ok(())
+}
+
+fn suppresses(fact: &Fact) -> bool {
+    match fact {
+        Fact::Attempt(attempt) => attempt.suppress.is_some(),
+        Fact::Hit(hit) => hit.kind == HitKind::Unsubscribe,
+    }
+}
+
+/// The account and the address that a fact is about.
+fn address_of(books: &Books<'_>, placed: &Placed) -> Option<(String, String)> {
+    let (key, place) = (placed.key()?, placed.place?);
+    let account = books.head(key.0).ok()?.account.clone();
+    let row = books.row(key, place.position).ok()?;
+    Some((account, row.email.normalised()))
+}
+
+/// Moves windows and removes finished ranges.
+fn move_ranges(books: &mut Books<'_>, part: &Part, shipped: &mut Shipped) -> Result<()> {
+    for (of, window) in &part.windows {
+        let held = books.held(*of).cloned();
+        match held.filter(|range| range.is_taken(books.moment)) {
+            None => shipped.lost.push(*of),
+            Some(range) => {
+                let window = range.window.max((*window).min(range.count));
+                if window != range.window {
+                    books.set_range(Range { window, ..range });
+                }
+            }
+        }
+    }
+    for of in &part.finished {
+        let held = books.held(*of);
+        match held.filter(|range| range.holder != Holder::PutOff).cloned() {
+            None => shipped.lost.push(*of),
+            Some(range) if books.unreported(&range)?.is_empty() => books.remove_range(range.id),
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Applies a fact; false when it is about something that the store does not know.
+fn apply(
+    books: &mut Books<'_>,
+    placed: &Placed,
+    journal: JournalId,
+    shipped: &mut Shipped,
+) -> Result<bool> {
+    let batch = placed.fact.message().batch;
+    let Some(record) = books.batch(batch).cloned() else {
+        return Ok(false);
+    };
+    let Some((key, place)) = placed.key().zip(placed.place) else {
+        return Ok(false);
+    };
+    match &placed.fact {
+        Fact::Attempt(attempt) => apply_attempt(
+            books,
+            &record,
+            (key, place.position),
+            (journal, placed),
+            attempt,
+            shipped,
+        ),
+        Fact::Hit(hit) => apply_hit(
+            books,
+            &record,
+            (key, place.position),
+            (journal, placed),
+            hit,
+        ),
+    }
+}
+
+fn apply_attempt(
+    books: &mut Books<'_>,
+    record: &BatchRecord,
+    (key, position): (LotKey, u16),
+    (journal, placed): (JournalId, &Placed),
+    attempt: &Attempt,
+    shipped: &mut Shipped,
+) -> Result<bool> {
+    let Some(mut cell) = books.cell(key, position)? else {
+        return Ok(false);
+    };
+    let applied = books.count(key.0, |counters| {
+        transition::attempt(
+            &mut cell,
+            counters,
+            record.released,
+            attempt.number,
+            &attempt.result,
+        )
+    });
+    books.set_cell(key, position, cell);
+    books.log(key, position, placed.seq, placed.fact.clone());
+    match applied {
+        Applied::Moved(kind) => {
+            books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
+        }
+        Applied::Duplicate => shipped.duplicates.push(attempt.message),
+        Applied::Stale => {}
+    }
+    if let (AttemptResult::TemporaryError { retry_at, .. }, Applied::Moved(_)) =
+        (attempt.result, applied)
+    {
+        if record.state == BatchState::Cancelled {
+            // Its holder had started it when the batch was cancelled: there is no next time.
+            books.end_unsent(key, position, Status::Cancelled, json!({}))?;
+        } else {
+            let retry = RetryKey {
+                batch: key.0,
+                queue: queue_of(books, key, position)?,
+                rank: record.rank(),
+                due_at: transition::filed_at(retry_at, books.now).millis(),
+            };
+            let of = Ref {
+                lot: key.1,
+                position,
+                attempts: cell.attempts(),
+            };
+            books.retry(retry, of);
+        }
+    }
+    if let Some(reason) = attempt.suppress
+        && let Some((account, email)) = address_of(books, placed)
+    {
+        let entry = Suppression {
+            email,
+            account,
+            list: None,
+            reason,
+            source: "bounce".into(),
+            created_at: attempt.at,
+        };
+        suppress::add(books, entry, true);
+    }
+    Ok(true)
+}
+
+/// The recipient's own queue: its domain.
+fn queue_of(books: &Books<'_>, key: LotKey, position: u16) -> Result<Box<str>> {
+    let lot = books.lot(key)?;
+    let own = lot.row(position).filter(|_| *lot.queue == *MIXED);
+    Ok(own.map_or_else(|| lot.queue.clone(), |row| row.email.domain().into()))
+}
+
+fn apply_hit(
+    books: &mut Books<'_>,
+    record: &BatchRecord,
+    (key, position): (LotKey, u16),
+    (journal, placed): (JournalId, &Placed),
+    hit: &Hit,
+) -> Result<bool> {
+    let Some(mut cell) = books.cell(key, position)? else {
+        return Ok(false);
+    };
+    // Leaving a list is a person's will, not a thing that is tracked: it always counts.
+    let unsubscribe = hit.kind == HitKind::Unsubscribe;
+    let mode = if unsubscribe {
+        TrackingMode::Individual
+    } else {
+        tracking_of(books, record, key, position)?
+    };
+    if mode == TrackingMode::Off {
+        return Ok(true);
+    }
+    let event = books.count(key.0, |counters| transition::hit(&mut cell, counters, hit));
+    books.set_cell(key, position, cell);
+    match mode {
+        TrackingMode::Individual => {
+            books.log(key, position, placed.seq, placed.fact.clone());
+            if let Some(kind) = event {
+                books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
+            }
+        }
+        TrackingMode::LastDate => {
+            let date = transition::only_the_date(hit.clone());
+            books.log(key, position, placed.seq, Fact::Hit(Box::new(date)));
+        }
+        TrackingMode::Aggregate | TrackingMode::Off => {}
+    }
+    if unsubscribe && let Some((account, email)) = address_of(books, placed) {
+        let head = books.head(key.0)?;
+        let source = hit.method.as_deref().unwrap_or("unsubscribe_page");
+        let entry = Suppression {
+            email,
+            account,
+            list: Some(head.list.clone()).filter(|list| !list.is_empty()),
+            reason: SuppressionReason::Unsubscribed,
+            source: source.to_owned(),
+            created_at: hit.at,
+        };
+        suppress::add(books, entry, true);
+    }
+    Ok(true)
+}
+
+/// The most restrictive of the batch's and the recipient's mode; off when archived.
+fn tracking_of(
+    books: &Books<'_>,
+    record: &BatchRecord,
+    key: LotKey,
+    position: u16,
+) -> Result<TrackingMode> {
+    if record.archived {
+        return Ok(TrackingMode::Off);
+    }
+    let lot = books.lot(key)?;
+    if !lot.overrides {
+        return Ok(record.tracking);
+    }
+    let own = lot.row(position).and_then(|row| row.tracking);
+    Ok(own.unwrap_or(TrackingMode::Individual).min(record.tracking))
+}

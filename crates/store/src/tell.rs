@@ -1,0 +1,207 @@
+//! Events as they are told: ids and the `data` of each type (contract, section 5).
+//!
+//! An id is computed from the fact's journal and sequence, so a fact has the same one whenever and
+//! wherever it is told. Pure, and the same for every engine. Must not do I/O.
+
+use crate::BatchHead;
+use model::{
+    Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, Hit, HitKind, JournalId,
+    MessageId, Row, RuleRef, Seq, Timestamp, partition_hash,
+};
+use serde_json::{Value, json};
+
+/// What an event says beside its batch and recipient.
+pub(crate) struct Told {
+    pub(crate) kind: EventKind,
+    pub(crate) occurred_at: Timestamp,
+    /// What its id is made of.
+    pub(crate) identity: String,
+    pub(crate) data: Value,
+}
+
+impl Told {
+    /// What a fact says.
+    pub(crate) fn of_fact(
+        kind: EventKind,
+        journal: JournalId,
+        seq: Seq,
+        fact: &Fact,
+        head: &BatchHead,
+    ) -> Self {
+        Self {
+            kind,
+            occurred_at: match fact {
+                Fact::Attempt(attempt) => attempt.at,
+                Fact::Hit(hit) => hit.at,
+            },
+            identity: format!("{journal} fact {seq} {kind}"),
+            data: data_of(fact, head),
+        }
+    }
+}
+
+/// An event of an account alone.
+pub(crate) fn bare(told: Told, seq: u64, recorded_at: Timestamp, account: String) -> Event {
+    Event {
+        id: event_id(told.occurred_at, &told.identity),
+        seq,
+        kind: told.kind,
+        occurred_at: told.occurred_at,
+        recorded_at,
+        account,
+        campaign: None,
+        batch_id: None,
+        message_id: None,
+        variant: None,
+        recipient: None,
+        metadata: json!({}),
+        data: told.data,
+    }
+}
+
+/// An event of a batch.
+pub(crate) fn of_batch(told: Told, seq: u64, recorded_at: Timestamp, head: &BatchHead) -> Event {
+    let mut event = bare(told, seq, recorded_at, head.account.clone());
+    event.campaign = head.campaign.clone();
+    event.batch_id = Some(head.id);
+    event.metadata = head.metadata.clone();
+    event
+}
+
+/// An event of an address in an account.
+pub(crate) fn of_address(
+    told: Told,
+    seq: u64,
+    recorded_at: Timestamp,
+    account: String,
+    email: String,
+) -> Event {
+    let mut event = bare(told, seq, recorded_at, account);
+    event.recipient = Some(EventRecipient {
+        email,
+        prospect_id: None,
+    });
+    event
+}
+
+/// An event of a recipient.
+pub(crate) fn of_row(
+    told: Told,
+    seq: u64,
+    recorded_at: Timestamp,
+    head: &BatchHead,
+    row: &Row,
+) -> Event {
+    let mut event = of_batch(told, seq, recorded_at, head);
+    event.message_id = Some(MessageId {
+        batch: head.id,
+        index: row.index,
+    });
+    event.recipient = Some(EventRecipient {
+        email: row.email.to_string(),
+        prospect_id: row.prospect_id.as_deref().map(str::to_owned),
+    });
+    event.metadata = metadata_of(head, row);
+    event
+}
+
+/// A UUIDv7 of the time and of what the event is about.
+fn event_id(at: Timestamp, identity: &str) -> uuid::Uuid {
+    let millis = u64::try_from(at.millis()).unwrap_or(0);
+    let (a, b) = (
+        partition_hash("event", identity),
+        partition_hash("event id", identity),
+    );
+    let mut random = [0_u8; 10];
+    for (to, from) in random
+        .iter_mut()
+        .zip(a.to_be_bytes().into_iter().chain(b.to_be_bytes()))
+    {
+        *to = from;
+    }
+    uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()
+}
+
+/// What the caller gave: the recipient's fields over the batch's.
+fn metadata_of(head: &BatchHead, row: &Row) -> Value {
+    let own: Option<Value> = row
+        .metadata
+        .as_deref()
+        .and_then(|text| serde_json::from_str(text).ok());
+    match (head.metadata.clone(), own) {
+        (Value::Object(mut all), Some(Value::Object(own))) => {
+            all.extend(own);
+            Value::Object(all)
+        }
+        (_, Some(own)) if !own.is_null() => own,
+        (all, _) => all,
+    }
+}
+
+fn data_of(fact: &Fact, head: &BatchHead) -> Value {
+    match fact {
+        Fact::Attempt(attempt) => data_of_attempt(attempt),
+        Fact::Hit(hit) => data_of_hit(hit, head),
+    }
+}
+
+fn data_of_attempt(attempt: &Attempt) -> Value {
+    let (ambiguous, next) = match attempt.result {
+        AttemptResult::TemporaryError {
+            retry_at,
+            ambiguous,
+        } => (ambiguous, Some(retry_at)),
+        AttemptResult::Suppressed(reason) => return json!({ "reason": reason.as_str() }),
+        AttemptResult::Cancelled => return json!({}),
+        AttemptResult::Delivered | AttemptResult::Bounce | AttemptResult::Failed => (false, None),
+    };
+    let detail = &attempt.detail;
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    json!({
+        "attempt": attempt.number,
+        "smtp_code": detail.smtp_code,
+        "enhanced_code": detail.enhanced_code.map(|code| code.to_string()),
+        "class": detail.class,
+        "blame": detail.blame,
+        "reply": text(&detail.reply),
+        "host": text(&detail.host),
+        "tls": detail.tls,
+        "destination": text(&detail.destination),
+        "source": text(&detail.source),
+        "rule": detail.rule.as_ref().map(RuleRef::name),
+        "rules_version": detail.rule.as_ref().and_then(RuleRef::version),
+        "ambiguous": ambiguous,
+        "next_attempt_at": next,
+        "transaction_ms": detail.transaction_ms,
+    })
+}
+
+fn data_of_hit(hit: &Hit, head: &BatchHead) -> Value {
+    match hit.kind {
+        HitKind::Unsubscribe => json!({ "list": head.list, "method": hit.method }),
+        HitKind::Open | HitKind::Click | HitKind::Probe => json!({
+            "actor": hit.verdict.actor,
+            "machine_reasons": hit.verdict.machine_reasons,
+            "link": hit.link,
+            "url": hit.target,
+            "user_agent": hit.user_agent,
+            "network": hit.network,
+            "visitor": hit.visitor,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_id_is_a_uuid_of_version_7_and_always_the_same() {
+        let at = Timestamp::from_millis(1_763_712_300_007);
+        let id = event_id(at, "x");
+        assert_eq!(id.get_version_num(), 7);
+        assert_eq!(id, event_id(at, "x"));
+        assert_ne!(id, event_id(at, "y"));
+        assert!(id.to_string().starts_with("019aa571-f3e7-7"), "{id}");
+    }
+}
