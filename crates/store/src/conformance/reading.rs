@@ -215,7 +215,7 @@ pub async fn events_say_what_the_contract_says(fixture: &dyn Fixture) -> Result<
     let data = serde_json::json!({
         "attempt": 1, "smtp_code": 451, "enhanced_code": "4.7.1", "class": "greylisted", "blame": "destination",
         "reply": "reply to a@x.example", "host": "mx.x.example (192.0.2.1)", "tls": "TLSv1.3",
-        "destination": "x.example", "source": "default", "rule": "greylist", "ambiguous": false,
+        "destination": "x.example", "source": "default", "rule": "greylist", "rules_version": "0f", "ambiguous": false,
         "next_attempt_at": retry, "transaction_ms": 0,
     });
     assert_eq!(told.data, data);
