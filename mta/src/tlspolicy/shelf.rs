@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(shelf.of("x.example", start), Some(fetched(0)));
         assert_eq!(shelf.of("x.example", end), None);
         assert_eq!(shelf.old(start, 9), Vec::<Box<str>>::new());
-        assert_eq!(shelf.old(old, 9), ["x.example".into()]);
+        assert_eq!(shelf.old(old, 9), [Box::<str>::from("x.example")]);
         let notes = shelf.news();
         assert!(shelf.news().is_empty());
         other.learn(&notes, end);
