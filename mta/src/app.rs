@@ -177,6 +177,7 @@ fn sending_deps(
         metrics: Arc::clone(&deps.metrics),
         smtp: config.smtp.clone(),
         dns: config.dns.clone(),
+        accounts: config.accounts.clone(),
         pools: config.pools.clone(),
         shaping: Arc::new(shaping),
         rules: Arc::clone(&shared.rules),

@@ -144,13 +144,20 @@ pub struct Batch {
 pub struct Backlog {
     /// A domain, or [`MIXED`].
     pub queue: Box<str>,
-    /// Recipients in due, unleased ranges; an upper bound.
+    /// Recipients in due, unleased ranges: none only when there are none. Not exact: of a batch
+    /// no more are counted than a node may want at a time.
     pub due: u64,
     /// The earliest time at which more comes due.
     pub next_due: Option<Timestamp>,
     /// Whether some of it is transactional.
     pub transactional: bool,
+    /// Batches with due bulk work, in no order; when there are [`BACKLOG_BATCHES`], there may be
+    /// more.
+    pub batches: Vec<BatchId>,
 }
+
+/// The most batches that a [`Backlog`] names.
+pub const BACKLOG_BATCHES: usize = 32;
 
 /// What a node wants to lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,6 +180,28 @@ pub struct Want {
     pub queue: Box<str>,
     /// At most this many recipients, over all batches.
     pub rows: u32,
+    /// At most this many in one range.
+    pub largest: u32,
+    /// At most this many of a batch that `of` does not name.
+    pub per_batch: u32,
+    /// At most this many of these batches.
+    pub of: Vec<(BatchId, u32)>,
+    /// Only what is transactional.
+    pub urgent_only: bool,
+}
+
+impl Want {
+    /// A wish for `rows` recipients of `queue`, whosever they are.
+    pub fn of(queue: &str, rows: u32) -> Self {
+        Self {
+            queue: queue.into(),
+            rows,
+            largest: u32::MAX,
+            per_batch: u32::MAX,
+            of: Vec::new(),
+            urgent_only: false,
+        }
+    }
 }
 
 /// Names a range and the lease on it.

@@ -1,9 +1,10 @@
 //! One connection that takes messages: the session's events, the journal's order, the deadlines.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::{Blame, Class, Seq, Timestamp};
+use model::{Blame, Class, Priority, Seq, Timestamp};
 use service::clock::SharedClock;
 use service::config::Source;
 use service::metrics::{OpenConnection, SmtpStage, ThrottleReason};
@@ -22,7 +23,7 @@ use crate::queue::control::Permission;
 use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{Fate, Job, Returned, Trouble};
 use crate::queue::{ConnEnd, Event};
-use crate::shaping::{Heard, SharedPacer, Sign};
+use crate::shaping::{Heard, Pacer, SharedPacer, Sign};
 use crate::tlspolicy::Security;
 
 /// How long a connection may be idle before it is looked at, not believed to be there.
@@ -75,6 +76,10 @@ struct Connection<'a> {
     pacer: SharedPacer,
     /// Composed, not begun.
     next: Option<Composed>,
+    /// Behind it; bounded by the channel that they came by.
+    ahead: VecDeque<Composed>,
+    /// Keeps others from the next permit, while what is transactional waits for it.
+    claim: Option<Claim>,
     begun: Vec<Begun>,
     /// Content that may go once its start record is written.
     due: Option<(TxId, Seq)>,
@@ -169,6 +174,8 @@ fn connection<'a>(
         security: Arc::new(established.security),
         pacer,
         next: None,
+        ahead: VecDeque::new(),
+        claim: None,
         begun: Vec::with_capacity(2),
         due: None,
         unfit: None,
@@ -201,9 +208,11 @@ impl Connection<'_> {
         };
         // First, or what is given back would be handed to this connection again.
         self.deliver.tell(Event::Closing(self.plan.conn)).await;
-        if let Some(composed) = self.next.take() {
-            self.report(&composed.job, Fate::Returned(Returned::Closed))
-                .await;
+        self.claim = None;
+        for composed in self.next.take().into_iter().chain(self.ahead.drain(..)) {
+            let fate = Fate::Returned(Returned::Closed);
+            let told = Event::Report(composed.job.id, fate);
+            self.deliver.tell(told).await;
         }
         give_back(self.deliver, self.plan).await;
         self.wire.hang_up().await;
@@ -248,20 +257,43 @@ impl Connection<'_> {
 
     // ---- beginning ----------------------------------------------------------------------
 
-    /// Takes the next message once it can begin; until then it waits in the channel, and nobody is
-    /// woken for it.
+    /// Takes messages once one can begin; until then they wait in the channel, and nobody is woken
+    /// for them. What is transactional goes before the others, also before one that waits for its
+    /// permit.
     fn take_composed(&mut self) {
-        if self.wants_message() {
+        if self.quitting || self.is_last || !self.session.can_begin() {
+            return;
+        }
+        loop {
             match self.plan.jobs.try_recv() {
-                Ok(composed) => self.next = Some(composed),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => self.quit(),
+                Ok(composed) => self.ahead.push_back(composed),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    if self.next.is_none() && self.ahead.is_empty() {
+                        self.quit();
+                    }
+                    break;
+                }
             }
+        }
+        let urgent = self.ahead.iter().position(is_urgent);
+        if let Some(at) = urgent.filter(|_| !self.next.as_ref().is_some_and(is_urgent)) {
+            let overtaken = self.next.take();
+            self.next = self.ahead.remove(at);
+            if let Some(overtaken) = overtaken {
+                self.ahead.push_front(overtaken);
+            }
+        }
+        if self.next.is_none() {
+            self.next = self.ahead.pop_front();
         }
     }
 
+    /// Whether a message that comes could be the next: one that waits for its permit may be
+    /// overtaken.
     fn wants_message(&self) -> bool {
-        self.next.is_none() && !self.quitting && self.session.can_begin()
+        let free = self.next.is_none() || self.permit_at.is_some();
+        free && !self.quitting && !self.is_last && self.session.can_begin()
     }
 
     /// Begins the composed message if the session, the rate and the control feed allow it.
@@ -305,7 +337,8 @@ impl Connection<'_> {
 
     /// A permit of the destination, and one of the batch where it asked for a rate, for MAIL to
     /// leave now; both or none. Else when to ask again, or never mind when: with the next reply.
-    fn permit(&self, now: Instant) -> Result<Option<Behind>, Option<Instant>> {
+    fn permit(&mut self, now: Instant) -> Result<Option<Behind>, Option<Instant>> {
+        let urgent = self.next.as_ref().is_some_and(is_urgent);
         let pace = self.next.as_ref().and_then(|next| next.job.pace.as_ref());
         let mut pace = pace.map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(pace) = &pace {
@@ -315,19 +348,27 @@ impl Connection<'_> {
             }
         }
         let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
-        let behind = if self.begun.is_empty() {
-            pacer.take(now).map_err(Some)?;
-            None
-        } else if pacer.take_behind(now) {
+        let taken = if self.begun.is_empty() {
+            let taken = match urgent {
+                true => pacer.take(now),
+                false => pacer.take_unclaimed(now),
+            };
+            taken.map(|()| None).map_err(Some)
+        } else if (urgent || !pacer.is_claimed()) && pacer.take_behind(now) {
             let (pacer, clock) = (Arc::clone(&self.pacer), self.deliver.clock.clone());
-            Some(Behind { pacer, clock })
+            Ok(Some(Behind { pacer, clock }))
         } else {
-            return Err(None);
+            Err(None)
         };
-        if let Some(pace) = &mut pace {
+        if let (Ok(_), Some(pace)) = (&taken, &mut pace) {
             pace.reserve(now);
         }
-        Ok(behind)
+        drop(pacer);
+        let claims = taken.is_err() && urgent;
+        if claims != self.claim.is_some() {
+            self.claim = claims.then(|| Claim::on(&self.pacer));
+        }
+        taken
     }
 
     /// Whether a connection that was idle for a while is still there. Without a look, a whole
@@ -622,7 +663,7 @@ impl Connection<'_> {
             biased;
             turn = self.wire.turn(&mut self.session) => self.moved(turn),
             composed = self.plan.jobs.recv(), if takes_job => match composed {
-                Some(composed) => self.next = Some(composed),
+                Some(composed) => self.ahead.push_back(composed),
                 None => self.quit(),
             },
             () = self.plan.quit.cancelled(), if !self.quitting => self.quit(),
@@ -705,7 +746,7 @@ fn heard(finding: &Finding, now: Instant, took: Duration) -> Option<Heard> {
         | Finding::InFlight
         | Finding::Unreachable(_)
         | Finding::Unmade(_)
-        | Finding::TooLate
+        | Finding::TooLate(_)
         | Finding::Suppressed(_)
         | Finding::Cancelled => return None,
     };
@@ -726,6 +767,31 @@ fn sign_of(reading: &Classification) -> Sign {
     } else {
         Sign::Peace
     }
+}
+
+/// The next permit is kept for what is transactional, until this is dropped.
+struct Claim(SharedPacer);
+
+impl Claim {
+    fn on(pacer: &SharedPacer) -> Self {
+        let claimed = Self(Arc::clone(pacer));
+        claimed.change(Pacer::claim);
+        claimed
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Pacer)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.change(Pacer::unclaim);
+    }
+}
+
+fn is_urgent(composed: &Composed) -> bool {
+    composed.job.item.batch.priority == Priority::Transactional
 }
 
 /// A message that this server can never take, by what it offers.

@@ -33,8 +33,8 @@ pub enum Finding {
     Unreachable(Trouble),
     /// The message cannot be made.
     Unmade(String),
-    /// Its time was over before it could be tried.
-    TooLate,
+    /// Its time was over before it could be tried (again), because of this where it is known.
+    TooLate(Option<Trouble>),
     /// Not sent: the person or address must not be written to.
     Suppressed(SuppressionReason),
     /// Not sent: the batch was cancelled.
@@ -94,15 +94,14 @@ pub fn decide(
         // Our own death says nothing about the peer. A second one must not cost a person the mail.
         Finding::InFlight => ambiguous(&mut detail, IN_FLIGHT, true, item, policy, now),
         Finding::Unreachable(trouble) => {
-            match &trouble.reply {
-                Some(reply) => describe(&mut detail, reply),
-                None => detail.reply = bounded(&trouble.text),
-            }
-            detail.host = trouble.host;
             (detail.class, detail.blame) = (Some(trouble.class), Some(trouble.blame));
-            if trouble.is_final {
+            let is_final = trouble.is_final;
+            if is_final {
                 suppress =
                     suppression_for(trouble.class).filter(|_| trouble.blame == Blame::Recipient);
+            }
+            troubled(&mut detail, trouble);
+            if is_final {
                 AttemptResult::Failed
             } else {
                 retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance))
@@ -113,8 +112,14 @@ pub fn decide(
             (detail.class, detail.blame) = (Some(Class::Other), Some(Blame::Us));
             AttemptResult::Failed
         }
-        Finding::TooLate => {
-            (detail.class, detail.blame) = (Some(Class::Expired), Some(Blame::Destination));
+        Finding::TooLate(trouble) => {
+            let blame = trouble
+                .as_ref()
+                .map_or(Blame::Destination, |known| known.blame);
+            if let Some(trouble) = trouble {
+                troubled(&mut detail, trouble);
+            }
+            (detail.class, detail.blame) = (Some(Class::Expired), Some(blame));
             AttemptResult::Failed
         }
         Finding::Suppressed(reason) => AttemptResult::Suppressed(reason),
@@ -187,6 +192,15 @@ fn ambiguous(
         retry_at,
         ambiguous: true,
     }
+}
+
+/// What was met instead of a transaction.
+fn troubled(detail: &mut AttemptDetail, trouble: Trouble) {
+    match &trouble.reply {
+        Some(reply) => describe(detail, reply),
+        None => detail.reply = bounded(&trouble.text),
+    }
+    detail.host = trouble.host;
 }
 
 fn describe(detail: &mut AttemptDetail, reply: &Reply) {
@@ -273,7 +287,7 @@ mod tests {
                 at(1_300_000),
                 None,
             ),
-            (Finding::TooLate, AttemptResult::Failed, None),
+            (Finding::TooLate(None), AttemptResult::Failed, None),
             (Finding::Unmade("x".into()), AttemptResult::Failed, None),
             (Finding::Cancelled, AttemptResult::Cancelled, None),
         ];

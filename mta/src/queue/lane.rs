@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use model::{BatchId, Domain, Place, Priority};
-use store::RangeRef;
+use model::{BatchId, Domain, Place};
+use store::{BatchHead, RangeRef};
 
 use super::job::{Item, Lease};
 use crate::resolve::Route;
@@ -34,7 +34,7 @@ pub(super) enum Way {
     },
 }
 
-/// The messages for one domain, by range, taken in turns so that no batch waits for another's end.
+/// The messages for one domain, by range.
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) domain: Domain,
@@ -93,40 +93,60 @@ impl Lane {
         &mut self.ranges[at].1
     }
 
-    /// Takes the next message that `may_go` lets through: transactional ones, then the first of
-    /// each range in turn.
-    pub(super) fn take(&mut self, mut may_go: impl FnMut(&Item) -> bool) -> Option<Waiting> {
-        let is_urgent = |(_, waiting): &(RangeRef, VecDeque<Waiting>)| {
+    /// Takes the next message of a batch that `may_go` lets through; its ranges take turns.
+    pub(super) fn take(
+        &mut self,
+        batch: BatchId,
+        mut may_go: impl FnMut(&Item) -> bool,
+    ) -> Option<Waiting> {
+        let goes = |(_, waiting): &(RangeRef, VecDeque<Waiting>)| {
             let first = waiting.front();
-            first.is_some_and(|first| first.item.batch.priority == Priority::Transactional)
+            first.is_some_and(|first| first.item.batch.id == batch && may_go(&first.item))
         };
-        if let Some(at) = self.ranges.iter().position(is_urgent)
-            && let Some(urgent) = self.ranges.remove(at)
-        {
-            self.ranges.push_front(urgent);
+        let at = self.ranges.iter().position(goes)?;
+        let (range, mut waiting) = self.ranges.remove(at)?;
+        let taken = waiting.pop_front();
+        if !waiting.is_empty() {
+            self.ranges.push_back((range, waiting));
         }
-        for _ in 0..self.ranges.len() {
-            let (range, mut waiting) = self.ranges.pop_front()?;
-            let taken = match waiting.front() {
-                Some(first) if may_go(&first.item) => waiting.pop_front(),
-                Some(_) | None => None,
-            };
-            if !waiting.is_empty() {
-                self.ranges.push_back((range, waiting));
-            }
-            if let Some(taken) = taken {
-                self.len -= 1;
-                return Some(taken);
-            }
-        }
-        None
+        self.len -= usize::from(taken.is_some());
+        taken
     }
 
     /// Whether [`Self::take`] would give something.
-    pub(super) fn has(&self, mut may_go: impl FnMut(&Item) -> bool) -> bool {
+    pub(super) fn has(&self, batch: BatchId, mut may_go: impl FnMut(&Item) -> bool) -> bool {
+        self.first_of_ranges()
+            .any(|first| first.item.batch.id == batch && may_go(&first.item))
+    }
+
+    /// Whether anything of a batch waits here.
+    pub(super) fn has_batch(&self, batch: BatchId) -> bool {
+        self.has(batch, |_| true)
+    }
+
+    /// The batches of what waits, by range, and how much it is.
+    pub(super) fn batches(&self) -> impl Iterator<Item = (&Arc<BatchHead>, usize)> {
+        self.ranges.iter().filter_map(|(_, waiting)| {
+            let first = waiting.front()?;
+            Some((&first.item.batch, waiting.len()))
+        })
+    }
+
+    fn first_of_ranges(&self) -> impl Iterator<Item = &Waiting> {
         self.ranges
             .iter()
-            .any(|(_, waiting)| waiting.front().is_some_and(|first| may_go(&first.item)))
+            .filter_map(|(_, waiting)| waiting.front())
+    }
+
+    /// Takes whatever is first, whether it may go or not.
+    pub(super) fn take_first(&mut self) -> Option<Waiting> {
+        let (_, waiting) = self.ranges.front_mut()?;
+        let taken = waiting.pop_front();
+        if waiting.is_empty() {
+            self.ranges.pop_front();
+        }
+        self.len -= usize::from(taken.is_some());
+        taken
     }
 
     /// The first of each range, and how many wait with it.
@@ -210,7 +230,7 @@ pub(super) struct Range {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::fixtures::{item, range_ref};
+    use crate::queue::fixtures::{head, item, range_ref};
 
     fn waiting(range: u64, offset: u32) -> Waiting {
         let item = Item {
@@ -231,8 +251,9 @@ mod tests {
         lane
     }
 
-    fn order(lane: &mut Lane) -> Vec<(u64, u32)> {
-        std::iter::from_fn(|| lane.take(|_| true))
+    fn order(lane: &mut Lane, batch: u8) -> Vec<(u64, u32)> {
+        let batch = head(batch).id;
+        std::iter::from_fn(|| lane.take(batch, |_| true))
             .map(|w| (w.item.range.id, w.item.offset))
             .collect()
     }
@@ -240,29 +261,27 @@ mod tests {
     #[test]
     fn ranges_take_turns_and_keep_their_order() {
         let mut lane = lane(&[(1, 0), (1, 1), (1, 2), (2, 0)]);
-        let first = lane.take(|_| true).expect("one");
+        let first = lane.take(head(1).id, |_| true).expect("one");
         lane.put_back(first);
-        assert_eq!(order(&mut lane), [(1, 0), (2, 0), (1, 1), (1, 2)]);
+        assert_eq!(order(&mut lane, 1), [(1, 0), (2, 0), (1, 1), (1, 2)]);
         assert!(lane.is_empty());
     }
 
     #[test]
-    fn transactional_mail_goes_first() {
-        let mut lane = lane(&[(1, 0), (2, 0), (3, 0)]);
-        let mut head = (*item(1).batch).clone();
-        head.priority = Priority::Transactional;
-        let urgent = Item {
-            batch: Arc::new(head),
+    fn a_batch_is_taken_by_itself() {
+        let mut lane = lane(&[(1, 0), (2, 0)]);
+        let other = Item {
+            batch: Arc::new(head(2)),
+            range: range_ref(4),
             ..item(1)
         };
         lane.push(Waiting {
-            item: Arc::new(Item {
-                range: range_ref(4),
-                ..urgent
-            }),
+            item: Arc::new(other),
             broken: 0,
         });
-        assert_eq!(order(&mut lane), [(4, 0), (1, 0), (2, 0), (3, 0)]);
+        assert_eq!(order(&mut lane, 2), [(4, 0)]);
+        assert!(!lane.has_batch(head(2).id) && lane.has_batch(head(1).id));
+        assert_eq!(lane.batches().map(|(_, rows)| rows).sum::<usize>(), 2);
     }
 
     #[test]
@@ -270,7 +289,7 @@ mod tests {
         let mut lane = lane(&[(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]);
         let all: Vec<_> = (0..6)
             .filter_map(|_| {
-                let next = lane.take(|_| true)?;
+                let next = lane.take(head(1).id, |_| true)?;
                 Some((next.item.range, next.item.offset))
             })
             .collect();
@@ -287,13 +306,14 @@ mod tests {
     #[test]
     fn what_may_not_go_blocks_its_range_only() {
         let mut lane = lane(&[(1, 0), (1, 1), (2, 0)]);
+        let batch = head(1).id;
         assert_eq!(
-            lane.take(|item| item.range.id == 2)
+            lane.take(batch, |item| item.range.id == 2)
                 .map(|w| w.item.range.id),
             Some(2)
         );
-        assert!(lane.take(|item| item.offset == 1).is_none());
+        assert!(lane.take(batch, |item| item.offset == 1).is_none());
         assert_eq!(lane.withdraw(range_ref(1)).len(), 2);
-        assert_eq!((lane.len(), lane.ranges.len()), (0, 0));
+        assert_eq!((lane.len, lane.ranges.len()), (0, 0));
     }
 }

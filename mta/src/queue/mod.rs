@@ -7,6 +7,7 @@
 
 pub mod control;
 pub mod decide;
+mod fair;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod job;

@@ -1,7 +1,7 @@
 //! The queue against a store, a DNS and a world of its own making, from seeds: after each step it
 //! is checked that nothing is sent that must not be, and at the end that nobody is missing.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -130,6 +130,7 @@ impl World {
         let config = QueueConfig {
             lease: LEASE,
             shaping: Arc::new(shaping),
+            weights: HashMap::new(),
             pools: Pools::single(Pool::new(vec![(0, 1), (1, 3)])),
             ambiguous: AmbiguousPolicy::Retry,
             ambiguous_after: Duration::from_secs(5),
@@ -581,17 +582,20 @@ impl World {
     }
 
     fn backlog(&self) -> Vec<Backlog> {
-        let mut due = BTreeMap::<&str, u64>::new();
+        let mut due = BTreeMap::<&str, (u64, BTreeSet<BatchId>)>::new();
         for person in &self.people {
             if let Some(own_queue) = self.is_due(person) {
-                *due.entry(Self::queue_of(person, own_queue)).or_default() += 1;
+                let (rows, batches) = due.entry(Self::queue_of(person, own_queue)).or_default();
+                *rows += 1;
+                batches.insert(head(person.batch).id);
             }
         }
-        let entry = |(queue, due): (&str, u64)| Backlog {
+        let entry = |(queue, (due, batches)): (&str, (u64, BTreeSet<BatchId>))| Backlog {
             queue: queue.into(),
             due,
             next_due: None,
             transactional: false,
+            batches: batches.into_iter().collect(),
         };
         due.into_iter().map(entry).collect()
     }
@@ -614,12 +618,15 @@ impl World {
     fn lease_one(&mut self, want: &Want) -> Vec<LeasedRange> {
         let mut by_batch = BTreeMap::<u8, Vec<usize>>::new();
         let mut rows = want.rows;
+        let mut of: HashMap<BatchId, u32> = want.of.iter().copied().collect();
         for (at, person) in self.people.iter().enumerate() {
             let fits = self
                 .is_due(person)
                 .is_some_and(|own_queue| *Self::queue_of(person, own_queue) == *want.queue);
-            if fits && rows > 0 {
+            let left = of.entry(head(person.batch).id).or_insert(want.per_batch);
+            if fits && rows > 0 && *left > 0 && !want.urgent_only {
                 rows -= 1;
+                *left -= 1;
                 by_batch.entry(person.batch).or_default().push(at);
             }
         }

@@ -4,6 +4,7 @@
 //! under it.
 
 mod dispatch;
+mod holds;
 mod leasing;
 mod limits;
 mod ranges;
@@ -17,11 +18,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::units::Rate;
-use model::{Attempt, BatchId, Domain, MessageId, Place, Timestamp};
+use model::{Attempt, BatchId, Domain, MessageId, Place, Priority, Timestamp};
 use service::config::AmbiguousPolicy;
 use service::config::shaping::ShapingFile;
 use service::metrics::ThrottleReason;
 use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Suspension, Want};
+
+pub(super) use leasing::Appetite;
 
 use super::control::ControlView;
 use super::decide::{Finding, decide};
@@ -33,16 +36,24 @@ use crate::classify::Notice;
 use crate::resolve::Route;
 use crate::shaping::{Destination, Kept, Pacer, SharedPacer, Spread, destination_of};
 use crate::tlspolicy::Security;
+use holds::Hold;
 
 /// Lookups of domains under way.
 const RESOLVES_MAX: usize = 128;
-/// Connections of the process; beyond, idle ones make room.
+/// Connections of the process whose peers answer; beyond, idle ones make room.
 const CONNECTIONS_MAX: usize = 500;
+/// Connections of the process, with those whose peers are slow.
+const CONNECTIONS_ALL_MAX: usize = 800;
 /// Sessions that may break under one message before that counts as an attempt.
 const BROKEN_MAX: u8 = 3;
-/// What is handed back when it has waited this long in a lot of several domains, or for a
-/// destination that is left alone for longer.
+/// What is handed back when it has waited this long in a lot of several domains.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Between tidying of turns whose messages were withdrawn.
+const TIDY: Duration = Duration::from_secs(1);
+/// A lookup that takes longer makes room for others, as far as there may be so many.
+const RESOLVE_SLOW: Duration = Duration::from_secs(2);
+/// Lookups of domains under way, the slow ones included.
+const RESOLVES_ALL_MAX: usize = 2_048;
 /// The pause after the journal had no room.
 const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -55,6 +66,8 @@ pub struct QueueConfig {
     pub shaping: Arc<ShapingFile>,
     /// Egress sources, by pool.
     pub pools: Pools,
+    /// Shares of accounts in a contended destination; of one that is not here, 1.
+    pub weights: HashMap<String, u32>,
     /// What becomes of an ambiguous attempt.
     pub ambiguous: AmbiguousPolicy,
     /// When it is repeated at the earliest.
@@ -283,13 +296,20 @@ pub struct QueueState {
     conns: HashMap<ConnId, Conn>,
     jobs: HashMap<JobId, Out>,
     to_resolve: VecDeque<Domain>,
-    resolving: usize,
+    /// Lookups under way, and since when.
+    resolving: HashMap<Domain, Instant>,
+    /// How many of them have just begun.
+    resolving_new: usize,
     /// Destinations that may have something to do.
     dirty: HashSet<Destination>,
     /// Destinations that wait for a connection of the process to become free.
     starved: VecDeque<Destination>,
-    /// Domains that are left alone, so that nothing is leased for them.
-    held: HashMap<Box<str>, Instant>,
+    /// Domains that are left alone, or were lately, so that nothing is leased for them.
+    held: HashMap<Box<str>, Hold>,
+    /// The queue that was wanted last.
+    last_want: Option<Box<str>>,
+    /// When stale turns are put away.
+    tidy_at: Instant,
     /// Egress sources that cannot connect, by index.
     sources_down: HashMap<usize, sources::Down>,
     /// Domains whose destination is suspended or paused, likewise.
@@ -331,7 +351,8 @@ impl QueueState {
             conns: HashMap::new(),
             jobs: HashMap::new(),
             to_resolve: VecDeque::new(),
-            resolving: 0,
+            resolving: HashMap::new(),
+            resolving_new: 0,
             dirty: HashSet::new(),
             starved: VecDeque::new(),
             held: HashMap::new(),
@@ -341,6 +362,8 @@ impl QueueState {
             remembered: HashMap::new(),
             limits_at: now,
             keep_at: now,
+            last_want: None,
+            tidy_at: now,
             paused_until: None,
             asking: Asking::No,
             look_at: now,
@@ -369,20 +392,27 @@ impl QueueState {
         self.tick_ranges(now, &mut out);
         self.tick_contents(now, &mut out);
         self.tick_limits(now, &mut out);
-        self.held.retain(|_, until| *until > now.instant);
+        self.tick_holds(now.instant);
+        self.tick_resolves(now.instant);
         let Self { paces, batches, .. } = self;
         paces.retain(|batch, pace| batches.contains_key(batch) || !pace.is_idle(now.instant));
         // What was withdrawn may have left lanes empty; one that is being looked up is kept.
         self.lanes
             .retain(|_, lane| !lane.is_empty() || matches!(lane.way, Way::Asked));
-        for dest in self.dests.values_mut() {
-            dest.lanes.retain(|name| self.lanes.contains_key(name));
+        if now.instant >= self.tidy_at {
+            self.tidy_at = now.instant + TIDY;
+            let Self { dests, lanes, .. } = self;
+            for dest in dests.values_mut() {
+                dest.turns.retain(|batch, name| {
+                    lanes.get(name).is_some_and(|lane| lane.has_batch(batch))
+                });
+            }
         }
         self.dests.retain(|_, dest| !dest.is_idle(now.instant));
         let with_work = self
             .dests
             .iter()
-            .filter(|(_, dest)| !dest.lanes.is_empty())
+            .filter(|(_, dest)| !dest.turns.is_empty())
             .map(|(key, _)| key.clone());
         self.dirty.extend(with_work);
         self.settle(now, &mut out);
@@ -442,7 +472,7 @@ impl QueueState {
             }
             Event::Resolved { domain, answer } => self.on_resolved(&domain, answer, now, out),
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
-            Event::Ready(conn, security) => self.on_ready(conn, security),
+            Event::Ready(conn, security) => self.on_ready(conn, security, now.instant),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
             Event::Noticed(conn, notice, began) => {
                 self.on_notice(conn, &notice, began, now, out);
@@ -461,7 +491,7 @@ impl QueueState {
         for destination in std::mem::take(&mut self.dirty) {
             self.pump(&destination, now, out);
         }
-        self.start_resolves(out);
+        self.start_resolves(now.instant, out);
         self.ask_store(now, out);
         if self.draining && self.jobs.is_empty() && self.conns.is_empty() && self.ranges.is_empty()
         {
@@ -471,14 +501,21 @@ impl QueueState {
 
     // ---- domains ------------------------------------------------------------------------
 
-    fn start_resolves(&mut self, out: &mut Vec<Action>) {
-        while self.resolving < RESOLVES_MAX {
+    fn start_resolves(&mut self, now: Instant, out: &mut Vec<Action>) {
+        while self.resolving_new < RESOLVES_MAX && self.resolving.len() < RESOLVES_ALL_MAX {
             let Some(domain) = self.to_resolve.pop_front() else {
                 return;
             };
-            self.resolving += 1;
+            self.resolving_new += 1;
+            self.resolving.insert(domain.clone(), now);
             out.push(Action::Resolve(domain));
         }
+    }
+
+    /// Lookups that take long do not hold up the others.
+    fn tick_resolves(&mut self, now: Instant) {
+        let is_new = |at: &&Instant| now.saturating_duration_since(**at) < RESOLVE_SLOW;
+        self.resolving_new = self.resolving.values().filter(is_new).count();
     }
 
     fn on_resolved(
@@ -488,7 +525,11 @@ impl QueueState {
         now: Now,
         out: &mut Vec<Action>,
     ) {
-        self.resolving = self.resolving.saturating_sub(1);
+        self.resolving.remove(domain);
+        self.resolving_new = self
+            .resolving_new
+            .saturating_sub(1)
+            .min(self.resolving.len());
         let Some(lane) = self.lanes.get_mut(domain.as_str()) else {
             return;
         };
@@ -521,12 +562,12 @@ impl QueueState {
                 if dest.policy.limits != policy.limits {
                     dest.change(policy, now.instant);
                 }
-                if !dest.lanes.iter().any(|lane| **lane == *domain.as_str()) {
-                    dest.lanes.push_back(domain.as_str().into());
-                }
+                self.lift_domain(domain.as_str());
+                self.take_turns(domain.as_str());
                 self.dirty.insert(destination);
+                self.respect_hold(domain.as_str(), now, out);
             }
-            Err(trouble) => {
+            Err(trouble) if trouble.is_final => {
                 lane.way = Way::Unknown;
                 let waiting = lane.drain();
                 self.lanes.remove(domain.as_str());
@@ -534,7 +575,32 @@ impl QueueState {
                     self.end_waiting(&one, Finding::Unreachable(trouble.clone()), now, out);
                 }
             }
+            Err(trouble) => self.not_found(domain, &trouble, now, out),
         }
+    }
+
+    /// Lines up what waits at a domain for its destination.
+    fn take_turns(&mut self, name: &str) {
+        let Self {
+            lanes,
+            dests,
+            config,
+            ..
+        } = self;
+        let Some(lane) = lanes.get(name) else { return };
+        if let Way::Known { destination, .. } = &lane.way
+            && let Some(dest) = dests.get_mut(destination)
+        {
+            for (batch, _) in lane.batches() {
+                let weight = config.weights.get(&batch.account).copied().unwrap_or(1);
+                let account = (batch.account.as_str(), weight);
+                dest.turns.add(batch.priority, account, batch.id, name);
+            }
+        }
+    }
+
+    fn weight_of_account(&self, account: &str) -> u32 {
+        self.config.weights.get(account).copied().unwrap_or(1)
     }
 
     /// The policy for a domain whose destination is not known (yet).
@@ -641,7 +707,7 @@ impl QueueState {
     fn on_shaping(&mut self, shaping: Arc<ShapingFile>) {
         self.config.shaping = shaping;
         for dest in self.dests.values_mut() {
-            dest.lanes.clear();
+            dest.turns.clear();
         }
         for lane in self.lanes.values_mut() {
             if matches!(lane.way, Way::Known { .. }) {

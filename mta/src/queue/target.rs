@@ -1,14 +1,15 @@
 //! Destinations at work: their connections per egress source, and what holds them back.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use service::config::TlsPolicy;
 use service::config::shaping::Limits;
 
-use super::job::{ConnId, Policy};
+use super::fair::Turns;
+use super::job::{ConnId, Policy, Trouble};
 use super::pace::Pace;
+use super::state::Appetite;
 use crate::resolve::Route;
 use crate::shaping::{self, InForce, Kept, Limiter, Pacer, SharedPacer};
 use crate::tlspolicy::Security;
@@ -21,20 +22,28 @@ pub const DEPTH: usize = 3;
 pub(super) const HORIZON: Duration = Duration::from_millis(500);
 
 /// The longest back-off after a destination could not be reached.
-const BACKOFF_MAX: Duration = Duration::from_secs(1_800);
+pub(super) const BACKOFF_MAX: Duration = Duration::from_secs(1_800);
 /// The longest wait after sessions that broke.
 const BREAK_MAX: Duration = Duration::from_secs(60);
 const BREAK_FIRST: Duration = Duration::from_millis(250);
 
+/// A peer that has not let anything be reported for so long is slow.
+const SLOW: Duration = Duration::from_secs(5);
+
 /// What a message costs a source of weight 1.
 const CHARGE: u64 = 1 << 20;
+
+/// How far a source may be ahead of its share.
+pub(super) const LEAD: u64 = 8 * CHARGE;
 
 /// A destination with work or connections, or one that is being left alone.
 #[derive(Debug)]
 pub(super) struct Dest {
     pub(super) policy: Arc<Policy>,
-    /// Domains with messages waiting, taken in turns.
-    pub(super) lanes: VecDeque<Box<str>>,
+    /// Whose messages wait, at which domains, and whose turn it is.
+    pub(super) turns: Turns,
+    /// How much it takes.
+    pub(super) appetite: Appetite,
     /// One per egress source.
     pub(super) targets: Vec<Target>,
     /// Times in a row that it could not be reached.
@@ -43,6 +52,8 @@ pub(super) struct Dest {
     pub(super) hold_until: Option<Instant>,
     /// How fast messages were handed out lately.
     pub(super) pace: Pace,
+    /// Why.
+    pub(super) trouble: Option<Trouble>,
 }
 
 /// A destination as one egress source sees it.
@@ -65,7 +76,7 @@ pub(super) struct Target {
     pub(super) is_news: bool,
     pub(super) conns: Vec<ConnId>,
     /// What was handed out, each message by the share that its pool gives the source.
-    charge: u64,
+    pub(super) charge: u64,
     /// No new connection before this.
     open_after: Option<Instant>,
     /// Sessions in a row that broke without having carried anything.
@@ -106,6 +117,8 @@ pub(super) struct Conn {
     pub(super) in_flight: usize,
     /// Handed to it, ever.
     pub(super) sent: u32,
+    /// When it was opened, got ready, or reported something last.
+    pub(super) heard_at: Instant,
 }
 
 impl Conn {
@@ -118,14 +131,25 @@ impl Conn {
         })
     }
 
+    /// Whether its peer has kept it waiting for long.
+    pub(super) fn is_slow(&self, now: Instant) -> bool {
+        let waits = !self.is_ready() || self.in_flight > 0;
+        waits && now.saturating_duration_since(self.heard_at) >= SLOW
+    }
+
     /// Whether it can be handed another message.
     pub(super) fn has_room(&self, messages_max: u32) -> bool {
-        self.is_ready() && !self.closing && self.in_flight < DEPTH && self.sent < messages_max
+        self.in_flight < DEPTH && self.has_urgent_room(messages_max)
     }
 
     /// Whether it takes messages.
     pub(super) fn is_ready(&self) -> bool {
         self.security.is_some()
+    }
+
+    /// Whether it can be handed another transactional message, which goes before what it has.
+    pub(super) fn has_urgent_room(&self, messages_max: u32) -> bool {
+        self.is_ready() && !self.closing && self.in_flight <= DEPTH && self.sent < messages_max
     }
 }
 
@@ -155,11 +179,13 @@ impl Dest {
         let targets = sources.iter().map(target).collect();
         Self {
             policy,
-            lanes: VecDeque::new(),
+            turns: Turns::default(),
+            appetite: Appetite::new(started),
             targets,
             failures: 0,
             hold_until: None,
             pace: Pace::new(now),
+            trouble: None,
         }
     }
 
@@ -206,26 +232,23 @@ impl Dest {
 
     /// It answered.
     pub(super) fn reached(&mut self) {
-        (self.failures, self.hold_until) = (0, None);
+        (self.failures, self.hold_until, self.trouble) = (0, None, None);
+    }
+
+    /// Whether it could not be reached when it was last tried.
+    pub(super) fn is_failing(&self) -> bool {
+        self.failures > 0
     }
 
     /// It could not be reached: leaves it alone for as long as its schedule says, and tells until
-    /// when.
-    pub(super) fn not_reached(&mut self, now: Instant) -> Instant {
-        let retry = &self.policy.limits.retry;
-        let step = usize::try_from(self.failures)
-            .unwrap_or(usize::MAX)
-            .min(retry.len().saturating_sub(1));
-        let wait = retry
-            .get(step)
-            .copied()
-            .unwrap_or(BACKOFF_MAX)
-            .min(BACKOFF_MAX);
+    /// when. `chance` is from 0 to 1.
+    pub(super) fn not_reached(&mut self, chance: f64, now: Instant) -> Instant {
+        let wait = back_off(&self.policy.limits.retry, self.failures, chance);
         self.failures = self.failures.saturating_add(1);
         *self.hold_until.insert(now + wait)
     }
 
-    /// Targets, the one that is furthest behind its share first.
+    /// Targets, the one that has carried least first.
     pub(super) fn by_share(&self) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.targets.len()).collect();
         order.sort_by_key(|&at| self.targets.get(at).map(|target| target.charge));
@@ -261,11 +284,26 @@ impl Dest {
         let forgotten = self
             .hold_until
             .is_none_or(|until| until + BACKOFF_MAX <= now);
-        self.lanes.is_empty() && forgotten && self.targets.iter().all(quiet)
+        self.turns.is_empty() && forgotten && self.targets.iter().all(quiet)
     }
 }
 
+/// How long to leave alone what failed so many times in a row before: as a message is retried,
+/// with up to a fifth more or less, and never so long that its return would go unnoticed for hours.
+pub(super) fn back_off(retry: &[Duration], failures: u32, chance: f64) -> Duration {
+    let step = usize::try_from(failures).unwrap_or(usize::MAX);
+    let wait = retry.get(step).or(retry.last()).copied();
+    let wait = wait.unwrap_or(BACKOFF_MAX).min(BACKOFF_MAX);
+    wait.mul_f64(0.8 + 0.4 * chance.clamp(0.0, 1.0))
+}
+
 impl Target {
+    /// Whether what is transactional may be handed out: with a permit, or in place of something
+    /// that was handed out for one.
+    pub(super) fn takes_urgent(&self, limits: &Limits, now: Instant) -> bool {
+        self.is_due(limits, now) || !self.in_force.is_paused(now) && self.plan.is_ahead(now)
+    }
+
     /// Whether a message may be handed out now.
     pub(super) fn is_due(&self, limits: &Limits, now: Instant) -> bool {
         !self.in_force.is_paused(now)
@@ -308,8 +346,11 @@ impl Target {
         self.open_after.filter(|at| *at > now)
     }
 
-    pub(super) fn handed_out(&mut self, weight: u32, now: Instant) {
-        self.charge += CHARGE / u64::from(weight.max(1));
+    /// A message was handed to one of its connections; `most` is what any source has carried.
+    pub(super) fn handed_out(&mut self, weight: u32, most: u64, now: Instant) {
+        // Who could not work for an hour does not carry everything for the next.
+        let charge = self.charge.max(most.saturating_sub(2 * LEAD));
+        self.charge = charge + CHARGE / u64::from(weight.max(1));
         self.out += 1;
         self.plan.reserve(now);
     }

@@ -248,7 +248,8 @@ impl Executor {
                 source,
                 permits,
             } => {
-                let (jobs, receiver) = mpsc::channel(DEPTH);
+                // One more than are handed out in turn: what is transactional goes before them.
+                let (jobs, receiver) = mpsc::channel(DEPTH + 1);
                 let quit = CancellationToken::new();
                 self.open(
                     jobs,

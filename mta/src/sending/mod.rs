@@ -16,7 +16,7 @@ use journal::Journal;
 use links::KeyRing;
 use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
-use service::config::{Dns as DnsConfig, Pool, Smtp};
+use service::config::{Account, Dns as DnsConfig, Pool, Smtp};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
 use store::{Control, Store};
@@ -68,6 +68,8 @@ pub struct SendingDeps {
     pub smtp: Smtp,
     /// `[dns]`.
     pub dns: DnsConfig,
+    /// `[[accounts]]`: their shares.
+    pub accounts: Vec<Account>,
     /// `[[pools]]`
     pub pools: Vec<Pool>,
     /// `shaping.toml`.
@@ -322,6 +324,11 @@ fn config(deps: &SendingDeps) -> QueueConfig {
     QueueConfig {
         lease: deps.lease,
         shaping: Arc::clone(&deps.shaping),
+        weights: deps
+            .accounts
+            .iter()
+            .map(|account| (account.id.clone(), account.weight))
+            .collect(),
         pools: Pools::configured(&deps.pools, |name| {
             let sources = &deps.smtp.sources;
             sources.iter().position(|source| source.name == name)

@@ -14,6 +14,9 @@ const LOG_MAX: u32 = 1_024;
 /// longer on its way than one a second later would fall into the other's second.
 const ON_THE_WAY: Duration = Duration::from_millis(50);
 
+/// How soon whoever stood back asks again.
+const YIELD: Duration = Duration::from_millis(5);
+
 /// Evenly spread permits come no more often than this: faster ones come several at a time.
 const SLICE: f64 = 0.02;
 
@@ -58,6 +61,8 @@ pub struct Pacer {
     under_way: usize,
     /// No permit before: a pace that was left behind gave too many.
     not_before: Option<Instant>,
+    /// Who waits for a permit and goes before the others.
+    claims: usize,
 }
 
 /// At most this part of a rate is given to commands that travel behind others.
@@ -83,6 +88,7 @@ impl Pacer {
             taken: VecDeque::with_capacity(count),
             under_way: 0,
             not_before: None,
+            claims: 0,
         }
     }
 
@@ -172,6 +178,11 @@ impl Pacer {
         self.under_way == 0 && is_paid && latest.is_none_or(|at| *at + self.window <= now)
     }
 
+    /// Whether a permit is reserved that has not come yet.
+    pub fn is_ahead(&self, now: Instant) -> bool {
+        self.taken.back().is_some_and(|at| *at > now)
+    }
+
     /// Takes a permit if one is free at `now`.
     ///
     /// # Errors
@@ -184,6 +195,32 @@ impl Pacer {
             }
             at => Err(at),
         }
+    }
+
+    /// Takes a permit if one is free at `now` and nobody has a claim.
+    ///
+    /// # Errors
+    /// When to ask again.
+    pub fn take_unclaimed(&mut self, now: Instant) -> Result<(), Instant> {
+        match self.free_at(now) {
+            at if at <= now && self.claims > 0 => Err(now + YIELD),
+            _ => self.take(now),
+        }
+    }
+
+    /// Somebody who goes before the others waits for a permit.
+    pub fn claim(&mut self) {
+        self.claims += 1;
+    }
+
+    /// Whether somebody does.
+    pub fn is_claimed(&self) -> bool {
+        self.claims > 0
+    }
+
+    /// That has ended.
+    pub fn unclaim(&mut self) {
+        self.claims = self.claims.saturating_sub(1);
     }
 
     /// Takes the next permit, now or in the future, and says when it may be used.
@@ -320,6 +357,18 @@ mod tests {
         assert!(behind.take_behind(start + Duration::from_millis(100)));
         let slow = Pacer::exhausted(Pace::Even(1.0 / 60.0), start);
         assert_eq!(slow.free_at(start), start + Duration::from_secs(60));
+    }
+
+    #[test]
+    fn whoever_has_a_claim_goes_first() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::new(rate("1/s"));
+        pacer.claim();
+        assert_eq!(pacer.take_unclaimed(start), Err(start + YIELD));
+        assert_eq!(pacer.take(start), Ok(()));
+        pacer.unclaim();
+        assert_eq!(pacer.take_unclaimed(start), Err(start + SECOND));
+        assert_eq!(pacer.take_unclaimed(start + SECOND), Ok(()));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use model::{Priority, Status};
+use service::clock::{Clock as _, SystemClock};
 use testkit::smtp_peer::{SmtpPeer, Temper};
 
 use crate::station::{Station, people};
@@ -46,7 +48,7 @@ async fn a_batch_leaves_from_the_sources_of_its_pool_by_their_weights() {
             false => assert_eq!(last, "127.0.0.2"),
         }
     }
-    assert!((60..=110).contains(&from_ip3), "{from_ip3} of 120");
+    assert!((80..=100).contains(&from_ip3), "{from_ip3} of 120");
 }
 
 #[tokio::test]
@@ -70,4 +72,83 @@ async fn the_rate_of_a_batch_holds_over_all_its_destinations() {
         let took = window[30] - window[0];
         assert!(took > Duration::from_millis(950), "31 in {took:?}");
     }
+}
+
+#[tokio::test]
+async fn what_is_transactional_takes_the_next_permit() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let station = Station::towards(&peer, "", "rate = \"120/m\"\nexpire = \"1h\"").await;
+    // Half a second each: these alone take a quarter of an hour.
+    station.submit(&people("x.example", 2_000)).await;
+    let running = station.start().await;
+    peer.wait_for(6).await.expect("some");
+    let submitted = SystemClock.instant();
+    let urgent = station
+        .submit_as(&["now@x.example".to_owned()], |head| {
+            head.priority = Priority::Transactional;
+        })
+        .await;
+    assert_eq!(station.finished(urgent).await.delivered, 1);
+    running.drain().await;
+    let messages = peer.messages();
+    let at = |message: &testkit::smtp_peer::Received| message.mail_at.into_std();
+    let went = messages
+        .iter()
+        .find(|message| message.recipients[0] == "now@x.example")
+        .map(at)
+        .expect("it arrived");
+    let before = messages
+        .iter()
+        .filter(|message| at(message) > submitted && at(message) < went)
+        .count();
+    // One whose turn came while it was being leased and composed.
+    assert!(before <= 2, "{before} went before it");
+}
+
+#[tokio::test]
+async fn a_small_batch_has_its_share_beside_a_giant() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let station = Station::towards(&peer, "", "rate = \"20/s\"\nexpire = \"1h\"").await;
+    station.submit(&people("x.example", 3_000)).await;
+    let running = station.start().await;
+    peer.wait_for(40).await.expect("some");
+    let before = peer.counts().messages;
+    let to: Vec<_> = (0..40).map(|n| format!("s{n}@x.example")).collect();
+    let small = station.submit(&to).await;
+    assert_eq!(station.finished(small).await.delivered, 40);
+    let of_the_giant = peer.counts().messages - before - 40;
+    running.drain().await;
+    // As many as it had itself, and those of the moment in which it was leased.
+    assert!(of_the_giant <= 80, "{of_the_giant} of the giant meanwhile");
+}
+
+#[tokio::test]
+async fn a_destination_that_is_down_costs_its_messages_nothing() {
+    let shaping = "[default]\nrate = \"unlimited\"\nretry = [\"300ms\"]\nexpire = \"3s\"\n\
+                   [mx]\n\"*\" = \"127.0.0.1:1\"\n";
+    let station = Station::with(shaping, "").await;
+    let batch = station.submit(&people("x.example", 300)).await;
+    let running = station.start().await;
+    let counters = station.until(batch, |now| now.temporary_error > 0).await;
+    assert!(counters.temporary_error <= 10, "{counters:?}");
+    let counters = station.finished(batch).await;
+    assert_eq!(counters.failed, 300);
+    running.drain().await;
+    let (mut untried, mut tried) = (0, 0);
+    for index in 0..300 {
+        let row = station.row(batch, index).await;
+        assert_eq!(
+            (row.status, row.class),
+            (Status::Failed, Some(model::Class::Expired))
+        );
+        assert!(
+            row.reply.is_some_and(|reply| !reply.is_empty()),
+            "why is kept"
+        );
+        match row.attempts {
+            1 => untried += 1,
+            _ => tried += 1,
+        }
+    }
+    assert!(tried <= 40 && untried >= 260, "{tried} tried");
 }

@@ -224,6 +224,7 @@ impl Station {
             metrics: Arc::clone(&self.metrics),
             smtp: self.config.smtp.clone(),
             dns: self.config.dns.clone(),
+            accounts: self.config.accounts.clone(),
             pools: self.config.pools.clone(),
             shaping: Arc::new(self.shaping.clone()),
             rules: Arc::new(ArcSwap::from_pointee(Rules::shipped())),

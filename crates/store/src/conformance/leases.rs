@@ -2,7 +2,7 @@
 
 use super::Fixture;
 use super::support::*;
-use crate::{LeasedRange, MIXED, Release, Result};
+use crate::{LeasedRange, MIXED, Release, Result, Want};
 use model::{AttemptResult, Priority, Status};
 use std::time::Duration;
 
@@ -102,6 +102,87 @@ pub async fn no_batch_is_lost_among_many(fixture: &dyn Fixture) -> Result<()> {
     assert_eq!(served.len() as u128, count);
     let rest = node.lease(&*store, T0, "x.example", 1_000).await?;
     assert_eq!(emails(&rest).len() as u128, count);
+    Ok(())
+}
+
+/// A wish says how much of each batch, how large a range, and whether only what is transactional.
+pub async fn a_want_bounds_batches_ranges_and_ranks(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let node = Node::new(1);
+    let giant = Spec::new(1, people(900, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let small = Spec::new(2, people(20, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let third = Spec::new(3, people(300, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let of = |batch, leased: &[LeasedRange]| {
+        let own = leased.iter().filter(|range| range.batch.id == batch);
+        own.map(|range| range.items.len()).collect::<Vec<_>>()
+    };
+    let want = Want {
+        per_batch: 50,
+        of: vec![(giant, 0), (third, 100)],
+        largest: 40,
+        ..Want::of("x.example", 1_000)
+    };
+    let leased = node.lease_want(&*store, T0, want).await?;
+    assert_eq!(of(giant, &leased), [0; 0]);
+    assert_eq!(of(small, &leased).iter().sum::<usize>(), 20);
+    let ranges = of(third, &leased);
+    assert_eq!(ranges.iter().sum::<usize>(), 100);
+    assert!(ranges.iter().all(|rows| *rows <= 40), "{ranges:?}");
+    let urgent_only = Want {
+        urgent_only: true,
+        ..Want::of("x.example", 10)
+    };
+    let none = node.lease_want(&*store, T0, urgent_only.clone()).await?;
+    assert_eq!(none, []);
+    let mut urgent = Spec::new(4, people(30, "x.example"));
+    urgent.head.priority = Priority::Transactional;
+    let urgent = urgent.submit(&*store, T0).await?;
+    let leased = node.lease_want(&*store, T0, urgent_only).await?;
+    assert_eq!(of(urgent, &leased).iter().sum::<usize>(), 10);
+    assert_eq!(emails(&leased).len(), 10);
+    Ok(())
+}
+
+/// The backlog names the batches whose bulk work is due, so that a node can tell whether somebody
+/// new has come.
+pub async fn a_backlog_names_whose_work_it_is(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let node = Node::new(1);
+    let one = Spec::new(1, people(3, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let two = Spec::new(2, people(3, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let mut urgent = Spec::new(3, people(3, "x.example"));
+    urgent.head.priority = Priority::Transactional;
+    urgent.submit(&*store, T0).await?;
+    let named = async |store: &dyn crate::Store| -> Result<_> {
+        let backlog = store.backlog(T0, None, 10).await?;
+        Ok(backlog
+            .into_iter()
+            .next()
+            .map(|queue| {
+                let batches: std::collections::BTreeSet<_> = queue.batches.into_iter().collect();
+                (batches, queue.transactional)
+            })
+            .unwrap_or_default())
+    };
+    assert_eq!(named(&*store).await?, ([one, two].into(), true));
+    let want = Want {
+        of: vec![(two, 0)],
+        ..Want::of("x.example", 100)
+    };
+    node.lease_want(&*store, T0, want).await?;
+    assert_eq!(named(&*store).await?, ([two].into(), false));
+    node.lease(&*store, T0, "x.example", 100).await?;
+    assert_eq!(named(&*store).await?, ([].into(), false));
     Ok(())
 }
 

@@ -57,6 +57,8 @@ macro_rules! conformance_tests {
             a_range_is_split_as_wanted
             transactional_mail_goes_first_and_batches_take_turns
             no_batch_is_lost_among_many
+            a_want_bounds_batches_ranges_and_ranks
+            a_backlog_names_whose_work_it_is
             a_dead_holder_leaves_only_its_window_in_doubt
             doubt_outlives_a_second_holder
             a_holder_that_slept_is_fenced_but_its_outcomes_are_taken

@@ -167,10 +167,15 @@ impl Node {
         queue: &str,
         rows: u32,
     ) -> Result<Vec<LeasedRange>> {
-        let want = Want {
-            queue: queue.into(),
-            rows,
-        };
+        self.lease_want(store, now, Want::of(queue, rows)).await
+    }
+
+    pub(super) async fn lease_want(
+        &self,
+        store: &dyn Store,
+        now: Timestamp,
+        want: Want,
+    ) -> Result<Vec<LeasedRange>> {
         let request = LeaseRequest {
             node: self.journal,
             now,

@@ -44,10 +44,7 @@ impl Place {
     }
 
     async fn lease(&self, node: u128, now: Timestamp) -> Vec<LeasedRange> {
-        let want = Want {
-            queue: "x.example".into(),
-            rows: 1_000,
-        };
+        let want = Want::of("x.example", 1_000);
         let request = LeaseRequest {
             node: JournalId::new(T0, node),
             now,

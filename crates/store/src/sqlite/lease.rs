@@ -13,9 +13,9 @@ use crate::form::Ref;
 use crate::transition::Cell;
 use crate::{
     BatchHead, Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result,
-    StoreError, WINDOW,
+    StoreError, WINDOW, Want,
 };
-use model::{BatchState, JournalId, Partition, Place, Status, Timestamp};
+use model::{BatchId, BatchState, JournalId, Partition, Place, Status, Timestamp};
 use rusqlite::{OptionalExtension as _, params};
 use serde_json::json;
 use std::collections::HashMap;
@@ -71,7 +71,7 @@ pub(super) fn lease(step: &mut Step<'_>, request: &LeaseRequest) -> Result<Vec<L
     let mut leased = Vec::new();
     for want in &request.wants {
         let mut books = Books::open(step, request.now);
-        serve(&mut books, &want.queue, want.rows, &terms, &mut leased)?;
+        serve(&mut books, want, &terms, &mut leased)?;
         books.close(None)?;
     }
     Ok(leased)
@@ -80,18 +80,25 @@ pub(super) fn lease(step: &mut Step<'_>, request: &LeaseRequest) -> Result<Vec<L
 /// Serves a queue: what is transactional first, then everything else.
 fn serve(
     books: &mut Books<'_, '_>,
-    queue: &str,
-    rows: u32,
+    want: &Want,
     terms: &Terms,
     leased: &mut Vec<LeasedRange>,
 ) -> Result<()> {
-    let mut left = usize::try_from(rows).unwrap_or(usize::MAX);
-    for rank in [TRANSACTIONAL, BULK] {
-        let of = Queue { name: queue, rank };
+    let mut room = Room::of(want);
+    let ranks: &[u8] = if want.urgent_only {
+        &[TRANSACTIONAL]
+    } else {
+        &[TRANSACTIONAL, BULK]
+    };
+    for &rank in ranks {
+        let of = Queue {
+            name: &want.queue,
+            rank,
+        };
         loop {
-            let before = left;
-            serve_rank(books, of, &mut left, terms, leased)?;
-            if left == 0 || left == before {
+            let before = room.left;
+            serve_rank(books, of, &mut room, terms, leased)?;
+            if room.left == 0 || room.left == before {
                 break;
             }
         }
@@ -99,32 +106,69 @@ fn serve(
     Ok(())
 }
 
+/// What a wish leaves to be leased.
+struct Room {
+    left: usize,
+    largest: usize,
+    per_batch: usize,
+    /// What is left of batches that were looked at, or named.
+    of: HashMap<BatchId, usize>,
+}
+
+impl Room {
+    fn of(want: &Want) -> Self {
+        let count = |rows: u32| usize::try_from(rows).unwrap_or(usize::MAX);
+        Self {
+            left: count(want.rows),
+            largest: count(want.largest).max(1),
+            per_batch: count(want.per_batch),
+            of: want
+                .of
+                .iter()
+                .map(|(id, rows)| (*id, count(*rows)))
+                .collect(),
+        }
+    }
+
+    /// How much of a batch may be leased.
+    fn of_batch(&self, batch: BatchId) -> usize {
+        let own = self.of.get(&batch).copied();
+        own.unwrap_or(self.per_batch).min(self.left)
+    }
+
+    fn take(&mut self, batch: BatchId, rows: usize) {
+        let own = self.of.entry(batch).or_insert(self.per_batch);
+        *own = own.saturating_sub(rows);
+        self.left = self.left.saturating_sub(rows);
+    }
+}
+
 /// Serves some batches of a rank in turn.
 fn serve_rank(
     books: &mut Books<'_, '_>,
     queue: Queue<'_>,
-    left: &mut usize,
+    room: &mut Room,
     terms: &Terms,
     leased: &mut Vec<LeasedRange>,
 ) -> Result<()> {
-    let mut group = batches_of(books, queue, terms.now)?;
-    while *left > 0 && !group.is_empty() {
-        let share = (*left / group.len()).max(QUANTUM);
+    let mut group = batches_of(books, queue, room, terms.now)?;
+    while room.left > 0 && !group.is_empty() {
+        let share = (room.left / group.len()).max(QUANTUM);
         let mut still = Vec::new();
-        for &no in &group {
-            let mut own = share.min(*left);
-            *left -= own;
+        for &(no, id) in &group {
+            let mut own = share.min(room.of_batch(id));
             while own > 0
-                && let Some(range) = take(books, queue, no, own, terms)?
+                && let Some(range) = take(books, queue, no, own.min(room.largest), terms)?
             {
-                own -= range.items.len().min(own);
+                let rows = range.items.len();
+                own = own.saturating_sub(rows);
+                room.take(id, rows);
                 leased.push(range);
                 remember_turn(books.step, queue, no);
             }
-            if own == 0 {
-                still.push(no);
+            if own == 0 && room.of_batch(id) > 0 {
+                still.push((no, id));
             }
-            *left += own;
         }
         group = still;
     }
@@ -140,8 +184,13 @@ fn remember_turn(step: &mut Step<'_>, queue: Queue<'_>, no: BatchNo) {
 }
 
 /// The batches with due, free ranges in this queue of which mail may leave, from the one whose
-/// turn it is.
-fn batches_of(books: &mut Books<'_, '_>, queue: Queue<'_>, now: Timestamp) -> Result<Vec<BatchNo>> {
+/// turn it is; without those of which no more is wanted.
+fn batches_of(
+    books: &mut Books<'_, '_>,
+    queue: Queue<'_>,
+    room: &Room,
+    now: Timestamp,
+) -> Result<Vec<(BatchNo, BatchId)>> {
     let key = (queue.name.into(), queue.rank);
     let turn = books.step.memory.turns.get(&key).copied().unwrap_or(0);
     let mut found = Vec::new();
@@ -163,9 +212,9 @@ fn batches_of(books: &mut Books<'_, '_>, queue: Queue<'_>, now: Timestamp) -> Re
                 .optional()?;
             let Some(no) = next else { break };
             after = no;
-            if books.batch(no)?.is_some_and(|batch| batch.active()) {
-                found.push(no);
-            }
+            let batch = books.batch(no)?.filter(|batch| batch.active());
+            let id = batch.map(|batch| batch.id);
+            found.extend(id.filter(|id| room.of_batch(*id) > 0).map(|id| (no, id)));
         }
     }
     Ok(found)

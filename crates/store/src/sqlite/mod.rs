@@ -592,10 +592,7 @@ mod tests {
             let steps = async {
                 store.stage_lots(id, vec![lot(0, 400), lot(1, 400)]).await?;
                 store.commit_batch(batch(id, 800), T0).await?;
-                let want = Want {
-                    queue: "x.example".into(),
-                    rows: 10,
-                };
+                let want = Want::of("x.example", 10);
                 let ttl = Duration::from_secs(45);
                 let node = JournalId::new(T0, room);
                 store

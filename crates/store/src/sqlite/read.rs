@@ -4,13 +4,19 @@
 
 use super::control::describe;
 use super::ids::{self, BatchNo};
+use super::range::TRANSACTIONAL;
 use super::readers::Reading;
 use super::record::{By, record};
-use crate::{Backlog, Batch, BatchQuery, Page, Result, Totals};
-use model::{BatchId, BatchState, Priority, Timestamp};
+use crate::{BACKLOG_BATCHES, Backlog, Batch, BatchQuery, Page, Result, Totals};
+use model::{BatchId, BatchState, Timestamp};
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::HashMap;
 use std::sync::Arc;
+
+/// Free ranges of a batch in a queue that are counted: more than a node wants at a time.
+const COUNTED: usize = 64;
+/// Ranges that are rather read than passed over with another search.
+const PASSED: usize = 8;
 
 /// One batch.
 pub(super) fn batch(reading: &Reading<'_>, id: BatchId) -> Result<Option<Batch>> {
@@ -61,7 +67,7 @@ pub(super) fn batches(reading: &Reading<'_>, query: &BatchQuery) -> Result<Page<
 #[derive(Debug, Clone, Copy)]
 enum Standing {
     /// Its mail leaves.
-    Active { transactional: bool },
+    Active(BatchId),
     /// Its mail will leave then.
     Scheduled(i64),
     /// Paused.
@@ -79,7 +85,7 @@ pub(super) struct Survey {
 
 fn standings(reading: &Reading<'_>) -> Result<HashMap<BatchNo, Standing>> {
     let mut sql = reading.connection.prepare_cached(
-        "SELECT no, state, priority, release_at FROM batch WHERE state IN (?1, ?2, ?3, 99)",
+        "SELECT no, state, id, release_at FROM batch WHERE state IN (?1, ?2, ?3, 99)",
     )?;
     let states = [
         BatchState::InProgress,
@@ -92,9 +98,7 @@ fn standings(reading: &Reading<'_>) -> Result<HashMap<BatchNo, Standing>> {
     while let Some(row) = rows.next()? {
         let state: u8 = row.get(1)?;
         let standing = match BatchState::from_code(state) {
-            Some(BatchState::InProgress) => Standing::Active {
-                transactional: row.get::<_, u8>(2)? == Priority::Transactional.code(),
-            },
+            Some(BatchState::InProgress) => Standing::Active(BatchId::from_bytes(row.get(2)?)),
             Some(BatchState::Scheduled) => Standing::Scheduled(row.get(3)?),
             _ => Standing::Still,
         };
@@ -103,7 +107,9 @@ fn standings(reading: &Reading<'_>) -> Result<HashMap<BatchNo, Standing>> {
     Ok(all)
 }
 
-/// Looks through all ranges after a queue, in the order of an index that has all that is needed.
+/// Looks for due ranges in the queues after `after`, in the order of an index that has all that is
+/// needed. Of a batch in a queue so many are looked at as a node may want; the rest is passed over
+/// without being read, so that the cost is that of the queues and batches, not of the recipients.
 pub(super) fn survey(
     reading: &Reading<'_>,
     now: Timestamp,
@@ -118,74 +124,167 @@ pub(super) fn survey(
         release: standings.values().any(due_now),
         sweep: Vec::new(),
     };
-    let mut sql = reading.connection.prepare_cached(
-        "SELECT queue, batch, SUM(CASE WHEN due_at<=?2 AND expires<=?2 THEN count ELSE 0 END),
-                MIN(CASE WHEN due_at>?2 THEN due_at END), MAX(expires)
-         FROM work WHERE queue>?1 GROUP BY queue, rank, batch",
-    )?;
-    let mut rows = sql.query(params![after.unwrap_or_default(), now])?;
-    while let Some(row) = rows.next()? {
-        let queue: String = row.get(0)?;
-        let (due, next): (i64, Option<i64>) = (row.get(2)?, row.get(3)?);
-        let no: BatchNo = row.get(1)?;
-        let (due, next, transactional) = match standings.get(&no) {
-            Some(Standing::Active { transactional }) => (due, next, *transactional && due > 0),
-            Some(Standing::Scheduled(at)) => (0, Some((*at).max(now)), false),
-            Some(Standing::Still) => continue,
-            // Cancelled or completed: ranges are left only until their holder reports or is gone.
-            None => {
-                if row.get::<_, i64>(4)? <= now && !survey.sweep.contains(&no) {
-                    survey.sweep.push(no);
-                }
-                continue;
-            }
-        };
-        if due == 0 && next.is_none() {
-            continue;
-        }
-        if !merge(
-            &mut survey.backlog,
-            queue,
-            ids::nat(due),
-            next,
-            transactional,
-            limit,
-        ) {
-            break;
-        }
+    let mut from = Group {
+        queue: after.unwrap_or_default().into(),
+        rank: u8::MAX,
+        batch: BatchNo::MAX,
+    };
+    while let Some(passed) = survey_from(reading, &from, (now, limit), &standings, &mut survey)? {
+        from = passed;
     }
     Ok(survey)
 }
 
-/// Adds a batch's part to its queue; false when that would be one queue too many.
-fn merge(
-    backlog: &mut Vec<Backlog>,
-    queue: String,
+/// The ranges of a batch in a queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Group {
+    queue: Box<str>,
+    rank: u8,
+    batch: BatchNo,
+}
+
+/// What was found of a [`Group`].
+#[derive(Default)]
+struct Found {
     due: u64,
+    free: usize,
     next: Option<i64>,
-    transactional: bool,
-    limit: u32,
-) -> bool {
-    let next = next.map(ids::time);
-    let full = u32::try_from(backlog.len()).is_ok_and(|count| count >= limit);
-    match backlog.last_mut() {
-        Some(last) if *last.queue == *queue => {
-            last.due += due;
-            last.transactional |= transactional;
-            last.next_due = match (last.next_due, next) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
+    /// Nothing more has to be known of it.
+    done: bool,
+    /// Ranges read after that.
+    passed: usize,
+}
+
+/// The index in which the backlog is looked up.
+const IN_ORDER: &str = "SELECT queue, rank, batch, due_at, expires, count FROM work \
+    WHERE (queue, rank, batch) > (?1, ?2, ?3) ORDER BY queue, rank, batch, due_at, expires";
+
+/// Reads on after `from`. The answer is the group to go on after, when it is not worth reading to
+/// its end; `None`: that was all, or as many queues as are wanted.
+fn survey_from(
+    reading: &Reading<'_>,
+    from: &Group,
+    (now, limit): (i64, u32),
+    standings: &HashMap<BatchNo, Standing>,
+    survey: &mut Survey,
+) -> Result<Option<Group>> {
+    let mut sql = reading.connection.prepare_cached(IN_ORDER)?;
+    let mut rows = sql.query(params![from.queue, from.rank, from.batch])?;
+    let mut present: Option<(Group, Found)> = None;
+    while let Some(row) = rows.next()? {
+        let queue = row.get_ref(0)?.as_str().map_err(rusqlite::Error::from)?;
+        let (rank, batch): (u8, BatchNo) = (row.get(1)?, row.get(2)?);
+        let same =
+            |group: &Group| *group.queue == *queue && (group.rank, group.batch) == (rank, batch);
+        if !present.as_ref().is_some_and(|(group, _)| same(group)) {
+            if let Some((group, found)) = present.take()
+                && !tell(reading, &group, &found, (now, limit), standings, survey)?
+            {
+                return Ok(None);
+            }
+            let group = Group {
+                queue: queue.into(),
+                rank,
+                batch,
             };
+            present = Some((group, Found::default()));
         }
-        _ if full => return false,
-        _ => backlog.push(Backlog {
-            queue: queue.into(),
-            due,
-            next_due: next,
-            transactional,
-        }),
+        let Some((group, found)) = &mut present else {
+            continue;
+        };
+        if found.done {
+            found.passed += 1;
+            if found.passed >= PASSED {
+                let group = group.clone();
+                let more = tell(reading, &group, found, (now, limit), standings, survey)?;
+                return Ok(more.then_some(group));
+            }
+            continue;
+        }
+        found.look((row.get(3)?, row.get(4)?), ids::nat(row.get(5)?), now);
     }
-    true
+    if let Some((group, found)) = present {
+        tell(reading, &group, &found, (now, limit), standings, survey)?;
+    }
+    Ok(None)
+}
+
+impl Found {
+    /// Looks at the next range of the group, in order of due time.
+    fn look(&mut self, (due_at, expires): (i64, i64), count: u64, now: i64) {
+        if due_at > now {
+            self.next = Some(due_at);
+            self.done = true;
+        } else if expires <= now {
+            self.due += count;
+            self.free += 1;
+            self.done = self.free >= COUNTED;
+        }
+    }
+}
+
+/// Adds what was found of a group to the survey; false when that would be one queue too many.
+fn tell(
+    reading: &Reading<'_>,
+    group: &Group,
+    found: &Found,
+    (now, limit): (i64, u32),
+    standings: &HashMap<BatchNo, Standing>,
+    survey: &mut Survey,
+) -> Result<bool> {
+    let (due, next, id) = match standings.get(&group.batch) {
+        Some(Standing::Active(id)) => (found.due, found.next, Some(*id)),
+        Some(Standing::Scheduled(at)) => (0, Some((*at).max(now)), None),
+        Some(Standing::Still) => return Ok(true),
+        // Cancelled or completed: ranges are left only until their holder reports or is gone.
+        None => {
+            if !survey.sweep.contains(&group.batch) && is_left(reading, group, now)? {
+                survey.sweep.push(group.batch);
+            }
+            return Ok(true);
+        }
+    };
+    if due == 0 && next.is_none() {
+        return Ok(true);
+    }
+    let backlog = &mut survey.backlog;
+    let full = u32::try_from(backlog.len()).is_ok_and(|count| count >= limit);
+    if backlog.last().is_none_or(|last| last.queue != group.queue) {
+        if full {
+            return Ok(false);
+        }
+        backlog.push(Backlog {
+            queue: group.queue.clone(),
+            due: 0,
+            next_due: None,
+            transactional: false,
+            batches: Vec::new(),
+        });
+    }
+    if let Some(queue) = backlog.last_mut() {
+        queue.due += due;
+        queue.next_due = [queue.next_due, next.map(ids::time)]
+            .into_iter()
+            .flatten()
+            .min();
+        let id = id.filter(|_| due > 0);
+        if group.rank == TRANSACTIONAL {
+            queue.transactional |= id.is_some();
+        } else if queue.batches.len() < BACKLOG_BATCHES {
+            queue.batches.extend(id);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether nobody holds anything of a group any more.
+fn is_left(reading: &Reading<'_>, group: &Group, now: i64) -> Result<bool> {
+    let mut sql = reading
+        .connection
+        .prepare_cached("SELECT MAX(expires) FROM work WHERE queue=?1 AND rank=?2 AND batch=?3")?;
+    let values = params![group.queue, group.rank, group.batch];
+    let last: Option<i64> = sql.query_row(values, |row| row.get(0))?;
+    Ok(last.is_some_and(|last| last <= now))
 }
 
 /// Recipients by state, and what is overdue longest.

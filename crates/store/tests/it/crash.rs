@@ -177,10 +177,7 @@ async fn submit(store: &SqliteStore, id: BatchId) {
 
 /// Leases some, and reports all of them delivered.
 async fn deliver(store: &SqliteStore, mut seq: u64) -> u64 {
-    let want = Want {
-        queue: "x.example".into(),
-        rows: 30,
-    };
+    let want = Want::of("x.example", 30);
     let request = LeaseRequest {
         node: journal(),
         now: T0,

@@ -5,11 +5,23 @@ use service::config::TlsPolicy;
 
 use crate::queue::control::Permission;
 use crate::queue::decide::expires_at;
+use crate::queue::fair::{Turn, Turns};
 use crate::queue::job::Item;
-use crate::queue::target::Carrier;
+use crate::queue::target::{Carrier, LEAD, Target};
 
 /// Domains of a destination that are looked at for one message.
 const SCAN_MAX: usize = 64;
+
+/// A connection that can take a message.
+struct Seat {
+    conn: ConnId,
+    carrier: Carrier,
+    /// Only a transactional one: the rate is used up, or it has enough of the others.
+    urgent_only: bool,
+    busy: usize,
+    /// What its source has carried.
+    charge: u64,
+}
 
 impl QueueState {
     /// Gives a destination's messages to its connections as far as its limits go.
@@ -22,115 +34,206 @@ impl QueueState {
         self.close_idle(key, out);
     }
 
-    /// Hands one message to the least busy connection; false when none can go.
+    /// Hands out the message whose turn it is, of those that can go; false when none can.
     fn hand_out(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) -> bool {
-        for id in self.conns_with_room(key, now.instant) {
-            let Some(carrier) = self.conns.get(&id).and_then(Conn::carrier) else {
-                continue;
+        let seats = self.seats(key, now.instant);
+        let Some(dest) = self.dests.get_mut(key).filter(|_| !seats.is_empty()) else {
+            return false;
+        };
+        // Out of its place meanwhile, so that everything else may change.
+        let mut turns = std::mem::take(&mut dest.turns);
+        let sent = self.serve_next(key, &seats, &mut turns, now, out);
+        if let Some(dest) = self.dests.get_mut(key) {
+            dest.turns = turns;
+        }
+        sent
+    }
+
+    fn serve_next(
+        &mut self,
+        key: &Destination,
+        seats: &[Seat],
+        turns: &mut Turns,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let Some(first) = turns.next() else {
+            return false;
+        };
+        if self.serve(key, &first, seats, turns, now, out) {
+            return true;
+        }
+        let others = turns.order();
+        others
+            .iter()
+            .filter(|turn| **turn != first)
+            .any(|turn| self.serve(key, turn, seats, turns, now, out))
+    }
+
+    /// Hands out a message of a batch, if one can go.
+    fn serve(
+        &mut self,
+        key: &Destination,
+        turn: &Turn,
+        seats: &[Seat],
+        turns: &mut Turns,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let Some(pool) = self.batches.get(&turn.batch).map(|of| Arc::clone(&of.pool)) else {
+            return false;
+        };
+        let planned = self.paces.get(&turn.batch).map(|pace| pace.plan.next());
+        if let Some(at) = planned.filter(|at| *at > now.instant) {
+            self.wakes.insert((at, key.clone()));
+            return false;
+        }
+        let is_urgent = turn.priority == Priority::Transactional;
+        let Some(dest) = self.dests.get(key) else {
+            return false;
+        };
+        let charge_max = self.charge_max(dest, &pool, now.instant);
+        let fits = |seat: &&Seat| {
+            pool.weight(seat.carrier.source).is_some()
+                && (is_urgent || !seat.urgent_only && seat.charge <= charge_max)
+        };
+        let seats: Vec<_> = seats.iter().filter(fits).collect();
+        if seats.is_empty() {
+            return false;
+        }
+        for _ in 0..turns.domains_of(turn).count().min(SCAN_MAX) {
+            let Some(name) = turns.next_domain(turn) else {
+                break;
             };
-            if let Some(waiting) = self.take_for(key, &carrier, now, out) {
-                self.send(id, key, waiting, now, out);
+            let taken = self.take_of_lane(&name, turn.batch, key, &seats, now, out);
+            if !self.keep_lane(&name, turn.batch, key, now.instant) {
+                turns.remove(turn, &name);
+            }
+            if let Some((waiting, conn)) = taken {
+                turns.served(turn);
+                self.send(conn, key, waiting, now, out);
                 return true;
             }
         }
         false
     }
 
+    /// How much a source may have carried to go on: those of a pool do not run away from the one
+    /// that is furthest behind and could carry more.
+    fn charge_max(&self, dest: &Dest, pool: &Pool, now: Instant) -> u64 {
+        if pool.len() == 1 {
+            return u64::MAX;
+        }
+        let answers = |target: &Target| {
+            let mut conns = target.conns.iter().filter_map(|id| self.conns.get(id));
+            target.conns.is_empty() || conns.any(|conn| !conn.is_slow(now))
+        };
+        let able = dest.targets.iter().filter(|target| {
+            pool.weight(target.source).is_some()
+                && self.source_is_up(target.source, now)
+                && target.is_due(&dest.policy.limits, now)
+                && target.may_open(now)
+                && answers(target)
+        });
+        let least = able.map(|target| target.charge).min();
+        least.map_or(u64::MAX, |least| least + LEAD)
+    }
+
+    /// Puts away a domain where nothing of a batch waits any more, or where its mail goes is no
+    /// longer known; false: the batch does not wait there now.
+    fn keep_lane(&mut self, name: &str, batch: BatchId, key: &Destination, now: Instant) -> bool {
+        let Some(lane) = self.lanes.get_mut(name) else {
+            return false;
+        };
+        if lane.is_empty() {
+            self.lanes.remove(name);
+            return false;
+        }
+        match &lane.way {
+            Way::Known { until, .. } if *until <= now => {
+                // What DNS said has run out; ask again before more is sent by it.
+                lane.way = Way::Asked;
+                self.to_resolve.push_back(lane.domain.clone());
+                false
+            }
+            Way::Known { destination, .. } => destination == key && lane.has_batch(batch),
+            Way::Unknown | Way::Asked => false,
+        }
+    }
+
     /// Connections that may carry something now: by their source's share, least busy first.
-    fn conns_with_room(&self, key: &Destination, now: Instant) -> Vec<ConnId> {
+    fn seats(&self, key: &Destination, now: Instant) -> Vec<Seat> {
         let Some(dest) = self.dests.get(key) else {
             return Vec::new();
         };
-        let mut found = Vec::new();
+        let mut seats = Vec::new();
         for target in dest
             .by_share()
             .into_iter()
             .filter_map(|at| dest.targets.get(at))
         {
-            if !target.is_due(&dest.policy.limits, now) {
+            let is_due = target.is_due(&dest.policy.limits, now);
+            if !is_due && !target.takes_urgent(&dest.policy.limits, now) {
                 continue;
             }
             let max = target.in_force.messages_per_connection;
-            let conns = target
-                .conns
-                .iter()
-                .filter_map(|id| Some((self.conns.get(id)?, *id)));
-            let mut free: Vec<_> = conns
-                .filter(|(conn, _)| conn.has_room(max))
-                .map(|(conn, id)| (conn.in_flight, id))
-                .collect();
-            free.sort_unstable();
-            found.extend(free.into_iter().map(|(_, id)| id));
-        }
-        found
-    }
-
-    /// Takes the next message of a destination that `carrier` may carry. Whatever turns
-    /// out not to be sendable on the way is ended or handed back.
-    fn take_for(
-        &mut self,
-        key: &Destination,
-        carrier: &Carrier,
-        now: Now,
-        out: &mut Vec<Action>,
-    ) -> Option<Waiting> {
-        let floor = self.dests.get(key)?.policy.limits.tls;
-        for _ in 0..SCAN_MAX.min(self.dests.get(key)?.lanes.len()) {
-            let name = self.dests.get_mut(key)?.lanes.pop_front()?;
-            let found = self.take_of_lane(&name, (carrier, floor), now, out);
-            match self.lanes.get_mut(&name) {
-                Some(lane) if lane.is_empty() => {
-                    self.lanes.remove(&name);
-                }
-                Some(lane) if matches!(&lane.way, Way::Known { until, .. } if *until <= now.instant) =>
-                {
-                    // What DNS said has run out; ask again before more is sent by it.
-                    lane.way = Way::Asked;
-                    self.to_resolve.push_back(lane.domain.clone());
-                }
-                Some(_) => self.dests.get_mut(key)?.lanes.push_back(name),
-                None => {}
+            let first = seats.len();
+            for id in &target.conns {
+                let Some(conn) = self.conns.get(id).filter(|conn| conn.has_urgent_room(max)) else {
+                    continue;
+                };
+                let Some(carrier) = conn.carrier() else {
+                    continue;
+                };
+                seats.push(Seat {
+                    conn: *id,
+                    carrier,
+                    urgent_only: !is_due || !conn.has_room(max),
+                    busy: conn.in_flight,
+                    charge: target.charge,
+                });
             }
-            if found.is_some() {
-                return found;
+            if let Some(of_target) = seats.get_mut(first..) {
+                of_target.sort_unstable_by_key(|seat| (seat.busy, seat.conn));
             }
         }
-        None
+        seats
     }
 
+    /// Takes the next message of a batch at a domain, and the connection that goes to its hosts.
+    /// Whatever turns out not to be sendable on the way is ended or handed back.
     fn take_of_lane(
         &mut self,
         name: &str,
-        (carrier, floor): (&Carrier, TlsPolicy),
+        batch: BatchId,
+        key: &Destination,
+        seats: &[&Seat],
         now: Now,
         out: &mut Vec<Action>,
-    ) -> Option<Waiting> {
+    ) -> Option<(Waiting, ConnId)> {
         loop {
             let Self {
                 lanes,
                 ranges,
                 batches,
-                paces,
-                wakes,
+                dests,
                 ..
             } = self;
             let lane = lanes.get_mut(name)?;
-            let destination = match &lane.way {
-                Way::Known {
-                    route, destination, ..
-                } if carrier.takes(route, floor) => destination.clone(),
-                Way::Known { .. } | Way::Asked | Way::Unknown => return None,
+            let Way::Known {
+                destination, route, ..
+            } = &lane.way
+            else {
+                return None;
             };
-            let waiting = lane.take(|item| {
-                let fits = may_start(ranges, batches, item, now.instant)
-                    && batches
-                        .get(&item.batch.id)
-                        .is_some_and(|batch| batch.pool.weight(carrier.source).is_some());
-                let planned = paces.get(&item.batch.id).map(|pace| pace.plan.next());
-                let late = planned.filter(|at| fits && *at > now.instant);
-                wakes.extend(late.map(|at| (at, destination.clone())));
-                fits && late.is_none()
-            })?;
+            let floor = dests.get(key)?.policy.limits.tls;
+            let leads_there = |seat: &&&Seat| seat.carrier.takes(route, floor);
+            let conn = seats
+                .iter()
+                .find(leads_there)
+                .filter(|_| destination == key)?
+                .conn;
+            let waiting = lane.take(batch, |item| may_start(ranges, batches, item, now.instant))?;
             let leased_at = ranges
                 .get(&waiting.item.range)
                 .map_or(now.instant, |range| range.leased_at);
@@ -138,9 +241,9 @@ impl QueueState {
                 Permission::Go
                     if now.wall >= expires_at(&waiting.item, &self.policy_of(&waiting)) =>
                 {
-                    self.end_waiting(&waiting, Finding::TooLate, now, out);
+                    self.end_waiting(&waiting, Finding::TooLate(None), now, out);
                 }
-                Permission::Go => return Some(waiting),
+                Permission::Go => return Some((waiting, conn)),
                 Permission::Suppressed(reason) => {
                     self.end_waiting(&waiting, Finding::Suppressed(reason), now, out)
                 }
@@ -175,11 +278,18 @@ impl QueueState {
         range.waiting = range.waiting.saturating_sub(1);
         range.out += 1;
         let batch = waiting.item.batch.id;
+        let pool = self.batches.get(&batch).map(|batch| &batch.pool);
+        let weight_of = |source| pool.and_then(|pool| pool.weight(source));
+        let of_pool = dest
+            .targets
+            .iter()
+            .filter(|of| weight_of(of.source).is_some());
+        let most = of_pool.map(|target| target.charge).max().unwrap_or(0);
         if let Some(target) = dest.targets.get_mut(conn.target) {
-            let pool = self.batches.get(&batch).map(|batch| &batch.pool);
-            let weight = pool.and_then(|pool| pool.weight(conn.source));
-            target.handed_out(weight.unwrap_or(1), now.instant);
+            let weight = weight_of(conn.source).unwrap_or(1);
+            target.handed_out(weight, most, now.instant);
         }
+        dest.appetite.handed_out();
         let pace = self.paces.get_mut(&batch).map(|pace| {
             pace.plan.take(now.instant);
             Arc::clone(&pace.permits)
@@ -201,7 +311,11 @@ impl QueueState {
 
     /// Opens a connection if there is work that none of those there are can take.
     fn open_more(&mut self, key: &Destination, now: Now, out: &mut Vec<Action>) {
-        let Some(dest) = self.dests.get(key) else {
+        let Some(dest) = self
+            .dests
+            .get(key)
+            .filter(|dest| !dest.is_held(now.instant))
+        else {
             return;
         };
         for at in dest.by_share() {
@@ -219,59 +333,132 @@ impl QueueState {
             let allowed = self.source_is_up(target.source, now.instant)
                 && target.is_due(&dest.policy.limits, now.instant)
                 && target.may_open(now.instant)
-                && opening <= ready.saturating_sub(1)
-                && target.conns.len() < limit;
+                && opening <= ready.saturating_sub(1);
             if !allowed {
                 continue;
             }
-            let Some(route) = self.route_in_need(key, target.source, now.instant) else {
+            let Some((route, is_urgent)) = self.route_in_need(dest, target.source, now.instant)
+            else {
                 continue;
             };
-            if self.conns.len() >= CONNECTIONS_MAX {
+            if target.conns.len() >= limit {
+                let floor = dest.policy.limits.tls;
+                if let Some(id) = self.dispensable(target, &route, (floor, is_urgent)) {
+                    self.close(id, out);
+                    return;
+                }
+                continue;
+            }
+            if !self.has_connection_free(now.instant) {
                 if !self.starved.contains(key) {
                     self.starved.push_back(key.clone());
                 }
                 self.close_any_idle(out);
                 return;
             }
-            let (source, policy) = (target.source, Arc::clone(&dest.policy));
-            let permits = Arc::clone(&target.permits);
-            let id = ConnId(self.id());
-            let conn = Conn {
-                destination: key.clone(),
-                target: at,
-                source,
-                route: Arc::clone(&route),
-                security: None,
-                closing: false,
-                in_flight: 0,
-                sent: 0,
-            };
-            self.conns.insert(id, conn);
-            if let Some(target) = self
-                .dests
-                .get_mut(key)
-                .and_then(|dest| dest.targets.get_mut(at))
-            {
-                target.opened(id, now.instant);
-            }
-            out.extend(self.limited(key, Vec::new()).map(Action::Limits));
-            out.push(Action::Open {
-                conn: id,
-                route,
-                policy,
-                source,
-                permits,
-            });
-            return;
+            return self.open(key.clone(), at, route, now, out);
         }
     }
 
-    /// The route of a message that could start now if there were a connection from this source.
-    fn route_in_need(&self, key: &Destination, source: usize, now: Instant) -> Option<Arc<Route>> {
-        let dest = self.dests.get(key).filter(|dest| !dest.is_held(now))?;
+    fn open(
+        &mut self,
+        key: Destination,
+        at: usize,
+        route: Arc<Route>,
+        now: Now,
+        out: &mut Vec<Action>,
+    ) {
+        let id = ConnId(self.id());
+        let Some(dest) = self.dests.get_mut(&key) else {
+            return;
+        };
+        let policy = Arc::clone(&dest.policy);
+        let Some(target) = dest.targets.get_mut(at) else {
+            return;
+        };
+        target.opened(id, now.instant);
+        let source = target.source;
+        let permits = Arc::clone(&target.permits);
+        let conn = Conn {
+            destination: key.clone(),
+            target: at,
+            source,
+            route: Arc::clone(&route),
+            security: None,
+            closing: false,
+            in_flight: 0,
+            sent: 0,
+            heard_at: now.instant,
+        };
+        self.conns.insert(id, conn);
+        out.extend(self.limited(&key, Vec::new()).map(Action::Limits));
+        out.push(Action::Open {
+            conn: id,
+            route,
+            policy,
+            source,
+            permits,
+        });
+    }
+
+    fn close(&mut self, id: ConnId, out: &mut Vec<Action>) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.closing = true;
+            out.push(Action::Close(id));
+        }
+    }
+
+    /// Whether the process may have another connection. Those of whose peers nothing was heard for
+    /// a while have room of their own: however many tarpits there are, others are served.
+    fn has_connection_free(&self, now: Instant) -> bool {
+        let all = self.conns.len();
+        if all < CONNECTIONS_MAX {
+            return true;
+        }
+        let slow = self.conns.values().filter(|conn| conn.is_slow(now)).count();
+        all < CONNECTIONS_ALL_MAX && all - slow < CONNECTIONS_MAX
+    }
+
+    /// A connection of a source that makes way for one that can carry what none of them can: one
+    /// without work, for what is transactional any.
+    fn dispensable(
+        &self,
+        target: &Target,
+        route: &Route,
+        (floor, is_urgent): (TlsPolicy, bool),
+    ) -> Option<ConnId> {
+        let conns = || {
+            let of_target = target.conns.iter();
+            of_target.filter_map(|id| Some((*id, self.conns.get(id)?)))
+        };
+        let serves = |conn: &Conn| match conn.carrier() {
+            Some(carrier) => carrier.takes(route, floor),
+            None => conn.route.key() == route.key(),
+        };
+        if conns().any(|(_, conn)| conn.closing || serves(conn)) {
+            return None;
+        }
+        conns()
+            .filter(|(_, conn)| conn.is_ready() && (is_urgent || conn.in_flight == 0))
+            .min_by_key(|(id, conn)| (conn.in_flight, *id))
+            .map(|(id, _)| id)
+    }
+
+    /// The route of a message that could start now if there were a connection from this source,
+    /// and whether it is transactional.
+    fn route_in_need(
+        &self,
+        dest: &Dest,
+        source: usize,
+        now: Instant,
+    ) -> Option<(Arc<Route>, bool)> {
         let served = |route: &Arc<Route>, pool: &Pool| {
-            let mut conns = dest.targets.iter().flat_map(|target| {
+            let charge_max = self.charge_max(dest, pool, now);
+            let fit = dest
+                .targets
+                .iter()
+                .filter(|target| target.charge <= charge_max);
+            let mut conns = fit.flat_map(|target| {
                 let max = target.in_force.messages_per_connection;
                 let of_target = target.conns.iter();
                 of_target.filter_map(move |id| Some((self.conns.get(id)?, max)))
@@ -283,19 +470,34 @@ impl QueueState {
                     && pool.weight(conn.source).is_some()
             })
         };
-        let needs = |item: &Item, route: &Arc<Route>| {
-            let pool = self.batches.get(&item.batch.id).map(|batch| &batch.pool);
-            may_start(&self.ranges, &self.batches, item, now)
-                && pool.is_some_and(|pool| pool.weight(source).is_some() && !served(route, pool))
-        };
-        dest.lanes.iter().take(SCAN_MAX).find_map(|name| {
-            let lane = self.lanes.get(name)?;
-            let Way::Known { route, .. } = &lane.way else {
-                return None;
+        let mut looks = SCAN_MAX;
+        for turn in dest.turns.order() {
+            let Some(batch) = self.batches.get(&turn.batch) else {
+                continue;
             };
-            lane.has(|item| needs(item, route))
-                .then(|| Arc::clone(route))
-        })
+            if batch.pool.weight(source).is_none() || batch.content != Content::Ready {
+                continue;
+            }
+            for name in dest.turns.domains_of(&turn) {
+                looks = looks.checked_sub(1)?;
+                let Some(lane) = self.lanes.get(name) else {
+                    continue;
+                };
+                if let Way::Known {
+                    route, destination, ..
+                } = &lane.way
+                    && *destination == dest.policy.destination
+                    && !served(route, &batch.pool)
+                    && lane.has(turn.batch, |item| {
+                        may_start(&self.ranges, &self.batches, item, now)
+                    })
+                {
+                    let is_urgent = turn.priority == Priority::Transactional;
+                    return Some((Arc::clone(route), is_urgent));
+                }
+            }
+        }
+        None
     }
 
     /// When others wait for a connection of the process, one without work makes room.
@@ -303,7 +505,7 @@ impl QueueState {
         if self.starved.is_empty() {
             return;
         }
-        let Some(dest) = self.dests.get(key).filter(|dest| dest.lanes.is_empty()) else {
+        let Some(dest) = self.dests.get(key).filter(|dest| dest.turns.is_empty()) else {
             return;
         };
         for id in dest.targets.iter().flat_map(|target| &target.conns) {
@@ -320,7 +522,7 @@ impl QueueState {
 
     fn close_any_idle(&mut self, out: &mut Vec<Action>) {
         let has_lanes = |dests: &HashMap<Destination, Dest>, of: &Destination| {
-            dests.get(of).is_some_and(|dest| !dest.lanes.is_empty())
+            dests.get(of).is_some_and(|dest| !dest.turns.is_empty())
         };
         let Self { conns, dests, .. } = self;
         let idle = conns.iter_mut().find(|(_, conn)| {
@@ -335,17 +537,16 @@ impl QueueState {
         }
     }
 
-    pub(super) fn on_ready(&mut self, id: ConnId, security: Arc<Security>) {
+    pub(super) fn on_ready(&mut self, id: ConnId, security: Arc<Security>, now: Instant) {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
         conn.security = Some(security);
-        let (destination, source) = (conn.destination.clone(), conn.source);
-        if let Some(dest) = self.dests.get_mut(&destination) {
-            dest.reached();
-        }
+        conn.heard_at = now;
+        let (key, source) = (conn.destination.clone(), conn.source);
+        self.lift_hold(&key, now);
         self.source_works(source);
-        self.dirty.insert(destination);
+        self.dirty.insert(key);
     }
 
     pub(super) fn on_closing(&mut self, id: ConnId) {
@@ -377,10 +578,10 @@ impl QueueState {
     }
 
     /// A connection could not be had. If there is no other, the destination is left alone for a
-    /// while, and what waits for it has had an attempt.
+    /// while.
     fn not_reached(&mut self, conn: &Conn, trouble: &Trouble, now: Now, out: &mut Vec<Action>) {
         if trouble.class == model::Class::TlsFailure && conn.route.asked().is_anything() {
-            return self.not_secured(conn, trouble, now, out);
+            return self.hold_like(conn, trouble, now, out);
         }
         let key = &conn.destination;
         let Self { dests, conns, .. } = self;
@@ -392,54 +593,11 @@ impl QueueState {
             .iter()
             .flat_map(|target| &target.conns)
             .any(|id| conns.get(id).is_some_and(Conn::is_ready));
-        if others {
-            if let Some(target) = dest.targets.get_mut(conn.target) {
-                target.broke(now.instant);
-            }
-            return;
+        if !others {
+            return self.hold_destination(key, trouble, now, out);
         }
-        let until = dest.not_reached(now.instant);
-        let names: Vec<_> = dest.lanes.iter().cloned().collect();
-        for name in names {
-            let Some(lane) = self.lanes.get_mut(&name) else {
-                continue;
-            };
-            if !matches!(&lane.way, Way::Known { route, .. } if route.key() == conn.route.key()) {
-                continue;
-            }
-            self.held.insert(name, until);
-            for waiting in lane.drain() {
-                self.end_waiting(&waiting, Finding::Unreachable(trouble.clone()), now, out);
-            }
-        }
-    }
-
-    /// A connection did not satisfy what its domain asks: that is the trouble of the domains that
-    /// ask the same, and of nobody else who sends to these hosts.
-    fn not_secured(&mut self, conn: &Conn, trouble: &Trouble, now: Now, out: &mut Vec<Action>) {
-        let Some(dest) = self.dests.get(&conn.destination) else {
-            return;
-        };
-        let retry = dest.policy.limits.retry.first().copied();
-        let until = now.instant + retry.unwrap_or(PATIENCE);
-        let names: Vec<_> = dest.lanes.iter().cloned().collect();
-        for name in names {
-            let Some(lane) = self.lanes.get_mut(&name) else {
-                continue;
-            };
-            let is_like = |route: &Route| {
-                route.key() == conn.route.key() && route.asked().is_like(conn.route.asked())
-            };
-            if !matches!(&lane.way, Way::Known { route, .. } if is_like(route)) {
-                continue;
-            }
-            let waiting = lane.drain();
-            // Looked up again for the next attempt: the policy may have been what was wrong.
-            self.lanes.remove(&name);
-            self.held.insert(name, until);
-            for one in waiting {
-                self.end_waiting(&one, Finding::Unreachable(trouble.clone()), now, out);
-            }
+        if let Some(target) = dest.targets.get_mut(conn.target) {
+            target.broke(now.instant);
         }
     }
 
@@ -484,6 +642,7 @@ impl QueueState {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
+        conn.heard_at = now.instant;
         conn.in_flight = conn.in_flight.saturating_sub(1);
         if !matches!(fate, Fate::Recorded { .. }) {
             // It was not begun, so the connection does not count it either.
@@ -531,19 +690,8 @@ impl QueueState {
         }
         range.waiting += 1;
         let name: Box<str> = waiting.item.row.email.domain().into();
-        let lane = self.lane(&name);
-        let was_empty = lane.is_empty();
-        lane.put_back(waiting);
-        let Way::Known { destination, .. } = &lane.way else {
-            return;
-        };
-        let destination = destination.clone();
-        if was_empty
-            && let Some(dest) = self.dests.get_mut(&destination)
-            && !dest.lanes.contains(&name)
-        {
-            dest.lanes.push_front(name);
-        }
+        self.lane(&name).put_back(waiting);
+        self.take_turns(&name);
     }
 }
 

@@ -1,26 +1,65 @@
-//! How much to lease: no more than can be started in half a minute, from several queues at once.
+//! How much to lease: no more than can be started in half a minute, from several queues at once,
+//! and of no batch so much that the others of its destination have no room.
 
 use super::*;
 use crate::queue::lane::Ending;
-use store::MIXED;
+use model::units::Rate;
+use store::{BACKLOG_BATCHES, MIXED};
 
 /// For how long is leased.
 const AHEAD: Duration = Duration::from_secs(30);
-/// Leased recipients of the process.
+/// Of a batch with a rate of its own: well within the patience that its messages have here.
+const AHEAD_PACED: Duration = Duration::from_secs(10);
+/// Leased recipients of the process; what is transactional has room beside them.
 const LEASED_MAX: usize = 20_000;
 /// Of one destination, however fast.
 const DESTINATION_MAX: usize = 5_000;
+/// Transactional ones of one destination.
+const URGENT_MAX: usize = 500;
 /// Out of lots of several domains.
 const MIXED_MAX: usize = 4_096;
 /// Rows in one range of a mixed lot: as many as its window, so that one slow domain does not stop
 /// the others of its range.
 const MIXED_RANGE: u32 = store::WINDOW;
+/// The least that a batch gets of a destination, so that ranges do not become crumbs.
+const SHARE_MIN: usize = 16;
+/// What is leased for a destination that could not be reached when it was last tried.
+const PROBE: usize = 16;
 /// Between looks when there was nothing.
 const IDLE_LOOK: Duration = Duration::from_secs(1);
 /// Between looks in any case.
 const BUSY_LOOK: Duration = Duration::from_millis(20);
 /// Wants in one request.
 const WANTS_MAX: usize = 512;
+
+/// What is leased for one destination, or out of mixed lots.
+#[derive(Debug, Default)]
+struct Holding {
+    urgent: usize,
+    bulk: usize,
+    batches: HashMap<BatchId, usize>,
+}
+
+/// What is leased.
+#[derive(Debug, Default)]
+struct Holdings {
+    destinations: HashMap<Destination, Holding>,
+    mixed: Holding,
+    /// How much more may be leased of batches with a rate of their own.
+    paced: HashMap<BatchId, usize>,
+}
+
+impl Holding {
+    fn add(&mut self, batch: &BatchHead, rows: usize) {
+        match batch.priority {
+            Priority::Transactional => self.urgent += rows,
+            Priority::Bulk => {
+                self.bulk += rows;
+                *self.batches.entry(batch.id).or_default() += rows;
+            }
+        }
+    }
+}
 
 impl QueueState {
     /// Asks the store for work, or for more time, when it is time to.
@@ -94,84 +133,252 @@ impl QueueState {
 
     /// What to lease of what is due.
     fn wants(&mut self, backlog: &[Backlog], now: Now) -> Vec<Want> {
-        let mut room = LEASED_MAX.saturating_sub(self.leased());
-        let mut leased = self.leased_by_destination();
-        let mut wants = Vec::new();
-        let (first, then): (Vec<_>, Vec<_>) = backlog
+        let mut held = self.holdings();
+        let mut due: Vec<_> = backlog.iter().filter(|queue| queue.due > 0).collect();
+        // So many want something that nobody gets half a minute's worth.
+        let share = (LEASED_MAX / due.len().max(1)).max(SHARE_MIN);
+        let mut wants: Vec<_> = due
             .iter()
-            .filter(|queue| queue.due > 0)
-            .partition(|queue| queue.transactional);
+            .filter(|queue| queue.transactional)
+            .filter_map(|queue| self.urgent_want(&queue.queue, &held, now))
+            .take(WANTS_MAX / 2)
+            .collect();
+        // Whoever came last the last time is not first again.
+        let turn = due.partition_point(|queue| Some(&queue.queue) <= self.last_want.as_ref());
+        let queues = due.len();
+        due.rotate_left(turn % queues.max(1));
+        let mut room = LEASED_MAX.saturating_sub(self.leased());
         self.more = false;
-        for queue in first.into_iter().chain(then) {
-            let due = usize::try_from(queue.due).unwrap_or(usize::MAX);
-            let rows = self
-                .room_for(&queue.queue, &mut leased, now)
-                .min(room)
-                .min(due);
-            self.more |= rows < due && rows > 0 || rows == 0 && room == 0;
-            room -= rows;
-            wants.extend(split(&queue.queue, rows));
-            if wants.len() >= WANTS_MAX {
+        for queue in due {
+            if room == 0 || wants.len() >= WANTS_MAX {
                 self.more = true;
                 break;
             }
+            let Some(mut want) = self.bulk_want(queue, share, &mut held, now) else {
+                continue;
+            };
+            want.rows = want.rows.min(u32::try_from(room).unwrap_or(u32::MAX));
+            room = room.saturating_sub(usize::try_from(want.rows).unwrap_or(room));
+            self.more |= u64::from(want.rows) < queue.due;
+            self.last_want = Some(queue.queue.clone());
+            wants.push(want);
         }
         wants
     }
 
-    /// How many more recipients of a queue can be started soon.
-    fn room_for(&self, queue: &str, leased: &mut HashMap<Destination, usize>, now: Now) -> usize {
-        if queue == MIXED {
-            let held: usize = self
-                .ranges
-                .values()
-                .filter(|range| range.mixed)
-                .map(|range| range.waiting + range.out)
-                .sum();
-            return MIXED_MAX.saturating_sub(held);
-        }
-        let is_held = self
-            .held
-            .get(queue)
-            .is_some_and(|until| *until > now.instant);
-        if is_held || self.is_barred_queue(queue, now) {
-            return 0;
-        }
-        let default = &self.config.shaping.default;
-        let (key, rate) = match self.lanes.get(queue).map(|lane| &lane.way) {
-            Some(Way::Known { destination, .. }) => match self.dests.get(destination) {
-                Some(dest) if dest.is_held(now.instant) => return 0,
-                Some(_) | None => (
-                    destination.clone(),
-                    self.rate_in_force(destination, now.instant)
-                        .unwrap_or_else(|| self.rate_configured(default)),
-                ),
-            },
-            Some(Way::Unknown | Way::Asked) | None => {
-                let domain = queue.parse::<Domain>().ok();
-                let own = domain.and_then(|domain| self.config.shaping.domains.get(&domain));
-                (
-                    Destination::named(queue),
-                    self.rate_configured(own.unwrap_or(default)),
-                )
+    /// What is transactional waits for no room.
+    fn urgent_want(&self, queue: &str, held: &Holdings, now: Now) -> Option<Want> {
+        let rows = if queue == MIXED {
+            URGENT_MAX.saturating_sub(held.mixed.urgent)
+        } else {
+            if self.is_left_alone(queue, now.instant) || self.is_barred_queue(queue, now) {
+                return None;
             }
+            let (key, rate) = self.limits_of(queue, now.instant);
+            let urgent = held.destinations.get(&key).map_or(0, |of| of.urgent);
+            startable(rate).min(URGENT_MAX).saturating_sub(urgent)
         };
-        let held = leased.entry(key).or_default();
-        let rows = startable(rate).saturating_sub(*held);
-        *held += rows;
-        rows
+        let rows = u32::try_from(rows).ok().filter(|rows| *rows > 0)?;
+        Some(Want {
+            largest: largest(queue),
+            urgent_only: true,
+            ..Want::of(queue, rows)
+        })
     }
 
-    fn leased_by_destination(&self) -> HashMap<Destination, usize> {
-        let mut leased = HashMap::new();
+    fn bulk_want(
+        &mut self,
+        queue: &Backlog,
+        share: usize,
+        held: &mut Holdings,
+        now: Now,
+    ) -> Option<Want> {
+        let name = &*queue.queue;
+        let Holdings {
+            destinations,
+            mixed,
+            paced,
+        } = held;
+        let (target, holding) = if name == MIXED {
+            (MIXED_MAX, mixed)
+        } else {
+            if self.is_barred_queue(name, now) {
+                return None;
+            }
+            if self.is_left_alone(name, now.instant) {
+                return self.want_while_held(queue, now);
+            }
+            let (key, rate) = self.limits_of(name, now.instant);
+            let holding = destinations.entry(key.clone()).or_default();
+            let most = startable(rate).min(share);
+            let target = match self.dests.get_mut(&key) {
+                Some(dest) if dest.is_failing() => most.min(PROBE),
+                Some(dest) => dest.appetite.judge(holding.bulk, most, now.instant),
+                None if self.held.contains_key(name) => most.min(PROBE),
+                None => most.min(Appetite::FIRST),
+            };
+            (target, holding)
+        };
+        let want = self.shared_out(queue, target, holding, paced)?;
+        // What another queue of the same destination asks for in this turn comes on top of it.
+        holding.bulk += usize::try_from(want.rows).unwrap_or(usize::MAX);
+        Some(want)
+    }
+
+    /// Shares what a destination takes out among the batches that wait for it.
+    fn shared_out(
+        &self,
+        queue: &Backlog,
+        target: usize,
+        holding: &Holding,
+        paced: &mut HashMap<BatchId, usize>,
+    ) -> Option<Want> {
+        let weights: Vec<_> = queue
+            .batches
+            .iter()
+            .map(|batch| (*batch, u64::from(self.weight_of(*batch))))
+            .collect();
+        let total: u64 = weights.iter().map(|(_, weight)| weight).sum();
+        let level = |weight: u64| {
+            let exact = target as u64 * weight / total.max(1);
+            usize::try_from(exact)
+                .unwrap_or(target)
+                .max(SHARE_MIN)
+                .min(target)
+        };
+        let mut of = Vec::new();
+        let mut rows = 0;
+        let per_batch = level(1);
+        for (batch, weight) in weights {
+            let has = holding.batches.get(&batch).copied();
+            let level = level(weight);
+            // A third at a time, or there would be many ranges of a few.
+            let mut more = match has {
+                Some(has) if has > level * 2 / 3 => 0,
+                Some(has) => level - has,
+                None => level,
+            };
+            if let Some(left) = paced.get_mut(&batch) {
+                more = more.min(*left);
+                *left -= more;
+            }
+            rows += more;
+            if has.is_some() || more != per_batch {
+                of.push((batch, u32::try_from(more).unwrap_or(u32::MAX)));
+            }
+        }
+        if queue.batches.len() >= BACKLOG_BATCHES {
+            // Those that are not listed.
+            rows += per_batch;
+            let listed = |batch: &BatchId| queue.batches.contains(batch);
+            let known = holding.batches.keys().filter(|batch| !listed(batch));
+            of.extend(known.map(|batch| (*batch, 0)));
+        }
+        let most = (2 * target).saturating_sub(holding.bulk);
+        let rows = u32::try_from(rows.min(most))
+            .ok()
+            .filter(|rows| *rows > 0)?;
+        Some(Want {
+            largest: largest(&queue.queue),
+            per_batch: u32::try_from(per_batch).unwrap_or(u32::MAX),
+            of,
+            ..Want::of(&queue.queue, rows)
+        })
+    }
+
+    /// The share of a batch: its account's weight; of one that is not known here, 1.
+    fn weight_of(&self, batch: BatchId) -> u32 {
+        let account = self.batches.get(&batch).map(|batch| &batch.head.account);
+        account.map_or(1, |account| self.weight_of_account(account))
+    }
+
+    /// Which destination a domain's queue is for, as far as that is known, and how many messages
+    /// it takes in a second.
+    fn limits_of(&self, queue: &str, now: Instant) -> (Destination, f64) {
+        if let Some(Way::Known { destination, .. }) = self.lanes.get(queue).map(|lane| &lane.way)
+            && let Some(rate) = self.rate_in_force(destination, now)
+        {
+            return (destination.clone(), rate);
+        }
+        let domain = queue.parse::<Domain>().ok();
+        let own = domain.and_then(|domain| self.config.shaping.domains.get(&domain));
+        let limits = own.unwrap_or(&self.config.shaping.default);
+        (Destination::named(queue), self.rate_configured(limits))
+    }
+
+    fn holdings(&self) -> Holdings {
+        let mut held = Holdings::default();
+        let mut all = HashMap::<BatchId, usize>::new();
         for lane in self.lanes.values() {
             let key = match &lane.way {
                 Way::Known { destination, .. } => destination.clone(),
                 Way::Unknown | Way::Asked => Destination::named(lane.domain.as_str()),
             };
-            *leased.entry(key).or_default() += lane.len();
+            let holding = held.destinations.entry(key).or_default();
+            for (batch, rows) in lane.batches() {
+                holding.add(batch, rows);
+            }
         }
-        leased
+        for range in self.ranges.values() {
+            let rows = range.waiting + range.out;
+            *all.entry(range.batch).or_default() += rows;
+            if range.mixed
+                && let Some(batch) = self.batches.get(&range.batch)
+            {
+                held.mixed.add(&batch.head, rows);
+            }
+        }
+        for (batch, state) in &self.batches {
+            if state.head.rate != Rate::Unlimited {
+                let most = within(state.head.rate, AHEAD_PACED).max(1);
+                let has = all.get(batch).copied().unwrap_or(0);
+                held.paced.insert(*batch, most.saturating_sub(has));
+            }
+        }
+        held
+    }
+}
+
+/// How much a destination has shown to take: what is leased for one that takes nothing would only
+/// be kept from others.
+#[derive(Debug)]
+pub(in crate::queue) struct Appetite {
+    rows: usize,
+    /// Handed out since it was judged.
+    handed: usize,
+    judged_at: Instant,
+}
+
+impl Appetite {
+    /// Of a destination about which nothing is known.
+    const FIRST: usize = 128;
+    /// Between judgements.
+    const SPAN: Duration = Duration::from_secs(10);
+
+    pub(in crate::queue) fn new(now: Instant) -> Self {
+        Self {
+            rows: Self::FIRST,
+            handed: 0,
+            judged_at: now,
+        }
+    }
+
+    pub(in crate::queue) fn handed_out(&mut self) {
+        self.handed += 1;
+    }
+
+    /// How many to lease in all for one that has `held` waiting and may take up to `most`.
+    fn judge(&mut self, held: usize, most: usize, now: Instant) -> usize {
+        if now.saturating_duration_since(self.judged_at) >= Self::SPAN {
+            if self.handed * 4 < self.rows.min(held) {
+                self.rows = (self.rows / 2).max(SHARE_MIN);
+            }
+            (self.handed, self.judged_at) = (0, now);
+        }
+        if held * 3 <= self.rows {
+            self.rows = (self.rows * 2).clamp(SHARE_MIN, DESTINATION_MAX);
+        }
+        self.rows.min(most)
     }
 }
 
@@ -186,30 +393,31 @@ fn startable(rate: f64) -> usize {
     (rows as usize).clamp(1, DESTINATION_MAX)
 }
 
-fn split(queue: &str, rows: usize) -> Vec<Want> {
-    let rows = u32::try_from(rows).unwrap_or(u32::MAX);
-    if rows == 0 {
-        return Vec::new();
+/// Messages that a rate allows in a time, rounded up.
+fn within(rate: Rate, time: Duration) -> usize {
+    match rate {
+        Rate::Unlimited => usize::MAX,
+        Rate::Limited { count, per } => {
+            let exact = u128::from(count) * time.as_millis();
+            let rows = exact.div_ceil(per.as_millis().max(1));
+            usize::try_from(rows).unwrap_or(usize::MAX)
+        }
     }
-    let want = |rows| Want {
-        queue: queue.into(),
-        rows,
-    };
-    if queue != MIXED {
-        return vec![want(rows)];
+}
+
+/// The most rows in one range.
+fn largest(queue: &str) -> u32 {
+    if queue == MIXED {
+        MIXED_RANGE
+    } else {
+        u32::MAX
     }
-    let whole = rows / MIXED_RANGE;
-    let rest = Some(rows % MIXED_RANGE).filter(|rest| *rest > 0);
-    std::iter::repeat_n(MIXED_RANGE, whole as usize)
-        .chain(rest)
-        .map(want)
-        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::units::Rate;
+    use service::clock::{Clock as _, SystemClock};
 
     #[test]
     fn half_a_minute_at_the_rate_in_force() {
@@ -222,15 +430,20 @@ mod tests {
     }
 
     #[test]
-    fn mixed_lots_come_in_windows() {
-        let rows = |queue, rows| {
-            split(queue, rows)
-                .iter()
-                .map(|want| want.rows)
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(rows("x.example", 500), [500]);
-        assert_eq!(rows(MIXED, 130), [64, 64, 2]);
-        assert_eq!(rows(MIXED, 0), [0; 0]);
+    fn whoever_takes_little_is_leased_little() {
+        let mut now = SystemClock.instant();
+        let mut slow = Appetite::new(now);
+        for _ in 0..5 {
+            now += Appetite::SPAN;
+            slow.judge(100, DESTINATION_MAX, now);
+            slow.handed_out();
+        }
+        assert_eq!(slow.judge(100, DESTINATION_MAX, now), SHARE_MIN);
+        let mut fast = Appetite::new(now);
+        for _ in 0..6 {
+            fast.judge(0, DESTINATION_MAX, now);
+        }
+        assert_eq!(fast.judge(0, DESTINATION_MAX, now), DESTINATION_MAX);
+        assert_eq!(fast.judge(0, 150, now), 150);
     }
 }

@@ -355,7 +355,7 @@ impl QueueState {
     }
 
     fn tell_throttled(&self, now: Now, out: &mut Vec<Action>) {
-        let waiting = self.dests.iter().filter(|(_, dest)| !dest.lanes.is_empty());
+        let waiting = self.dests.iter().filter(|(_, dest)| !dest.turns.is_empty());
         for (key, dest) in waiting {
             let limit = |target: &Target| target.open() >= target.in_force.connections;
             let reason = if self.is_barred(key, now) {

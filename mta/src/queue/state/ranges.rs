@@ -3,7 +3,6 @@
 use super::*;
 use crate::queue::job::{Item, Lease};
 use crate::queue::lane::Ending;
-use model::Priority;
 use model::units::Rate;
 use store::MIXED;
 
@@ -108,9 +107,14 @@ impl QueueState {
                 }
             }
         }
+        let domains = range.domains.clone();
         self.ranges.insert(id, range);
         for waiting in doubtful {
             self.end_waiting(&waiting, Finding::InFlight, now, out);
+        }
+        for name in &domains {
+            self.take_turns(name);
+            self.respect_hold(name, now, out);
         }
         self.tidy_range(id, now, out);
     }
@@ -118,26 +122,8 @@ impl QueueState {
     /// Puts a message behind the others of its domain, and has the domain looked up if need be.
     fn wait_in_lane(&mut self, waiting: Waiting) -> Box<str> {
         let name: Box<str> = waiting.item.row.email.domain().into();
-        let is_urgent = waiting.item.batch.priority == Priority::Transactional;
-        let lane = self.lane(&name);
-        lane.push(waiting);
-        if is_urgent && let Way::Known { destination, .. } = &lane.way {
-            let destination = destination.clone();
-            self.goes_first(&destination, &name);
-        }
+        self.lane(&name).push(waiting);
         name
-    }
-
-    /// Gives a domain the next turn at its destination.
-    fn goes_first(&mut self, destination: &Destination, name: &str) {
-        let Some(dest) = self.dests.get_mut(destination) else {
-            return;
-        };
-        if let Some(at) = dest.lanes.iter().position(|lane| **lane == *name)
-            && let Some(lane) = dest.lanes.remove(at)
-        {
-            dest.lanes.push_front(lane);
-        }
     }
 
     /// The lane of a domain, made and looked up where there was none.
@@ -180,6 +166,11 @@ impl QueueState {
                     requeue: range.requeue,
                 }));
             }
+            None if !range.requeue.is_empty() => out.push(Action::Release(Release {
+                range: id,
+                due_at: None,
+                requeue: range.requeue,
+            })),
             // All reported: shipping ends it. Lost: another's.
             Some(Ending::Lost) | None => {}
         }
@@ -338,14 +329,11 @@ impl QueueState {
             } else if range.waiting > 0
                 && range.ending.is_none()
                 && now.instant >= range.leased_at + PATIENCE
+                && (range.mixed || self.has_barred(range, now))
             {
-                match self.held_until(range, now.instant) {
-                    Some(until) => late.push((*id, until)),
-                    None if range.mixed || self.has_barred(range, now) => {
-                        late.push((*id, now.instant));
-                    }
-                    None => {}
-                }
+                // What waits for its batch's own rate is as well off in the store as it was.
+                let until = Some(now.instant).filter(|_| !self.paces.contains_key(&range.batch));
+                late.push((*id, until));
             }
         }
         for id in over {
@@ -357,22 +345,8 @@ impl QueueState {
         }
         for (id, until) in late {
             self.bar(id, now);
-            self.return_range(id, Some(until), now, out);
+            self.return_range(id, until, now, out);
         }
-    }
-
-    /// Until when the destination of (one of) a range's domains is left alone.
-    fn held_until(&self, range: &Range, now: Instant) -> Option<Instant> {
-        let of = |name: &str| match self.lanes.get(name).map(|lane| &lane.way)? {
-            Way::Known { destination, .. } => self.dests.get(destination)?.hold_until,
-            Way::Unknown | Way::Asked => None,
-        };
-        range
-            .domains
-            .iter()
-            .filter_map(|name| of(name))
-            .filter(|until| *until > now + PATIENCE)
-            .max()
     }
 }
 

@@ -52,7 +52,7 @@ impl QueueState {
             in_flight: self.in_flight(),
             connections: self.conns.len(),
             connections_max: CONNECTIONS_MAX,
-            resolving: self.resolving + self.to_resolve.len(),
+            resolving: self.resolving.len() + self.to_resolve.len(),
             paused_until: paused.map(|until| wall(now, until)),
             draining: self.draining,
         }
@@ -79,17 +79,19 @@ impl QueueState {
         })
     }
 
+    /// Where something waits for a destination.
+    fn lanes_of<'a>(&'a self, dest: &Dest) -> impl Iterator<Item = (&'a Box<str>, &'a Lane)> {
+        let names = dest.turns.names().into_iter();
+        names.filter_map(|name| self.lanes.get_key_value(&name))
+    }
+
     fn waiting_for(&self, dest: &Dest) -> usize {
-        let lanes = dest.lanes.iter().filter_map(|name| self.lanes.get(name));
-        lanes.map(Lane::len).sum()
+        self.lanes_of(dest).map(|(_, lane)| lane.len()).sum()
     }
 
     fn busiest_domains(&self, dest: &Dest) -> Vec<(Box<str>, usize)> {
-        let lanes = dest
-            .lanes
-            .iter()
-            .filter_map(|name| self.lanes.get_key_value(name));
-        let mut domains: Vec<_> = lanes
+        let mut domains: Vec<_> = self
+            .lanes_of(dest)
             .map(|(name, lane)| (std::cmp::Reverse(lane.len()), name))
             .collect();
         domains.sort_unstable();
@@ -112,7 +114,7 @@ impl QueueState {
         DestinationView {
             policy: Arc::clone(&dest.policy),
             domains: self.busiest_domains(dest),
-            domain_count: dest.lanes.len(),
+            domain_count: self.lanes_of(dest).count(),
             waiting: self.waiting_for(dest),
             blocked: self.blocked(dest, now),
             in_flight: sources.iter().map(|source| source.in_flight).sum(),
@@ -150,7 +152,7 @@ impl QueueState {
     /// What waits in the ranges of a destination's domains and may not start.
     fn blocked(&self, dest: &Dest, now: Now) -> Blocked {
         let mut blocked = Blocked::default();
-        let lanes = dest.lanes.iter().filter_map(|name| self.lanes.get(name));
+        let lanes = self.lanes_of(dest).map(|(_, lane)| lane);
         for (item, count) in lanes.flat_map(Lane::fronts) {
             match self.block_of(item, now.instant) {
                 Some(Block::Window) => blocked.by_window += count,
