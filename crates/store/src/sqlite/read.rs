@@ -317,3 +317,36 @@ pub(super) fn totals(reading: &Reading<'_>, now: Timestamp) -> Result<Totals> {
     }
     Ok(totals)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(connection: &rusqlite::Connection, sql: &str) -> String {
+        let mut explain = connection
+            .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))
+            .unwrap();
+        let nulls = vec![rusqlite::types::Null; explain.parameter_count()];
+        let details = explain
+            .query_map(rusqlite::params_from_iter(nulls), |row| {
+                row.get::<_, String>(3)
+            })
+            .unwrap();
+        details.map(|line| line.unwrap() + "\n").collect()
+    }
+
+    /// What is asked several times a second never reads the ranges one by one.
+    #[test]
+    fn the_backlog_is_looked_up_in_order_of_its_index() {
+        let connection = rusqlite::Connection::open_in_memory().unwrap();
+        connection
+            .execute_batch(include_str!("schema.sql"))
+            .unwrap();
+        let plan = plan(&connection, IN_ORDER);
+        assert!(
+            plan.contains("SEARCH work USING COVERING INDEX work_queue"),
+            "{plan}"
+        );
+        assert!(!plan.contains("TEMP B-TREE"), "{plan}");
+    }
+}
