@@ -16,7 +16,7 @@ use crate::form::Ref;
 use crate::transition::Cell;
 use crate::{
     Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result, StoreError,
-    WINDOW,
+    WINDOW, Want,
 };
 use ::redis::{Cmd, Value};
 use futures_util::future::try_join_all;
@@ -45,6 +45,50 @@ pub(super) type Turn = (Box<str>, u8);
 struct Wish {
     queue: Box<str>,
     left: usize,
+    /// The most in one range.
+    largest: usize,
+    /// Only what is transactional.
+    urgent_only: bool,
+    room: Room,
+}
+
+/// How much of each batch is wanted.
+#[derive(Debug, Clone)]
+struct Room {
+    per_batch: usize,
+    /// What is left of those that were named or served.
+    of: HashMap<BatchId, usize>,
+}
+
+impl Room {
+    fn of(&self, batch: BatchId) -> usize {
+        self.of.get(&batch).copied().unwrap_or(self.per_batch)
+    }
+
+    fn take(&mut self, batch: BatchId, rows: usize) {
+        let left = self.of.entry(batch).or_insert(self.per_batch);
+        *left = left.saturating_sub(rows);
+    }
+}
+
+impl Wish {
+    fn new(want: &Want) -> Self {
+        let count = |rows: u32| usize::try_from(rows).unwrap_or(usize::MAX);
+        Self {
+            queue: want.queue.clone(),
+            left: count(want.rows),
+            largest: count(want.largest).max(1),
+            urgent_only: want.urgent_only,
+            room: Room {
+                per_batch: count(want.per_batch),
+                of: want
+                    .of
+                    .iter()
+                    .map(|(id, rows)| (*id, count(*rows)))
+                    .collect(),
+            },
+        }
+    }
 }
 
 /// What a partition has for all wishes.
@@ -91,14 +135,7 @@ impl Inner {
             until: request.now + request.ttl,
             own: false,
         };
-        let mut wishes: Vec<Wish> = request
-            .wants
-            .iter()
-            .map(|want| Wish {
-                queue: want.queue.clone(),
-                left: usize::try_from(want.rows).unwrap_or(usize::MAX),
-            })
-            .collect();
+        let mut wishes: Vec<Wish> = request.wants.iter().map(Wish::new).collect();
         let mut leased = Vec::new();
         for _ in 0..LOOKS {
             let found = self.look(&wishes, request.now).await?;
@@ -110,6 +147,7 @@ impl Inner {
             for (wish, range) in taken {
                 if let Some(wish) = wishes.get_mut(wish) {
                     wish.left = wish.left.saturating_sub(range.items.len());
+                    wish.room.take(range.batch.id, range.items.len());
                 }
                 leased.push(range);
             }
@@ -139,7 +177,9 @@ impl Inner {
             ];
             for wish in wishes {
                 for rank in RANKS {
-                    let most = wish.left.div_ceil(QUANTUM).clamp(1, BATCHES);
+                    // Of those that are named perhaps nothing more is wanted.
+                    let most = wish.left.div_ceil(QUANTUM) + wish.room.of.len();
+                    let most = most.clamp(1, BATCHES);
                     let most = if wish.left == 0 { 0 } else { most };
                     let turn = self.turn(&(wish.queue.clone(), rank));
                     arguments.extend([
@@ -182,14 +222,23 @@ impl Inner {
         let mut picks = Vec::new();
         for (wish, of) in wishes.iter().enumerate() {
             let mut left = of.left;
+            let mut room = of.room.clone();
             for rank in RANKS {
+                if of.urgent_only && rank != 0 {
+                    continue;
+                }
                 let turn = (of.queue.clone(), rank);
                 let group = due_batches(
                     found,
                     wish * RANKS.len() + usize::from(rank),
                     self.turn(&turn),
                 );
-                if let Some(last) = share_out(group, &mut left, wish, &mut picks) {
+                if let Some(last) = share_out(
+                    group,
+                    (&mut left, &mut room),
+                    (wish, of.largest),
+                    &mut picks,
+                ) {
                     self.remember_turn(turn, last);
                 }
             }
@@ -568,8 +617,8 @@ fn due_batches(
 /// Shares out what is left among batches; the last that got something.
 fn share_out(
     mut group: Vec<(BatchId, VecDeque<Share>)>,
-    left: &mut usize,
-    wish: usize,
+    (left, room): (&mut usize, &mut Room),
+    (wish, largest): (usize, usize),
     picks: &mut Vec<Pick>,
 ) -> Option<BatchId> {
     let mut last = None;
@@ -577,24 +626,31 @@ fn share_out(
         let share = (*left / group.len()).max(QUANTUM);
         let mut still = Vec::new();
         for (batch, mut ranges) in group {
-            let mut own = share.min(*left);
+            let mut own = share.min(*left).min(room.of(batch));
+            let given = own;
             *left -= own;
             while own > 0
                 && let Some((of, id, count)) = ranges.pop_front()
             {
-                let rows = count.min(own);
+                let before = picks.iter().position(|pick| (pick.of, pick.id) == (of, id));
+                let has = before
+                    .and_then(|at| picks.get(at))
+                    .map_or(0, |pick| pick.rows);
+                let rows = count.min(own).min(largest.saturating_sub(has));
                 own -= rows;
                 last = Some(batch);
-                match picks.iter_mut().find(|pick| (pick.of, pick.id) == (of, id)) {
+                match before.and_then(|at| picks.get_mut(at)) {
                     Some(pick) => pick.rows += rows,
                     None => picks.push(Pick { of, id, rows, wish }),
                 }
-                if rows < count {
+                // The rest of a range that is taken as large as it may be is for the next look.
+                if rows < count && has + rows < largest {
                     ranges.push_front((of, id, count - rows));
                 }
             }
             *left += own;
-            if own == 0 && !ranges.is_empty() {
+            room.take(batch, given - own);
+            if own == 0 && !ranges.is_empty() && room.of(batch) > 0 {
                 still.push((batch, ranges));
             }
         }

@@ -13,8 +13,8 @@ use crate::describe::{self, Facts};
 use crate::form::{self, LogBlock, version};
 use crate::transition::Cell;
 use crate::{
-    AddressStory, Backlog, Batch, BatchHead, BatchQuery, MIXED, MessageStory, Page, RecipientQuery,
-    RecipientRow, Result, StoreError, Totals,
+    AddressStory, BACKLOG_BATCHES, Backlog, Batch, BatchHead, BatchQuery, MIXED, MessageStory,
+    Page, RecipientQuery, RecipientRow, Result, StoreError, Totals,
 };
 use ::redis::{Cmd, Pipeline, Value};
 use futures_util::future::try_join_all;
@@ -532,6 +532,8 @@ fn survey(queues: &mut BTreeMap<Box<str>, Backlog>, of: Value, now: Timestamp) -
         let millis = i64::try_from(u64::from_be_bytes(bytes)).unwrap_or(i64::MAX);
         Timestamp::from_millis(millis)
     });
+    let batch = answer::bytes(next()).and_then(|bytes| String::from_utf8(bytes).ok());
+    let batch: Option<BatchId> = batch.and_then(|text| text.parse().ok());
     let (due, following, transactional) = match record.state {
         BatchState::InProgress => (due, following, record.rank() == 0 && due > 0),
         BatchState::Scheduled => (0, Some(record.release_at.max(now)), false),
@@ -551,8 +553,15 @@ fn survey(queues: &mut BTreeMap<Box<str>, Backlog>, of: Value, now: Timestamp) -
         due: 0,
         next_due: None,
         transactional: false,
+        batches: Vec::new(),
     });
     backlog.due += due;
+    // Each partition tells of it.
+    let named = batch.filter(|batch| !backlog.batches.contains(batch));
+    let is_bulk = due > 0 && record.rank() != 0;
+    if is_bulk && backlog.batches.len() < BACKLOG_BATCHES {
+        backlog.batches.extend(named);
+    }
     backlog.transactional |= transactional;
     backlog.next_due = match (backlog.next_due, following) {
         (Some(a), Some(b)) => Some(a.min(b)),

@@ -2,7 +2,8 @@
 -- What stands in the queues of one partition. Changes nothing.
 -- KEYS: the list of queues. ARGV: the prefix of its keys, one past the last moment that is due
 -- (eight bytes; none: the server's time), the first bound of the list, how many queues.
--- Answers a list of {queue and rank, record of a batch, recipients due, the moment of the next}.
+-- Answers a list of {queue and rank, record of a batch, recipients due, the moment of the next,
+-- the batch}.
 local call, prefix, upto = redis.call, ARGV[1], ARGV[2]
 if upto == '' then
   local time = call('TIME')
@@ -30,7 +31,7 @@ for _, name in ipairs(call('ZRANGEBYLEX', KEYS[1], ARGV[3], '+', 'LIMIT', 0, ARG
           break
         end
       end
-      answer[#answer + 1] = {name, record, due, next}
+      answer[#answer + 1] = {name, record, due, next, batch}
     end
     from = '(' .. batch .. '\255'
   end
