@@ -4,7 +4,7 @@
 //! does, and prints its totals as the last line. So it does not outlive us, however we end.
 
 use crate::process::Guarded;
-use crate::sink::{Line, Total};
+use crate::sink::{Line, Manner, Total};
 use anyhow::{Context as _, Result, bail};
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
@@ -28,14 +28,22 @@ impl Counterpart {
     /// # Errors
     /// When it does not come up.
     pub async fn start(command: &'static str) -> Result<Self> {
-        Self::start_of(&std::env::current_exe()?, command).await
+        Self::start_of(&std::env::current_exe()?, command, &[]).await
     }
 
-    /// Starts `PROGRAM COMMAND` on any port.
+    /// Starts this program's sink on any port.
     ///
     /// # Errors
     /// When it does not come up.
-    pub async fn start_of(program: &Path, command: &'static str) -> Result<Self> {
+    pub async fn sink(manner: &Manner) -> Result<Self> {
+        Self::start_of(&std::env::current_exe()?, "sink", &manner.arguments()).await
+    }
+
+    /// Starts `PROGRAM COMMAND MORE` on any port.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_of(program: &Path, command: &'static str, more: &[String]) -> Result<Self> {
         let child = Command::new(program)
             .args([
                 command,
@@ -44,6 +52,7 @@ impl Counterpart {
                 "--json",
                 "--until-stdin-ends",
             ])
+            .args(more)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

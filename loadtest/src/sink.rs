@@ -8,6 +8,7 @@ use service::clock::{Clock as _, SystemClock};
 use std::io::{self, Read as _, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
+use testkit::distance::Distance;
 use testkit::smtp_peer::{SmtpPeer, Temper};
 use tokio::time::MissedTickBehavior;
 
@@ -24,6 +25,9 @@ pub struct Args {
     /// Listeners: on this port and those after it (any, with port 0)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub listeners: u16,
+    #[command(flatten)]
+    /// What it is like
+    pub manner: Manner,
     /// End after so many messages
     #[arg(long)]
     pub messages: Option<u64>,
@@ -33,6 +37,43 @@ pub struct Args {
     /// End when standard input ends: for a parent that may die
     #[arg(long)]
     pub until_stdin_ends: bool,
+}
+
+/// How far away a sink is, and what it does not know.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+pub struct Manner {
+    /// Round-trip time added on the way to the sink, as "50ms"
+    #[arg(long, default_value = "0s", value_parser = model::units::parse_duration)]
+    pub rtt: Duration,
+    /// The sink does not offer PIPELINING
+    #[arg(long)]
+    pub no_pipelining: bool,
+    /// The sink does not offer CHUNKING
+    #[arg(long)]
+    pub no_chunking: bool,
+}
+
+impl Manner {
+    /// As arguments of a sink.
+    pub fn arguments(&self) -> Vec<String> {
+        let flags = [
+            (self.no_pipelining, "--no-pipelining"),
+            (self.no_chunking, "--no-chunking"),
+        ];
+        let flags = flags.into_iter().filter(|(on, _)| *on);
+        let rtt = format!("{}ms", self.rtt.as_millis());
+        ["--rtt".to_owned(), rtt]
+            .into_iter()
+            .chain(flags.map(|(_, flag)| flag.to_owned()))
+            .collect()
+    }
+
+    fn temper(&self) -> Temper {
+        let mut temper = Temper::counting();
+        temper.server.pipelining &= !self.no_pipelining;
+        temper.server.chunking &= !self.no_chunking;
+        temper
+    }
 }
 
 /// What a sink says. With `--json` a parent reads the first and the last line, and none between
@@ -112,16 +153,29 @@ pub async fn run(
     stop: impl Future<Output = Result<()>>,
 ) -> Result<Total> {
     let mut peers = Vec::new();
+    let mut ways = Vec::new();
     for at in 0..args.listeners {
         let mut address = args.listen;
         if address.port() != 0 {
             let port = address.port().checked_add(at);
             address.set_port(port.context("no port is above 65535")?);
         }
-        let peer = SmtpPeer::bind(address, Temper::counting()).await;
-        peers.push(peer.with_context(|| format!("cannot listen on {address}"))?);
+        let listens = || format!("cannot listen on {address}");
+        let temper = args.manner.temper();
+        if args.manner.rtt.is_zero() {
+            let peer = SmtpPeer::bind(address, temper).await;
+            peers.push(peer.with_context(listens)?);
+        } else {
+            let peer = SmtpPeer::start(temper).await?;
+            let way = Distance::bind(address, peer.address(), args.manner.rtt).await;
+            ways.push(way.with_context(listens)?);
+            peers.push(peer);
+        }
     }
-    let addresses = peers.iter().map(SmtpPeer::address).collect();
+    let addresses = match &ways[..] {
+        [] => peers.iter().map(SmtpPeer::address).collect(),
+        ways => ways.iter().map(Distance::address).collect(),
+    };
     say(out, args, &Line::Listening(addresses))?;
     let counted = {
         let mut counting = Counting::new(&peers, args.messages);
@@ -249,6 +303,34 @@ impl Total {
             float(self.messages) / self.seconds
         } else {
             0.0
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        manner: Manner,
+    }
+
+    #[test]
+    fn a_manner_is_understood_as_it_was_meant() {
+        for manner in [
+            Manner::default(),
+            Manner {
+                rtt: Duration::from_millis(50),
+                no_pipelining: true,
+                no_chunking: true,
+            },
+        ] {
+            let words = std::iter::once("sink".to_owned()).chain(manner.arguments());
+            let line = Line::try_parse_from(words).expect("understood");
+            assert_eq!(line.manner, manner);
         }
     }
 }

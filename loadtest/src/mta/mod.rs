@@ -11,7 +11,7 @@ use crate::counterpart::Counterpart;
 use crate::format::count;
 use crate::process::{self, Guarded, Usage};
 use crate::signatures;
-use crate::sink::Total;
+use crate::sink::{Manner, Total};
 use crate::site::{self, Dkim, Setup, Site};
 use crate::source::{self, Report};
 use crate::strace::{self, Calls};
@@ -45,6 +45,9 @@ pub struct Args {
     /// Messages on each connection
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub messages_per_connection: u32,
+    #[command(flatten)]
+    /// What the sink is like
+    pub manner: Manner,
     /// Count system calls in runs of their own, unsigned
     #[arg(long)]
     pub strace: bool,
@@ -167,7 +170,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
 
 async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Result<Run> {
     let before = bare_signature(dkim).await?;
-    let sink = Counterpart::start("sink").await?;
+    let sink = Counterpart::sink(&args.manner).await?;
     let site = Site::start(&args.setup(dkim, &sink)?, None).await?;
     let measured = phases(args, dkim, &site, &sink, out).await;
     let mut run = site.explain(measured)?;
@@ -286,7 +289,7 @@ async fn traced(args: &Args, recipients: u64) -> Result<Calls> {
     };
     let folder = tempfile::tempdir()?;
     let table = folder.path().join("calls");
-    let sink = Counterpart::start("sink").await?;
+    let sink = Counterpart::sink(&args.manner).await?;
     let site = Site::start(&args.setup(Dkim::None, &sink)?, Some(&table)).await?;
     let mut report = source::submit(site.client(), &shape, None).await?;
     let watched = source::watch(site.client(), &mut report, &mut std::io::sink()).await;

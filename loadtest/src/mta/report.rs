@@ -12,7 +12,7 @@ type Row = (&'static str, fn(&Run) -> String);
 pub(super) fn summary(runs: &[Run]) -> Table {
     let head = std::iter::once("").chain(runs.iter().map(|run| run.dkim.name()));
     let mut table = Table::new(head);
-    let rows: [Row; 16] = [
+    let rows: [Row; 17] = [
         ("recipients", |run| count(run.report.accepted)),
         ("bytes of a message at the sink", |run| {
             rate(run.total.message_bytes())
@@ -35,6 +35,10 @@ pub(super) fn summary(runs: &[Run]) -> Table {
         ),
         ("messages per second at the sink", |run| {
             rate(run.total.per_second())
+        }),
+        ("… on each connection", |run| {
+            let each = run.total.per_second() / float(run.total.peak_connections.max(1));
+            format!("{each:.1}")
         }),
         ("CPU s per 1,000 messages: delivery", |run| {
             per_thousand(run, run.delivery.cpu())

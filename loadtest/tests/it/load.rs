@@ -10,7 +10,7 @@ use std::time::Duration;
 #[tokio::test]
 async fn a_load_is_bounded_in_number_and_every_answer_is_looked_at() -> Result<()> {
     let program = Path::new(env!("CARGO_BIN_EXE_loadtest"));
-    let bare = Counterpart::start_of(program, "bare").await?;
+    let bare = Counterpart::start_of(program, "bare", &[]).await?;
     let request = Bytes::from_static(b"GET /c/x HTTP/1.1\r\nHost: t.example\r\n\r\n");
     let plan = Plan {
         address: bare.address(),

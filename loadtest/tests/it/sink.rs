@@ -36,7 +36,7 @@ async fn send(to: SocketAddr, messages: usize) -> Result<()> {
 #[tokio::test]
 async fn a_sink_in_a_process_of_its_own_counts_and_ends_with_its_parent() -> Result<()> {
     let program = Path::new(env!("CARGO_BIN_EXE_loadtest"));
-    let sink = Counterpart::start_of(program, "sink").await?;
+    let sink = Counterpart::start_of(program, "sink", &[]).await?;
     let pid = sink.pid();
     let (first, second) = tokio::join!(send(sink.address(), 3), send(sink.address(), 2));
     first?;
@@ -60,6 +60,7 @@ async fn a_sink_ends_after_so_many_messages() -> Result<()> {
     let args = loadtest::sink::Args {
         listen: "127.0.0.1:0".parse()?,
         listeners: 2,
+        manner: loadtest::sink::Manner::default(),
         messages: Some(4),
         json: true,
         until_stdin_ends: false,
