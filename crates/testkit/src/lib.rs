@@ -4,6 +4,7 @@
 pub mod distance;
 pub mod dns;
 pub mod https;
+pub mod proxy;
 pub mod redis;
 pub mod smtp_peer;
 pub mod tls;

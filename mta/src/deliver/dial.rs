@@ -91,6 +91,8 @@ impl Target<'_> {
 pub(super) enum DialError {
     /// The source can connect to nobody.
     Source,
+    /// No host has an address that the source can reach.
+    NoWay(Trouble),
     /// No host will have one.
     Hosts(Trouble),
     /// The connection was asked to end before there was one.
@@ -188,7 +190,7 @@ impl Deliver {
                 }
             }
         }
-        Err(last.unwrap_or_else(|| DialError::Hosts(no_address(source))))
+        Err(last.unwrap_or_else(|| DialError::NoWay(no_address(source))))
     }
 
     /// Notes what went wrong with an address, and says what that means for the whole.

@@ -151,6 +151,7 @@ impl Deliver {
             Ok(established) => established,
             Err(DialError::Asked) => return ConnEnd::Planned,
             Err(DialError::Source) => return ConnEnd::SourceDown,
+            Err(DialError::NoWay(trouble)) => return ConnEnd::NoWay(trouble),
             Err(DialError::Hosts(trouble)) => return ConnEnd::Unreachable(trouble),
         };
         match connection::serve(self, plan, established, source).await {
@@ -184,7 +185,7 @@ impl Deliver {
         {
             let established = match self.call(plan, source, &avoided).await {
                 Ok(established) => established,
-                Err(DialError::Hosts(trouble)) => {
+                Err(DialError::Hosts(trouble) | DialError::NoWay(trouble)) => {
                     // It may be there at another time, and take the message.
                     why = trouble;
                     break;

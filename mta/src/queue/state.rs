@@ -152,6 +152,8 @@ pub enum Event {
 pub enum ConnEnd {
     /// No host could be spoken to.
     Unreachable(Trouble),
+    /// No host has an address that the egress source can reach; another source may.
+    NoWay(Trouble),
     /// The egress source cannot connect to anybody: its address or its proxy is gone.
     SourceDown,
     /// The session broke after it had been ready.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// A Postfix of our own: its queue, configuration and mailbox in one folder, no system service.
 struct Postfix {
@@ -14,6 +15,11 @@ struct Postfix {
 
 impl Postfix {
     async fn start() -> Result<Self> {
+        Self::with("").await
+    }
+
+    /// With these lines in `main.cf`.
+    async fn with(more: &str) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-postfix-")
             .tempdir()?;
@@ -30,7 +36,7 @@ impl Postfix {
         run(Command::new("chown")
             .args(["nobody:nogroup"])
             .arg(root.join("mail")))?;
-        std::fs::write(root.join("etc/main.cf"), main_cf(root))?;
+        std::fs::write(root.join("etc/main.cf"), main_cf(root) + more)?;
         std::fs::write(root.join("etc/master.cf"), master_cf(port))?;
         run(Command::new("/usr/sbin/postfix")
             .arg("-c")
@@ -160,6 +166,79 @@ async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()>
     verify_with_opendkim(&messages, &records)?;
     let status = service.terminate().await?;
     assert!(status.success(), "{status}");
+    Ok(())
+}
+
+/// What a forger would like to have taken for the end of a message, and for the next one.
+const SMUGGLED: &str = "MAIL FROM:<evil@brand.example>{end}RCPT TO:<victim@d0.example>{end}\
+     DATA{end}Subject: smuggled{end}{end}x{end}.{end}";
+
+#[tokio::test]
+async fn a_postfix_that_takes_a_bare_newline_sees_one_message_where_we_sent_one() -> Result<()> {
+    // As it was before the world knew of SMTP smuggling (CVE-2023-51764).
+    let postfix =
+        Postfix::with("smtpd_forbid_bare_newline = no\nsmtpd_forbid_unauth_pipelining = no\n")
+            .await?;
+    // It does fall for it: one message is sent, two arrive.
+    let forged = format!(
+        "EHLO x\r\nMAIL FROM:<a@brand.example>\r\nRCPT TO:<control@d0.example>\r\nDATA\r\n\
+         Subject: control\r\n\r\nx\n.\n{}\r\n.\r\nQUIT\r\n",
+        SMUGGLED.replace("{end}", "\r\n")
+    );
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", postfix.port)).await?;
+    stream.write_all(forged.as_bytes()).await?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await?;
+    until("two messages of one", async || {
+        Ok((postfix.messages()?.len() == 2).then_some(()))
+    })
+    .await
+    .context(said)?;
+
+    let site = Site::new(&format!("127.0.0.1:{}", postfix.port))?;
+    let service = site.up().await?;
+    let ends = ["\n", "\r", "\r\n", "\n\r", "\r\r\n"];
+    let recipients: Vec<_> = (0..10)
+        .map(|i| {
+            let end = ends[i % ends.len()];
+            let evil = format!("x{end}.{end}{}", SMUGGLED.replace("{end}", end));
+            let name = if i < ends.len() {
+                evil.as_str()
+            } else {
+                "Plain"
+            };
+            json!({"email": format!("user{i}@d0.example"), "name": name, "vars": {"evil": evil}})
+        })
+        .collect();
+    let evil: String = ends
+        .iter()
+        .map(|end| format!("x{end}.{end}{}", SMUGGLED.replace("{end}", end)))
+        .collect();
+    let id = service
+        .submit(&json!({
+            "from": {"email": format!("news@{FROM_DOMAIN}")},
+            "subject": "Hello {{ evil }}",
+            "html": format!("<html><body><p>{evil}{{{{ evil }}}}</p></body></html>"),
+            "text": format!("{evil}{{{{ evil }}}}"),
+            "headers": {"X-Evil": "{{ evil }}"},
+            "recipients": recipients,
+        }))
+        .await?;
+    let batch = service.completed(&id).await?;
+    let delivered = batch["counters"]["delivered"].as_u64().context("a count")?;
+    assert!(delivered >= 5, "{batch}");
+    let messages = until("every message in the mailbox", async || {
+        Ok(Some(postfix.messages()?).filter(|m| m.len() as u64 >= 2 + delivered))
+    })
+    .await?;
+    assert_eq!(messages.len() as u64, 2 + delivered);
+    let mut victims = 0;
+    for path in &messages {
+        let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
+        victims += u32::from(text.contains("Delivered-To: victim@d0.example"));
+    }
+    assert_eq!(victims, 1, "but for our control, nothing was smuggled");
+    service.terminate().await?;
     Ok(())
 }
 

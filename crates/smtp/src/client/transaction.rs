@@ -207,11 +207,12 @@ pub(super) fn check(
             max,
         });
     }
-    if body.is_eight_bit() && !offered.eight_bit_mime {
-        return Err(BeginError::EightBit);
-    }
+    // First, as it says more: such an address stands in a header, which is then 8-bit.
     if needs_smtp_utf8(envelope) && !offered.smtp_utf8 {
         return Err(BeginError::SmtpUtf8);
+    }
+    if body.is_eight_bit() && !offered.eight_bit_mime {
+        return Err(BeginError::EightBit);
     }
     Ok(())
 }

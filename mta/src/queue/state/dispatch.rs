@@ -560,12 +560,15 @@ impl QueueState {
             return;
         };
         let key = conn.destination.clone();
-        if let Some(dest) = self.dests.get_mut(&key)
-            && let Some(target) = dest.targets.get_mut(conn.target)
-        {
+        let dest = self.dests.get_mut(&key);
+        let has_others = dest.as_ref().is_some_and(|dest| dest.targets.len() > 1);
+        if let Some(target) = dest.and_then(|dest| dest.targets.get_mut(conn.target)) {
             target.conns.retain(|other| *other != id);
             match end {
                 ConnEnd::Unreachable(trouble) => self.not_reached(&conn, trouble, now, out),
+                // Others carry on; a source that is alone has to tell the messages.
+                ConnEnd::NoWay(_) if has_others => target.broke(now.instant),
+                ConnEnd::NoWay(trouble) => self.not_reached(&conn, trouble, now, out),
                 ConnEnd::SourceDown => self.source_failed(conn.source, now.instant),
                 ConnEnd::Broken => target.broke(now.instant),
                 ConnEnd::Planned => {}
