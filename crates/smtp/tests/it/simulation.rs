@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
 use fastrand::Rng;
-use smtp::client::{Event, Interruption, StartTls};
+use smtp::client::{Auth, Event, Interruption, Sasl, SaslStart, StartTls};
 use smtp::{
     Body, ClientSession, Envelope, Outcome, Reply, ServerConfig, ServerEvent, ServerSession, TxId,
 };
@@ -66,6 +66,9 @@ struct Seen {
     not_started: u64,
     partly_refused: u64,
     quit: u64,
+    let_in: u64,
+    kept_out: u64,
+    exhausted: u64,
 }
 
 impl Seen {
@@ -80,8 +83,52 @@ impl Seen {
             self.not_started,
             self.partly_refused,
             self.quit,
+            self.let_in,
+            self.kept_out,
+            self.exhausted,
         ];
         assert!(counts.iter().all(|&count| count > 10), "{self:?}");
+    }
+}
+
+/// Says who it is by PLAIN or LOGIN.
+#[derive(Debug)]
+struct Login {
+    mechanism: &'static str,
+    answers: Vec<&'static str>,
+}
+
+impl Login {
+    fn new(rng: &mut Rng) -> Self {
+        let password = *rng.choice(&["pw", "pw", "pw", "wrong"]).expect("not empty");
+        let (mechanism, answers) = match rng.bool() {
+            true => ("PLAIN", Vec::new()),
+            false => ("LOGIN", vec![password, "us"]),
+        };
+        let answers = match (mechanism, password) {
+            ("PLAIN", "pw") => vec!["\0us\0pw"],
+            ("PLAIN", _) => vec!["\0us\0wrong"],
+            _ => answers,
+        };
+        Self { mechanism, answers }
+    }
+}
+
+impl Sasl for Login {
+    fn start(&mut self, offered: &[String]) -> Option<SaslStart> {
+        let mechanism = self.mechanism;
+        let initial = (mechanism == "PLAIN").then(|| self.answers.pop()).flatten();
+        offered
+            .iter()
+            .any(|name| name == mechanism)
+            .then_some(SaslStart {
+                mechanism,
+                initial: initial.map(|text| text.as_bytes().to_vec()),
+            })
+    }
+
+    fn respond(&mut self, _: &[u8]) -> Option<Vec<u8>> {
+        self.answers.pop().map(|text| text.as_bytes().to_vec())
     }
 }
 
@@ -111,6 +158,9 @@ struct World {
     outcomes: BTreeMap<u64, (Outcome, Vec<(usize, Reply)>)>,
     next: u64,
     total: u64,
+    /// What the server announced.
+    mails_max: Option<u32>,
+    wants_login: bool,
     /// In a thousand.
     refusals: u32,
     closings: u32,
@@ -125,11 +175,19 @@ impl World {
             pipelining: ehlo && rng.u32(..4) > 0,
             chunking: rng.bool(),
             data_without_recipients: rng.bool(),
+            login: (ehlo && rng.u32(..4) == 0).then(|| ("us".to_owned(), "pw".to_owned())),
+            mails_max: (rng.u32(..4) == 0).then(|| rng.u32(1..6)),
             ehlo,
             ..ServerConfig::default()
         };
+        let mut client = ClientSession::new("us.example", StartTls::Never).refusing_itself();
+        if config.login.is_some() {
+            client = client.with_auth(Auth::new(Box::new(Login::new(&mut rng)), true));
+        }
         Self {
-            client: ClientSession::new("us.example", StartTls::Never),
+            client,
+            mails_max: config.mails_max.filter(|_| ehlo),
+            wants_login: config.login.is_some(),
             server: ServerSession::new(Arc::new(config)),
             to_server: VecDeque::new(),
             to_client: VecDeque::new(),
@@ -178,6 +236,9 @@ impl World {
     }
 
     fn client_app(&mut self) {
+        if self.client.is_exhausted() {
+            return self.client.quit();
+        }
         if !self.client.can_begin() {
             return;
         }
@@ -413,6 +474,17 @@ impl World {
             0,
             "commands sent ahead without licence"
         );
+        let begun = self.sent.len() as u64;
+        let max = self.mails_max.map_or(u64::MAX, u64::from);
+        assert!(
+            begun <= max,
+            "{begun} transactions, where {max} were allowed"
+        );
+        seen.exhausted += u64::from(begun == max && begun < self.total);
+        let is_let_in = self.server.user().is_some();
+        assert!(self.taken.is_empty() || is_let_in == self.wants_login);
+        seen.let_in += u64::from(is_let_in);
+        seen.kept_out += u64::from(self.wants_login && !is_let_in && begun == 0);
         seen.quit +=
             u64::from(self.outcomes.len() as u64 == self.total && self.server.is_closing());
     }
