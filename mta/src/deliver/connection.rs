@@ -387,10 +387,9 @@ impl Connection<'_> {
             Pulse::Quiet => true,
             Pulse::Unread => {
                 let turn = self.wire.turn(&mut self.session);
-                match tokio::time::timeout(UNREAD, turn).await {
-                    Ok(moved) => self.moved(moved),
-                    // Of TLS itself, and nothing for the session.
-                    Err(_) => {}
+                // Else it was of TLS itself, and nothing for the session.
+                if let Ok(moved) = tokio::time::timeout(UNREAD, turn).await {
+                    self.moved(moved);
                 }
                 !self.session.is_closed()
             }
