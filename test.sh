@@ -85,6 +85,7 @@ fi
 step "sample configuration"
 # The executable that the tests above ran.
 target/debug/hikyaku check-config config/hikyaku.toml
+target/debug/hikyaku check-config config/redis.toml
 
 step "documentation tests"
 cargo test --workspace --doc --locked --quiet

@@ -1,46 +1,10 @@
 //! MTA and tracker as two processes on one store.
 
-use crate::harness::{Site, newsletter, signal, until};
+use crate::harness::{Site, TrackerProcess, newsletter, signal, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
-use std::process::{Child, Command, Stdio};
-
-/// `hikyaku tracker` beside the MTA; killed when dropped.
-struct TrackerProcess(Child);
-
-impl TrackerProcess {
-    async fn start(site: &Site) -> Result<Self> {
-        let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
-        let child = Command::new(env!("CARGO_BIN_EXE_hikyaku"))
-            .arg("tracker")
-            .arg("--config")
-            .arg(site.config())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
-        let tracker = Self(child);
-        let client = Client::new(site.tracker_admin(), None);
-        until("the tracker", async || {
-            Ok(client
-                .get("/readyz")
-                .await?
-                .status
-                .is_success()
-                .then_some(()))
-        })
-        .await?;
-        Ok(tracker)
-    }
-}
-
-impl Drop for TrackerProcess {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
+use std::process::Command;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_click_at_the_tracker_is_counted_at_the_mta() -> Result<()> {
@@ -78,7 +42,7 @@ async fn a_click_at_the_tracker_is_counted_at_the_mta() -> Result<()> {
         .await?
         .ok()
         .ok();
-    signal(tracker.0.id(), "KILL")?;
+    signal(tracker.pid(), "KILL")?;
     drop(tracker);
     let _tracker = TrackerProcess::start(&site).await?;
     until("the fourth click", async || {

@@ -305,6 +305,46 @@ impl Drop for Service {
     }
 }
 
+/// `hikyaku tracker` beside the MTA; killed when dropped.
+pub(crate) struct TrackerProcess(Child);
+
+impl TrackerProcess {
+    pub(crate) async fn start(site: &Site) -> Result<Self> {
+        let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
+        let child = Command::new(env!("CARGO_BIN_EXE_hikyaku"))
+            .arg("tracker")
+            .arg("--config")
+            .arg(site.config())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        let tracker = Self(child);
+        let client = Client::new(site.tracker_admin(), None);
+        until("the tracker", async || {
+            Ok(client
+                .get("/readyz")
+                .await?
+                .status
+                .is_success()
+                .then_some(()))
+        })
+        .await?;
+        Ok(tracker)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for TrackerProcess {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
 /// The most memory that a process ever had resident.
 pub(crate) fn peak_kib(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -18,6 +18,7 @@ mod harness;
 mod limits;
 mod postfix;
 mod prometheus;
+mod redis;
 mod reload;
 mod sink;
 mod tempers;

@@ -38,11 +38,19 @@ pub trait Fixture: Send + Sync {
     async fn another(&self) -> Arc<dyn Store>;
 }
 
-/// Makes a test of every rule; `$fixture` is an expression that gives a new [`Fixture`].
+/// Makes a test of every rule; `$fixture` is an expression that gives a new [`Fixture`]. With
+/// `together NAME = START;` before it, one test of all rules, one after the other, on what START
+/// gives: for servers that take long to start.
 #[macro_export]
 macro_rules! conformance_tests {
+    (together $servers:ident = $start:expr; $fixture:expr) => {
+        $crate::conformance_tests! { @rules together { $servers = $start; $fixture } }
+    };
     ($fixture:expr) => {
-        $crate::conformance_tests! { @each $fixture;
+        $crate::conformance_tests! { @rules each { $fixture } }
+    };
+    (@rules $how:ident $with:tt) => {
+        $crate::conformance_tests! { @$how $with;
             nothing_is_visible_before_the_commit
             what_was_left_staged_is_thrown_away
             a_commit_shows_everything_at_once
@@ -113,7 +121,18 @@ macro_rules! conformance_tests {
             a_storm_agrees_with_a_simple_model
         }
     };
-    (@each $fixture:expr; $($rule:ident)+) => {
+    (@together { $servers:ident = $start:expr; $fixture:expr }; $($rule:ident)+) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn every_rule() {
+            let $servers = $start;
+            $(
+                eprintln!("{}", stringify!($rule));
+                let fixture = $fixture;
+                $crate::conformance::$rule(&fixture).await.expect("the store answers");
+            )+
+        }
+    };
+    (@each { $fixture:expr }; $($rule:ident)+) => {
         $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $rule() {

@@ -6,7 +6,7 @@ use store::Store;
 use store::conformance::Fixture;
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
-use testkit::redis::RedisServer;
+use testkit::redis::{RedisCluster, RedisServer};
 
 /// A directory with one store.
 pub(crate) struct Sqlite {
@@ -64,6 +64,25 @@ impl Redis {
             partitions,
             _servers: Box::new(server),
             _directory: directory,
+        }
+    }
+
+    /// An empty store on a Cluster.
+    pub(crate) fn on(cluster: &RedisCluster, partitions: u16) -> Self {
+        for node in &cluster.nodes {
+            // A replica has what its primary has.
+            let flushed = node.ask(&["FLUSHALL"]);
+            let readonly = |error: &anyhow::Error| error.to_string().contains("READONLY");
+            assert!(
+                !flushed.is_err_and(|error| !readonly(&error)),
+                "not flushed"
+            );
+        }
+        Self {
+            url: RedisUrl::parse(&cluster.url()).expect("an address"),
+            partitions,
+            _servers: Box::new(()),
+            _directory: tempfile::tempdir().expect("a directory"),
         }
     }
 

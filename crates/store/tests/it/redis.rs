@@ -1,0 +1,344 @@
+//! What is particular to the Redis engine: servers that end, fail over, are full or forget; nodes
+//! that work at once; clocks.
+
+use crate::fixture::Redis;
+use model::{
+    Attempt, AttemptDetail, AttemptResult, BatchId, BatchState, Fact, JournalId, LotNumber,
+    MessageId, Partition, Priority, Row, Timestamp, TrackingMode,
+};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
+use store::sqlite::Role;
+use store::{
+    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Shipment, Store, StoreError, Want,
+};
+use testkit::redis::{RedisSentinels, RedisServer};
+
+const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+const QUEUE: &str = "x.example";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn options(url: &str) -> RedisOptions {
+    RedisOptions {
+        url: RedisUrl::parse(url).expect("an address"),
+        partitions: 1,
+        role: Role::Mta,
+        require_durable: false,
+        clock: Clock::Server,
+    }
+}
+
+async fn open(url: &str) -> store::Result<RedisStore> {
+    RedisStore::open(options(url)).await
+}
+
+/// Asks again until there is an answer that is wanted.
+async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let asking = async {
+        loop {
+            if let Some(found) = ask().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    };
+    let found = tokio::time::timeout(PATIENCE, asking).await;
+    found.unwrap_or_else(|_| panic!("{what} did not happen"))
+}
+
+async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<BatchId> {
+    let id = BatchId::new(T0, number);
+    let row = |index| Row {
+        index,
+        email: format!("n{index}@x.example").parse().expect("an address"),
+        name: None,
+        prospect_id: None,
+        vars: None,
+        metadata: None,
+        tracking: None,
+    };
+    let all: Vec<Row> = (0..rows).map(row).collect();
+    let lots = all
+        .chunks(store::LOT_ROWS)
+        .zip(0..)
+        .map(|(rows, number)| NewLot {
+            number: LotNumber::new(Partition(0), number).expect("few lots"),
+            queue: QUEUE.into(),
+            rows: rows.to_vec(),
+        });
+    store.stage_lots(id, lots.collect()).await?;
+    let head = BatchHead {
+        id,
+        account: "acme".into(),
+        campaign: None,
+        list: "news".into(),
+        priority: Priority::Bulk,
+        created_at: T0,
+        release_at: T0,
+        expires_at: None,
+        tracking: TrackingMode::Individual,
+        metadata: serde_json::json!({}),
+        pool: None,
+        rate: model::units::Rate::Unlimited,
+    };
+    let batch = NewBatch {
+        head,
+        content: b"content".as_slice().into(),
+        accepted: u64::from(rows),
+        rejected: 0,
+        call: None,
+    };
+    store.commit_batch(batch, T0).await?;
+    Ok(id)
+}
+
+async fn lease(
+    store: &dyn Store,
+    node: u128,
+    rows: u32,
+    ttl: Duration,
+) -> store::Result<Vec<LeasedRange>> {
+    let want = Want {
+        queue: QUEUE.into(),
+        rows,
+    };
+    let request = LeaseRequest {
+        node: JournalId::new(T0, node),
+        now: T0,
+        ttl,
+        wants: vec![want],
+    };
+    store.lease(request).await
+}
+
+fn delivered(node: u128, seq: &mut u64, leased: &[LeasedRange]) -> Shipment {
+    let mut facts = Vec::new();
+    for range in leased {
+        for item in &range.items {
+            *seq += 1;
+            let attempt = Attempt {
+                message: MessageId {
+                    batch: range.batch.id,
+                    index: item.row.index,
+                },
+                place: item.place,
+                number: item.attempts + 1,
+                at: T0,
+                dot_at: None,
+                result: AttemptResult::Delivered,
+                detail: AttemptDetail::default(),
+                suppress: None,
+            };
+            facts.push((*seq, Fact::Attempt(Box::new(attempt))));
+        }
+    }
+    Shipment {
+        journal: JournalId::new(T0, node),
+        facts,
+        through: *seq,
+        windows: Vec::new(),
+        finished: leased.iter().map(|range| range.range).collect(),
+        now: T0,
+    }
+}
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_work_at_once_send_nobody_twice_and_forget_nobody() {
+    const ROWS: u32 = 3_000;
+    const NODES: u128 = 4;
+    let server = Redis::single(1);
+    let first: Arc<dyn Store> = Arc::new(server.open(Role::Mta).await.expect("it opens"));
+    let batch = submit(&*first, 1, ROWS).await.expect("submitted");
+    let mut nodes = tokio::task::JoinSet::new();
+    for node in 0..NODES {
+        let store: Arc<dyn Store> = Arc::new(server.open(Role::Mta).await.expect("it opens"));
+        nodes.spawn(async move {
+            let (mut sent, mut seq) = (Vec::new(), 0);
+            loop {
+                let leased = lease(&*store, node, 40, MINUTE).await.expect("a lease");
+                if leased.is_empty() {
+                    return sent;
+                }
+                for range in &leased {
+                    sent.extend(range.items.iter().map(|item| item.row.index));
+                }
+                let shipment = delivered(node, &mut seq, &leased);
+                let shipped = store.ship(shipment).await.expect("shipped");
+                assert_eq!((shipped.duplicates.len(), shipped.lost.len()), (0, 0));
+            }
+        });
+    }
+    let mut all = Vec::new();
+    while let Some(sent) = nodes.join_next().await {
+        all.extend(sent.expect("a node"));
+    }
+    assert_eq!(all.len(), usize::try_from(ROWS).expect("a number"));
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+    let found = first.batch(batch).await.expect("a batch").expect("there");
+    assert_eq!(found.state, BatchState::Completed);
+    assert_eq!(found.counters.delivered, u64::from(ROWS));
+    assert_eq!(found.counters.statuses(), found.counters.accepted);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_run_out_by_the_servers_clock() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    submit(&store, 1, 10).await.expect("submitted");
+    let second = Duration::from_secs(1);
+    // Whatever its own clock says, a node has what it asked for.
+    let held = lease(&store, 1, 10, second).await.expect("a lease");
+    assert_eq!(held.len(), 1);
+    assert_eq!(lease(&store, 2, 10, second).await, Ok(Vec::new()));
+    let node = JournalId::new(T0, 1);
+    let later = T0 + Duration::from_hours(1);
+    assert_eq!(
+        store.renew(node, later, second).await,
+        Ok(vec![held[0].range])
+    );
+    let taken = until("the end of a lease", async || {
+        let leased = lease(&store, 2, 10, second).await.expect("a lease");
+        (!leased.is_empty()).then_some(leased)
+    })
+    .await;
+    assert!(taken[0].items.iter().all(|item| item.maybe_started));
+    assert!(taken[0].range.token > held[0].range.token);
+    assert_eq!(store.renew(node, later, second).await, Ok(Vec::new()));
+}
+
+#[tokio::test]
+async fn a_server_that_forgets_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let durable = || RedisOptions {
+        require_durable: true,
+        ..options(&server.url())
+    };
+    let refused = RedisStore::open(durable()).await;
+    assert!(
+        matches!(&refused, Err(StoreError::Refused(why)) if why.contains("appendonly")),
+        "{refused:?}"
+    );
+    server
+        .ask(&["CONFIG", "SET", "appendonly", "yes"])
+        .expect("set");
+    let store = RedisStore::open(durable()).await.expect("it opens");
+    assert!(store.caveat().expect("a caveat").contains("everysec"));
+    server
+        .ask(&["CONFIG", "SET", "appendfsync", "always"])
+        .expect("set");
+    store.check().await.expect("a check");
+    assert_eq!(store.caveat(), None);
+    server
+        .ask(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"])
+        .expect("set");
+    let refused = RedisStore::open(durable()).await;
+    assert!(
+        matches!(&refused, Err(StoreError::Refused(why)) if why.contains("noeviction")),
+        "{refused:?}"
+    );
+}
+
+fn unavailable<T: std::fmt::Debug>(outcome: store::Result<T>) -> String {
+    match outcome {
+        Err(StoreError::Unavailable(why)) => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_wrong_with_a_server_is_told_and_it_recovers() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let durable = ["--appendonly", "yes", "--appendfsync", "always"];
+    let mut server = RedisServer::start(directory.path().to_owned(), &durable).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    let batch = submit(&store, 1, 700).await.expect("submitted");
+    // Full: nothing is done in part.
+    server
+        .ask(&["CONFIG", "SET", "maxmemory", "1"])
+        .expect("set");
+    let full = unavailable(submit(&store, 2, 10).await);
+    assert!(full.contains("OOM") || full.contains("maxmemory"), "{full}");
+    unavailable(store.check().await);
+    let found = store.batch(batch).await.expect("a reading").expect("there");
+    assert_eq!(found.counters.queued, 700);
+    server
+        .ask(&["CONFIG", "SET", "maxmemory", "0"])
+        .expect("set");
+    store.check().await.expect("a check");
+    submit(&store, 2, 10).await.expect("submitted");
+    // Demoted: a replica takes no writes.
+    server.ask(&["REPLICAOF", "127.0.0.1", "1"]).expect("set");
+    assert!(
+        unavailable(store.check().await)
+            .to_uppercase()
+            .contains("READ")
+    );
+    server.ask(&["REPLICAOF", "NO", "ONE"]).expect("set");
+    store.check().await.expect("a check");
+    // Gone, and back with everything that was answered.
+    server.kill();
+    unavailable(store.check().await);
+    unavailable(lease(&store, 1, 10, MINUTE).await);
+    server.restart().expect("it starts again");
+    until("the store to be back", async || store.check().await.ok()).await;
+    let leased = lease(&store, 1, 1_000, MINUTE).await.expect("a lease");
+    let count: usize = leased.iter().map(|range| range.items.len()).sum();
+    assert_eq!(count, 710);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_behind_sentinels_loses_nothing_that_was_answered() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut servers = RedisSentinels::start(directory.path()).expect("sentinels");
+    let store = open(&servers.url()).await.expect("it opens");
+    let before = store.standing();
+    assert_eq!(before.replicas, 1);
+    let batch = submit(&store, 1, 100).await.expect("submitted");
+    let leased = lease(&store, 1, 100, MINUTE).await.expect("a lease");
+    assert_eq!(leased.len(), 1);
+    if let Some(primary) = servers.servers.first_mut() {
+        primary.kill();
+    }
+    until("the failover", async || store.check().await.ok()).await;
+    let found = store.batch(batch).await.expect("a reading").expect("there");
+    assert_eq!(found.counters.queued, 100);
+    // The lease was on the replica too: nobody else has it, and its holder goes on.
+    assert_eq!(lease(&store, 2, 100, MINUTE).await, Ok(Vec::new()));
+    let shipped = until("a shipment", async || {
+        store.ship(delivered(1, &mut 0, &leased)).await.ok()
+    })
+    .await;
+    assert_eq!((shipped.completed, shipped.lost), (vec![batch], Vec::new()));
+    assert_ne!(store.standing().histories, before.histories);
+}
+
+#[tokio::test]
+async fn a_user_needs_its_password_and_rights() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let rights = "+@read +@write +@scripting +@connection +wait +info +config|get +time -@dangerous +info +config|get";
+    let mut user = vec!["ACL", "SETUSER", "mail", "on", ">s3cret", "~hikyaku:*"];
+    user.extend(rights.split(' '));
+    server.ask(&user).expect("a user");
+    server
+        .ask(&["ACL", "SETUSER", "default", "off"])
+        .expect("set");
+    let at = format!("127.0.0.1:{}", server.port());
+    let store = open(&format!("redis://mail:s3cret@{at}"))
+        .await
+        .expect("it opens");
+    submit(&store, 1, 10).await.expect("submitted");
+    assert_eq!(
+        lease(&store, 1, 10, MINUTE).await.expect("a lease").len(),
+        1
+    );
+    let wrong = open(&format!("redis://mail:wr0ng@{at}")).await;
+    let text = format!("{:?}", wrong.expect_err("a wrong password"));
+    assert!(!text.contains("wr0ng"), "{text}");
+}
