@@ -218,8 +218,11 @@ impl RedisCluster {
     fn connect(&mut self, primaries: usize) -> Result<()> {
         let first = self.nodes.first().context("no nodes")?.port().to_string();
         for (at, node) in self.nodes.iter().enumerate() {
-            node.ask(&["CLUSTER", "MEET", "127.0.0.1", &first])?;
+            // Before it knows anybody, so that nobody has to yield to anybody.
             node.ask(&["CLUSTER", "SET-CONFIG-EPOCH", &(at + 1).to_string()])?;
+        }
+        for (at, node) in self.nodes.iter().enumerate() {
+            node.ask(&["CLUSTER", "MEET", "127.0.0.1", &first])?;
             if at < primaries {
                 let (from, until) = (at * SLOTS / primaries, (at + 1) * SLOTS / primaries - 1);
                 let range = [from.to_string(), until.to_string()];

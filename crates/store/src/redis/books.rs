@@ -33,6 +33,8 @@ pub(super) struct Needs {
     pub(super) ranges: BTreeSet<u64>,
     /// Account and address.
     pub(super) addresses: BTreeSet<(String, String)>,
+    /// How far this journal was taken.
+    pub(super) mark_of: Option<JournalId>,
 }
 
 /// A range as it was read and as it is to be.
@@ -69,6 +71,8 @@ pub(super) struct Books<'a> {
     pub(super) moment: i64,
     /// The server's time in microseconds: a fencing token.
     pub(super) token: u64,
+    /// How far the journal that was asked for was taken.
+    pub(super) mark: Seq,
     cells: HashMap<LotKey, Option<Cells>>,
     lots: HashMap<LotKey, Result<Arc<Lot>>>,
     heads: HashMap<BatchId, Arc<BatchHead>>,
@@ -93,6 +97,7 @@ impl<'a> Books<'a> {
             now,
             moment: now.millis(),
             token: 0,
+            mark: 0,
             cells: HashMap::new(),
             lots: HashMap::new(),
             heads: HashMap::new(),
@@ -147,6 +152,9 @@ impl<'a> Books<'a> {
         for (account, email) in &addresses {
             super::suppress::ask(&mut pipeline, p, account, email);
         }
+        if let Some(journal) = needs.mark_of {
+            super::ship::ask_mark(&mut pipeline, p, journal);
+        }
         let mut answers = self.inner.link.bulk(&pipeline).await?.into_iter();
         let mut next = || answers.next().unwrap_or_default();
         let mut time = answer::list(next()).into_iter().map(answer::number);
@@ -155,8 +163,7 @@ impl<'a> Books<'a> {
         }
         for key in cells {
             let stored = answer::bytes(next());
-            self.cells
-                .insert(key, stored.as_deref().and_then(Cells::read));
+            self.cells.insert(key, stored.map(Cells::read));
         }
         for batch in batches {
             let found = answer::bytes(next());
@@ -175,6 +182,9 @@ impl<'a> Books<'a> {
         for key in addresses {
             let found = super::suppress::read_all(&key.0, next());
             self.known.insert(key, found);
+        }
+        if needs.mark_of.is_some() {
+            self.mark = u64::try_from(answer::number(next())).unwrap_or(0);
         }
         self.load_rows(needs).await
     }
@@ -509,10 +519,16 @@ impl<'a> Books<'a> {
         }
         for ((batch, lot), cells) in &self.cells {
             let key = || keys::cells(p, *batch, lot.0);
-            commit.check(key(), cells.as_ref().map(|cells| cells.version));
-            let pieces = cells.iter().flat_map(|cells| cells.changes(fresh));
-            for (at, piece) in pieces {
-                commit.write("SETRANGE", key(), [at.to_string().into_bytes(), piece]);
+            let Some(cells) = cells else {
+                commit.check(key(), None);
+                continue;
+            };
+            if let Some((at, bytes)) = cells.expected() {
+                commit.check_bytes(key(), at, bytes);
+            }
+            if let Some((at, bytes)) = cells.changes() {
+                let at = at.to_string();
+                commit.write("SETRANGE", key(), [at.as_bytes(), bytes]);
             }
         }
         write_ranges(&mut commit, p, std::mem::take(&mut self.ranges), fresh);

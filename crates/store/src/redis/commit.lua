@@ -14,6 +14,10 @@ for _ = 1, tonumber(ARGV[1]) do
   if kind == 'V' then
     -- The version, or nothing where there must be nothing.
     if call('GETRANGE', key, 0, 7) ~= take() then return {0, key} end
+  elseif kind == 'B' then
+    -- Some bytes from some place on.
+    local from, expected = take(), take()
+    if call('GETRANGE', key, from, from + #expected - 1) ~= expected then return {0, key} end
   else
     -- A field of a hash, or nothing.
     local field, expected = take(), take()

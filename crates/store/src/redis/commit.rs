@@ -115,6 +115,14 @@ impl Commit {
         self.checked += 1;
     }
 
+    /// The value still has these bytes from `at` on.
+    pub(super) fn check_bytes(&mut self, key: String, at: usize, bytes: &[u8]) {
+        let key = self.key(key);
+        self.checks
+            .extend([b"B".to_vec(), key, text(at), bytes.to_vec()]);
+        self.checked += 1;
+    }
+
     /// The field still has this value; none: it is still not there.
     pub(super) fn check_field(&mut self, key: String, field: &[u8], value: Option<&[u8]>) {
         let key = self.key(key);

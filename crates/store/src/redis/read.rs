@@ -297,8 +297,8 @@ impl Inner {
                 }
                 let found = self.link.bulk(&pipeline).await?;
                 for (key, value) in some.iter().zip(found) {
-                    let stored = answer::bytes(value).unwrap_or_default();
-                    cells.extend(Cells::read(&stored).map(|cells| (*key, cells)));
+                    let stored = answer::bytes(value).map(Cells::read);
+                    cells.extend(stored.map(|cells| (*key, cells)));
                 }
             }
         }

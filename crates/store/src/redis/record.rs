@@ -1,7 +1,8 @@
 //! Stored forms of what changes: batches, ranges, cells, lots.
 //!
-//! What is checked before a step begins with eight bytes of version, which are random and new with
-//! every write. Behind them stands the number of the form. Must not touch the server.
+//! A record begins with eight bytes of version, which are random and new with every write, and the
+//! number of its form. Cells have none: what a step looked at of them is compared. Must not touch
+//! the server.
 
 use crate::form::{self, Ref};
 use crate::transition::Cell;
@@ -10,6 +11,7 @@ use model::{
     BatchId, BatchState, Counters, JournalId, LotNumber, Partition, Priority, Row, Timestamp,
     TrackingMode,
 };
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The form of every record here.
 const FORM: u8 = 1;
@@ -399,30 +401,63 @@ impl Lot {
 
 // ---- cells ------------------------------------------------------------------------------
 
-/// The cells of a lot.
-#[derive(Debug, Clone)]
+/// The cells of a lot. A step checks those that it looked at and writes those that it changed,
+/// from the first to the last: steps on different ranges of one lot do not meet.
+#[derive(Debug)]
 pub(super) struct Cells {
-    pub(super) version: Version,
+    stored: Vec<u8>,
     bytes: Vec<u8>,
-    /// Positions that were changed: the first and the last.
-    changed: Option<(u16, u16)>,
+    /// Positions that were looked at.
+    seen: Span,
+    /// Positions that were changed.
+    changed: Span,
+}
+
+/// Positions from the first to the last, widened from behind a shared reference.
+#[derive(Debug)]
+struct Span {
+    first: AtomicU32,
+    end: AtomicU32,
+}
+
+impl Span {
+    const fn none() -> Self {
+        Self {
+            first: AtomicU32::new(u32::MAX),
+            end: AtomicU32::new(0),
+        }
+    }
+
+    fn widen(&self, position: u16) {
+        let position = u32::from(position);
+        self.first.fetch_min(position, Ordering::Relaxed);
+        self.end.fetch_max(position + 1, Ordering::Relaxed);
+    }
+
+    /// The bytes of these cells; `None` when there are none.
+    fn bytes(&self) -> Option<std::ops::Range<usize>> {
+        let (first, end) = (
+            self.first.load(Ordering::Relaxed),
+            self.end.load(Ordering::Relaxed),
+        );
+        let at = |cells: u32| usize::try_from(cells).unwrap_or(0) * Cell::BYTES;
+        (first < end).then(|| at(first)..at(end))
+    }
 }
 
 impl Cells {
     /// Nothing happened to anybody yet.
-    pub(super) fn fresh(rows: usize, version: Version) -> Vec<u8> {
-        let mut to = version.to_vec();
-        to.extend(Cell::NEW.to_bytes().repeat(rows));
-        to
+    pub(super) fn fresh(rows: usize) -> Vec<u8> {
+        Cell::NEW.to_bytes().repeat(rows)
     }
 
-    pub(super) fn read(stored: &[u8]) -> Option<Self> {
-        let (version, bytes) = stored.split_first_chunk()?;
-        Some(Self {
-            version: *version,
-            bytes: bytes.to_vec(),
-            changed: None,
-        })
+    pub(super) fn read(stored: Vec<u8>) -> Self {
+        Self {
+            bytes: stored.clone(),
+            stored,
+            seen: Span::none(),
+            changed: Span::none(),
+        }
     }
 
     /// The cell at a position; `None` when there is none.
@@ -430,39 +465,36 @@ impl Cells {
         let at = usize::from(position) * Cell::BYTES;
         match self.bytes.get(at..at + Cell::BYTES) {
             None => Ok(None),
-            Some(bytes) => Cell::read(bytes)
-                .map(Some)
-                .ok_or_else(|| damaged(&format!("cell {position}"))),
+            Some(bytes) => {
+                self.seen.widen(position);
+                Cell::read(bytes)
+                    .map(Some)
+                    .ok_or_else(|| damaged(&format!("cell {position}")))
+            }
         }
     }
 
     pub(super) fn set(&mut self, position: u16, cell: Cell) {
         let at = usize::from(position) * Cell::BYTES;
-        if let Some(bytes) = self.bytes.get_mut(at..at + Cell::BYTES) {
-            if bytes == cell.to_bytes() {
-                return;
-            }
+        if let Some(bytes) = self.bytes.get_mut(at..at + Cell::BYTES)
+            && bytes != cell.to_bytes()
+        {
             bytes.copy_from_slice(&cell.to_bytes());
-            let (first, last) = self.changed.unwrap_or((position, position));
-            self.changed = Some((first.min(position), last.max(position)));
+            self.seen.widen(position);
+            self.changed.widen(position);
         }
     }
 
-    /// What is to be written, as pieces with where they go: the version and what was changed, or
-    /// all in one when that is shorter to say.
-    pub(super) fn changes(&self, version: Version) -> Vec<(usize, Vec<u8>)> {
-        let Some((first, last)) = self.changed else {
-            return Vec::new();
-        };
-        let from = usize::from(first) * Cell::BYTES;
-        let until = (usize::from(last) + 1) * Cell::BYTES;
-        let span = self.bytes.get(from..until).unwrap_or_default();
-        if from == 0 || span.len() * 4 > self.bytes.len() * 3 {
-            let mut all = version.to_vec();
-            all.extend(self.bytes.iter().take(until));
-            return vec![(0, all)];
-        }
-        vec![(0, version.to_vec()), (8 + from, span.to_vec())]
+    /// What was looked at, as it was: where it begins and the bytes.
+    pub(super) fn expected(&self) -> Option<(usize, &[u8])> {
+        let span = self.seen.bytes()?;
+        Some((span.start, self.stored.get(span)?))
+    }
+
+    /// What was changed, as it is now.
+    pub(super) fn changes(&self) -> Option<(usize, &[u8])> {
+        let span = self.changed.bytes()?;
+        Some((span.start, self.bytes.get(span)?))
     }
 }
 
@@ -607,23 +639,26 @@ mod tests {
                 let _read = Range::read(Partition(0), &form);
                 let _read = BatchRecord::read(&form);
                 let _read = Lot::read(&form);
-                let _read = Cells::read(&form);
+                let _read = Cells::read(form.clone()).get(0);
             }
         }
 
         #[test]
         fn changed_cells_are_written_where_they_stand(changes in prop::collection::vec((0_u16..50, 1_u8..9), 0..20)) {
-            let mut stored = Cells::fresh(50, [1; 8]);
-            let mut cells = Cells::read(&stored).unwrap();
+            let mut stored = Cells::fresh(50);
+            let mut cells = Cells::read(stored.clone());
             for (position, flags) in changes {
                 let mut bytes = Cell::NEW.to_bytes();
                 bytes[2] = flags;
                 cells.set(position, Cell::read(&bytes).unwrap());
             }
-            for (at, piece) in cells.changes([1; 8]) {
-                stored[at..at + piece.len()].copy_from_slice(&piece);
+            if let Some((at, piece)) = cells.changes() {
+                let (from, expected) = cells.expected().unwrap();
+                prop_assert_eq!(&stored[from..from + expected.len()], expected);
+                prop_assert!(from <= at && at + piece.len() <= from + expected.len());
+                stored[at..at + piece.len()].copy_from_slice(piece);
             }
-            prop_assert_eq!(&stored[8..], &cells.bytes[..]);
+            prop_assert_eq!(stored, cells.bytes);
         }
     }
 }

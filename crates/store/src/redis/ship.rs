@@ -16,7 +16,7 @@ use super::suppress;
 use crate::form::Ref;
 use crate::transition::{self, Applied};
 use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression};
-use ::redis::Cmd;
+use ::redis::Pipeline;
 use futures_util::future::try_join_all;
 use model::{
     Attempt, AttemptResult, BatchState, Fact, Hit, HitKind, JournalId, Partition, Place, Seq,
@@ -64,12 +64,10 @@ impl Inner {
     }
 
     async fn mark(&self, p: Partition, journal: JournalId) -> Result<Seq> {
-        let mut get = Cmd::new();
-        get.arg("HGET")
-            .arg(keys::journals(p))
-            .arg(journal.to_string());
-        let mark = answer::number(self.link.short(&get).await?);
-        Ok(u64::try_from(mark).unwrap_or(0))
+        let mut pipeline = Pipeline::new();
+        ask_mark(&mut pipeline, p, journal);
+        let mark = self.link.bulk(&pipeline).await?.into_iter().next();
+        Ok(u64::try_from(mark.map_or(0, answer::number)).unwrap_or(0))
     }
 
     /// Applies a shipment.
@@ -129,12 +127,12 @@ impl Inner {
         let mut tries = self.tries();
         while tries.again().await? {
             let mut shipped = Shipped::default();
-            let mark = self.mark(p, of.journal).await?;
             let mut books = Books::open(self, p, of.now);
+            load_for(&mut books, &part, of.journal).await?;
+            let mark = books.mark;
             let (new, old): (Vec<&Placed>, Vec<&Placed>) =
                 part.facts.iter().partition(|placed| placed.seq > mark);
             shipped.repeated = u64::try_from(old.len()).unwrap_or(u64::MAX);
-            load_for(&mut books, &new, &part).await?;
             for placed in new {
                 if !apply(&mut books, placed, of.journal, &mut shipped)? {
                     shipped.unknown += 1;
@@ -170,10 +168,21 @@ impl Inner {
     }
 }
 
+/// Asks how far a journal was taken.
+pub(super) fn ask_mark(pipeline: &mut Pipeline, p: Partition, journal: JournalId) {
+    pipeline
+        .cmd("HGET")
+        .arg(keys::journals(p))
+        .arg(journal.to_string());
+}
+
 /// Reads what the facts and ranges of a part need.
-async fn load_for(books: &mut Books<'_>, new: &[&Placed], part: &Part) -> Result<()> {
-    let mut needs = Needs::default();
-    for placed in new {
+async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Result<()> {
+    let mut needs = Needs {
+        mark_of: Some(journal),
+        ..Needs::default()
+    };
+    for placed in &part.facts {
         needs.batches.insert(placed.fact.message().batch);
         needs.cells.extend(placed.key());
     }
@@ -191,7 +200,7 @@ async fn load_for(books: &mut Books<'_>, new: &[&Placed], part: &Part) -> Result
         }
     }
     more.cells.retain(|key| !needs.cells.contains(key));
-    for placed in new.iter().filter(|placed| suppresses(&placed.fact)) {
+    for placed in part.facts.iter().filter(|placed| suppresses(&placed.fact)) {
         more.addresses.extend(address_of(books, placed));
     }
     if !more.cells.is_empty() || !more.addresses.is_empty() {

@@ -92,7 +92,7 @@ impl Inner {
         commit.check(keys::batch(p, batch), None);
         commit.check(key.clone(), None);
         commit.write("SET", key.clone(), [&lot.bytes]);
-        let cells = Cells::fresh(lot.rows, fresh);
+        let cells = Cells::fresh(lot.rows);
         commit.write("SET", keys::cells(p, batch, lot.number.0), [cells]);
         let number = lot.number.0.to_le_bytes();
         let rows = u16::try_from(lot.rows).unwrap_or(u16::MAX).to_le_bytes();

@@ -31,5 +31,5 @@ mod redis_cluster {
         (directory, cluster)
     }
 
-    store::conformance_tests!(together cluster = started(); Redis::on(&cluster.1, 16));
+    store::conformance_tests!(together cluster = started(); Redis::on(&cluster.1, 4));
 }
