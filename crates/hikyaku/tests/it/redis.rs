@@ -1,13 +1,15 @@
 //! Two MTA nodes and a tracker, three processes that share nothing but a Redis.
 
-use crate::harness::{PATIENCE, Site, TrackerProcess, newsletter, until};
+use crate::harness::{Site, TrackerProcess, newsletter, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
+use std::collections::BTreeSet;
 use std::process::Command;
 use testkit::redis::RedisServer;
 
 const PEOPLE: usize = 600;
+const DOMAINS: usize = 7;
 
 /// A site whose store is this Redis, with leases as short as they may be.
 fn site(sink: &Sink, redis: &RedisServer) -> Result<Site> {
@@ -40,7 +42,7 @@ async fn a_node_that_dies_is_replaced_by_another() -> Result<()> {
     let second = two.start(mta(&two)).await?;
     let _tracker = TrackerProcess::start(&one).await?;
 
-    let id = first.submit(&newsletter(PEOPLE, 7)).await?;
+    let id = first.submit(&newsletter(PEOPLE, DOMAINS)).await?;
     until("the first deliveries", async || {
         Ok((sink.copies() > 20).then_some(()))
     })
@@ -50,8 +52,16 @@ async fn a_node_that_dies_is_replaced_by_another() -> Result<()> {
     let done = second.completed(&id).await?;
     assert_eq!(done["counters"]["accepted"], PEOPLE);
     assert_eq!(done["counters"]["delivered"], PEOPLE);
-    assert_eq!(sink.distinct(), PEOPLE, "within {PATIENCE:?}");
-    sink.assert_copies_are_the_same();
+    let got: Vec<String> = sink
+        .messages()
+        .into_iter()
+        .flat_map(|message| message.recipients)
+        .collect();
+    let distinct: BTreeSet<&String> = got.iter().collect();
+    assert_eq!(distinct.len(), PEOPLE);
+    // Second copies: at most what the dead node may have started in each queue and not reported.
+    let doubtful = DOMAINS * usize::try_from(store::WINDOW)?;
+    ensure!(got.len() <= PEOPLE + doubtful, "{} copies", got.len());
 
     let links = sink.links(&one.tracker());
     let browser = Client::new("", None);
