@@ -100,10 +100,7 @@ async fn lease(
     rows: u32,
     ttl: Duration,
 ) -> store::Result<Vec<LeasedRange>> {
-    let want = Want {
-        queue: QUEUE.into(),
-        rows,
-    };
+    let want = Want::of(QUEUE, rows);
     let request = LeaseRequest {
         node: JournalId::new(T0, node),
         now: T0,
