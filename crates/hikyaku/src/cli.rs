@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
-use crate::{check_config, demo, dkim, top, trace, up, why};
+use crate::{check_config, demo, dkim, doctor, top, trace, up, why};
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ enum Command {
     /// Make DKIM keys, and compare DNS with them
     #[command(subcommand)]
     Dkim(dkim::Command),
+    /// Check what receivers look at before they take mail from a domain; exit status 1 if not all is well
+    Doctor(doctor::Args),
     /// Say why mail for a domain, of a batch, or one message does or does not move
     Why(why::Args),
     /// Watch destinations: what waits, what leaves, and what holds the rest
@@ -127,6 +129,7 @@ fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
         Command::Tracker(arguments) => up::tracker(&arguments, terminal),
         Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
         Command::Dkim(command) => dkim::run(command, terminal),
+        Command::Doctor(arguments) => doctor::run(&arguments, terminal),
         Command::Why(arguments) => why::run(&arguments, terminal),
         Command::Top(arguments) => top::run(&arguments, terminal),
         Command::Trace(arguments) => trace::run(&arguments, terminal),
@@ -139,9 +142,16 @@ fn report(failure: &Failure, to: &mut impl Write) {
         // Help goes to standard output, mistakes to standard error, in colours where there are any.
         Failure::Usage(stopped) => stopped.print().ok(),
         Failure::Configuration(mistakes) => writeln!(to, "{mistakes}").ok(),
+        // Whoever read has seen enough.
+        Failure::Run(error) if is_unread(error) => None,
         Failure::Run(error) => writeln!(to, "hikyaku: {error:#}").ok(),
         Failure::No => None,
     };
+}
+
+fn is_unread(error: &anyhow::Error) -> bool {
+    let io = error.root_cause().downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod client;
 mod demo;
 mod dkim;
+mod doctor;
 mod reach;
 mod show;
 mod top;

@@ -66,7 +66,14 @@ async fn listen(
     // What holds it now, since nothing is said while it waits.
     let standing = match arguments.json {
         true => None,
-        false => Some(standing(client, &arguments.subject).await?),
+        false => {
+            let (line, is_over) = standing(client, &arguments.subject).await?;
+            if is_over {
+                writeln!(out, "{line}\nNothing more is said about it.")?;
+                return Ok(());
+            }
+            Some(line)
+        }
     };
     let refused = client
         .follow(path, |bytes| {
@@ -98,8 +105,8 @@ async fn listen(
     }
 }
 
-/// One line on what holds the subject.
-async fn standing(client: &Client, subject: &str) -> Result<String> {
+/// One line on what holds the subject, and whether it has its final status.
+async fn standing(client: &Client, subject: &str) -> Result<(String, bool)> {
     let answer = client
         .get(&format!("/v1/why?{}", why::query(subject)))
         .await?;
@@ -112,7 +119,8 @@ async fn standing(client: &Client, subject: &str) -> Result<String> {
         }
         None => String::new(),
     };
-    Ok(cut(&format!("{subject} is {state}{held}"), WIDTH))
+    let line = cut(&format!("{subject} is {state}{held}"), WIDTH);
+    Ok((line, state == "finished"))
 }
 
 /// Puts pieces of an answer together to lines.

@@ -32,12 +32,18 @@ const BEAT: Duration = Duration::from_secs(10);
 /// Connections of which the beginning is kept until they carry the message, and lines of each.
 const BEGINNINGS: (usize, usize) = (256, 40);
 
+/// Lines after the message's own that are told too when nobody knows whose they are: replies on a
+/// connection that was joined in the middle.
+const FOLLOWING: usize = 8;
+
 /// What of it all a listener wants.
 struct Wanted {
     destination: Destination,
     message: Option<MessageId>,
     /// How connections began, for a message that they may carry later.
     beginnings: HashMap<u64, VecDeque<Arc<Line>>>,
+    /// The connection that carries it, and how many lines of nobody's may follow.
+    carrier: Option<(u64, usize)>,
 }
 
 struct Following {
@@ -166,6 +172,7 @@ impl Wanted {
             destination,
             message,
             beginnings: HashMap::new(),
+            carrier: None,
         }
     }
 
@@ -178,10 +185,17 @@ impl Wanted {
             return vec![line];
         };
         if line.message == Some(message) {
+            self.carrier = Some((line.connection, FOLLOWING));
             let before = self.beginnings.remove(&line.connection);
             return before.into_iter().flatten().chain([line]).collect();
         }
         if line.message.is_none() {
+            if let Some((connection, left @ 1..)) = self.carrier
+                && connection == line.connection
+            {
+                self.carrier = Some((connection, left - 1));
+                return vec![line];
+            }
             self.keep(line);
         }
         Vec::new()

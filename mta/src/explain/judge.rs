@@ -248,8 +248,8 @@ fn message_end(facts: &MessageFacts) -> Option<Constraint> {
         Status::Delivered => (
             Kind::Delivered,
             match facts.delivered_at {
-                Some(at) => format!("delivered at {at}, with attempt {attempts}"),
-                None => "delivered".to_owned(),
+                Some(at) => format!("at {at}, with attempt {attempts}"),
+                None => "the receiver took it".to_owned(),
             },
         ),
         Status::Bounce => (
@@ -423,7 +423,7 @@ fn content(view: Option<ContentView>) -> Option<Constraint> {
 
 fn window() -> Constraint {
     let detail = "as many as may be in doubt after a crash are sent; their outcomes are on the way to the store".to_owned();
-    Constraint::new(Kind::Window, End::Sometime, Some(Source::Service), detail)
+    Constraint::new(Kind::Window, End::Flowing, Some(Source::Service), detail)
 }
 
 fn lease() -> Constraint {
@@ -683,8 +683,7 @@ pub(crate) fn group(destination: &DestinationFacts, stock: &Stock, node: &NodeFa
     }
     chain.sort_by(Constraint::binding_first);
     let state = match recipients.all() {
-        0 if chain.is_empty() => State::Idle,
-        0 if chain.iter().all(|held| held.end == End::Flowing) => State::Idle,
+        0 => State::Idle,
         _ => state_of(&chain, destination),
     };
     let work = (present > 0).then_some(present);

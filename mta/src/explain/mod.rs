@@ -202,8 +202,6 @@ pub(crate) enum Kind {
     LeasedElsewhere,
     /// The content of the batch cannot be composed yet.
     Content,
-    /// Outcomes before it are on their way to the store.
-    Window,
     /// Its lease ends; it is handed back and leased again.
     Lease,
     /// Where the domain's mail goes is being looked up.
@@ -218,6 +216,8 @@ pub(crate) enum Kind {
     Connections,
     /// Others of the same destination go before it.
     Turn,
+    /// Outcomes before it are on their way to the store.
+    Window,
     /// It is on the wire.
     InFlight,
 }

@@ -275,7 +275,7 @@ fn where_a_message_is_says_what_holds_it() {
         ),
         (
             waits(3, Some(Block::Window)),
-            with(|_, _| ()),
+            with(|of, _| of.limits[0].rate = limit(f64::INFINITY)),
             State::Moving,
             Some(Kind::Window),
             None,

@@ -70,6 +70,8 @@ pub struct Tap {
     message: Option<MessageId>,
     /// Of the commands without a reply, oldest first.
     open: std::collections::VecDeque<Option<MessageId>>,
+    /// It is known which reply is whose.
+    is_aligned: bool,
     last_code: u16,
     content_bytes: u64,
     header_lines: usize,
@@ -137,6 +139,7 @@ impl Tap {
             theirs: Partial::default(),
             message: None,
             open: std::collections::VecDeque::new(),
+            is_aligned: true,
             last_code: 0,
             content_bytes: 0,
             header_lines: 0,
@@ -189,7 +192,7 @@ impl Tap {
         if !heard {
             self.lose();
         } else if !self.follows {
-            (self.follows, self.place) = (true, Place::Lost);
+            (self.follows, self.place, self.is_aligned) = (true, Place::Lost, false);
             self.note("joined in the middle; what is said comes after the end of this message");
         }
         heard
@@ -233,8 +236,15 @@ impl Tap {
         let line = self.ours.take();
         match self.place {
             Place::Lost if line == "." => {
+                // Everything before the content was answered, so its reply is the next.
                 self.begin(Place::Commands);
+                self.is_aligned = true;
                 self.opened(None);
+            }
+            // With CHUNKING no dot ends a content; no content has such a line.
+            Place::Lost if line.starts_with("MAIL ") && message_of(&line).is_some() => {
+                self.begin(Place::Commands);
+                self.command(&line);
             }
             Place::Lost | Place::AfterData | Place::Chunk { .. } => {}
             Place::Commands => self.command(&line),
@@ -377,7 +387,7 @@ impl Tap {
             .unwrap_or(0);
         let is_last = line.as_bytes().get(3) != Some(&b'-');
         let is_greeting = self.open.is_empty();
-        let message = if is_greeting {
+        let message = if is_greeting || !self.is_aligned {
             None
         } else if is_last {
             self.open.pop_front().flatten()
@@ -547,6 +557,28 @@ mod tests {
         let heard = ear.heard();
         assert!(heard[0].starts_with("* joined"), "{heard:?}");
         assert_eq!(heard[1..], ["> MAIL FROM:<>", "< 250 queued", "< 250 ok"]);
+    }
+
+    #[test]
+    fn who_comes_late_to_chunks_hears_the_next_message() {
+        let mut ear = Ear::new();
+        ear.listener = None;
+        ear.us("BDAT 100 LAST\r\nsecret");
+        ear.listener = ear.traces.listen();
+        ear.us(&format!(
+            "secret\r\nRSET\r\nMAIL FROM:<bounce+{ID}@b.example>\r\nRCPT TO:<a@x>\r\n"
+        ));
+        ear.peer("250 accepted\r\n250 reset\r\n250 ok\r\n");
+        let heard = ear.heard();
+        let expected = [
+            &format!("> MAIL FROM:<bounce+{ID}@b.example> #"),
+            "> RCPT TO:<***@x> #",
+            // Nobody knows how many replies were to come: they are nobody's.
+            "< 250 accepted",
+            "< 250 reset",
+            "< 250 ok",
+        ];
+        assert_eq!(heard[1..], expected);
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub(super) fn write(file: &Path, pem: &str) -> Result<()> {
 ///
 /// # Errors
 /// When a file cannot be read or is not a key, naming it.
-pub(super) fn keys_of(directory: &Path, domain: &Domain) -> Result<Vec<Key>> {
+pub(crate) fn keys_of(directory: &Path, domain: &Domain) -> Result<Vec<Key>> {
     let place = directory.join(domain.as_str());
     let entries = match fs::read_dir(&place) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -27,24 +27,37 @@ pub(super) fn texts(dns: &Dns, names: &[String]) -> Result<Vec<Result<Vec<String
     })
 }
 
-fn resolver(dns: &Dns) -> Result<TokioResolver> {
+/// Asks the configured name servers, or the system's.
+///
+/// # Errors
+/// When those cannot be read.
+pub(crate) fn resolver(dns: &Dns) -> Result<TokioResolver> {
     let builder = if dns.nameservers.is_empty() {
         TokioResolver::builder_tokio().context("cannot read the system's name servers")?
     } else {
-        let servers = dns.nameservers.iter().map(|at| {
-            let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];
-            for connection in &mut connections {
-                connection.port = at.port();
-            }
-            NameServerConfig::new(at.ip(), true, connections)
-        });
-        let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
+        let config = configured(dns);
         TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
     };
     builder.build().context("cannot make a resolver")
 }
 
-async fn txt(resolver: &TokioResolver, name: &str) -> Result<Vec<String>> {
+/// The configured name servers.
+pub(crate) fn configured(dns: &Dns) -> ResolverConfig {
+    let servers = dns.nameservers.iter().map(|at| {
+        let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];
+        for connection in &mut connections {
+            connection.port = at.port();
+        }
+        NameServerConfig::new(at.ip(), true, connections)
+    });
+    ResolverConfig::from_parts(None, Vec::new(), servers.collect())
+}
+
+/// The TXT records of a name, each with its strings joined; an empty list where there are none.
+///
+/// # Errors
+/// When the name servers did not answer, or said that they cannot tell.
+pub(crate) async fn txt(resolver: &TokioResolver, name: &str) -> Result<Vec<String>> {
     // The final dot keeps search lists out.
     let name = Name::from_ascii(format!("{name}.")).context("not a DNS name")?;
     let answer = match resolver.txt_lookup(name).await {

@@ -1,8 +1,8 @@
 //! `hikyaku dkim`: keys for a domain, and whether DNS knows them.
 
-mod files;
-mod lookup;
-mod record;
+pub(crate) mod files;
+pub(crate) mod lookup;
+pub(crate) mod record;
 
 use std::path::PathBuf;
 

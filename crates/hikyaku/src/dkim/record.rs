@@ -7,7 +7,7 @@ use service::logging::log_safe;
 const STRING: usize = 255;
 
 /// The name of a key's record, without a final dot.
-pub(super) fn name(selector: &str, domain: &Domain) -> String {
+pub(crate) fn name(selector: &str, domain: &Domain) -> String {
     format!("{selector}._domainkey.{domain}")
 }
 
@@ -23,7 +23,7 @@ pub(super) fn zone_line(name: &str, value: &str) -> String {
 
 /// What DNS says of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// The very key.
     Same,
     /// The very key, but receivers are told that this is a test (`t=y`).
@@ -43,12 +43,12 @@ pub(super) enum Verdict {
 }
 
 impl Verdict {
-    pub(super) fn is_well(&self) -> bool {
+    pub(crate) fn is_well(&self) -> bool {
         matches!(self, Self::Same | Self::Testing)
     }
 
     /// For the table.
-    pub(super) fn word(&self) -> &'static str {
+    pub(crate) fn word(&self) -> &'static str {
         match self {
             Self::Same | Self::Testing => "ok",
             Self::Missing => "missing",
@@ -61,7 +61,7 @@ impl Verdict {
     }
 
     /// For the person who has to mend it.
-    pub(super) fn note(&self) -> String {
+    pub(crate) fn note(&self) -> String {
         match self {
             Self::Same => "the published key is the one in the file".to_owned(),
             Self::Testing => "t=y tells receivers to ignore failures: remove it".to_owned(),
@@ -76,7 +76,7 @@ impl Verdict {
 }
 
 /// Compares `expected`, our own record, with what is published.
-pub(super) fn judge(expected: &str, published: &[String]) -> Verdict {
+pub(crate) fn judge(expected: &str, published: &[String]) -> Verdict {
     // Other texts may stand at the name; only what says p= takes part.
     let keys: Vec<&String> = published
         .iter()

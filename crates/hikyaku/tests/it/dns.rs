@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-struct Knot {
+pub(crate) struct Knot {
     child: Child,
     dir: tempfile::TempDir,
     port: u16,
@@ -18,8 +18,12 @@ struct Knot {
 impl Knot {
     /// Serves `example.` from these records.
     async fn start(zone: &str) -> Result<Self> {
+        Self::at(free_port(), zone).await
+    }
+
+    /// The same on this port.
+    pub(crate) async fn at(port: u16, zone: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("hikyaku-knot-").tempdir()?;
-        let port = free_port();
         let root = dir.path().display();
         let config = dir.path().join("knot.conf");
         std::fs::write(
@@ -67,7 +71,7 @@ impl Drop for Knot {
 }
 
 /// A TXT record in presentation format, in strings of at most 255 octets.
-fn txt(name: &str, value: &str) -> String {
+pub(crate) fn txt(name: &str, value: &str) -> String {
     let strings: Vec<String> = value
         .as_bytes()
         .chunks(200)

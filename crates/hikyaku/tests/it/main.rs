@@ -13,6 +13,7 @@ mod crash;
 mod demo;
 mod dns;
 mod durable;
+mod explain;
 mod full_disk;
 mod harness;
 mod limits;
