@@ -79,8 +79,9 @@ struct LimitView<T> {
     in_force: T,
     base: T,
     reason: Option<String>,
-    since: Option<Timestamp>,
     until: Option<Timestamp>,
+    /// In the file that `limits_from` names.
+    line: Option<u32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -161,8 +162,8 @@ fn limit<T, U>(limit: &Limit<T>, shown: impl Fn(&T) -> U) -> LimitView<U> {
         in_force: shown(&limit.in_force),
         base: shown(&limit.base),
         reason: limit.reason.clone(),
-        since: limit.since,
         until: limit.until,
+        line: limit.line,
     }
 }
 

@@ -14,6 +14,7 @@ use journal::Journal;
 use model::{AttemptResult, BatchState, Domain, Timestamp};
 use service::clock::SharedClock;
 use service::config::shaping::{Limits, ShapingFile};
+use service::metrics::LimitKind;
 use store::{Backlog, Batch, MIXED, MessageStory, Store, StoreError, Suspension, Work, WorkScope};
 
 use super::facts::{
@@ -21,7 +22,7 @@ use super::facts::{
     Suspended,
 };
 use super::{Explanation, Source, judge};
-use crate::queue::snapshot::{DestinationView, Scope, Snapshot};
+use crate::queue::snapshot::{DestinationView, LimitSight, Scope, Snapshot};
 use crate::resolve::Route;
 use crate::sending::SendingHandle;
 use crate::shaping::{Destination, destination_of};
@@ -676,12 +677,23 @@ impl Explainer {
             None => self.sending.pool(),
         };
         let name = |at: usize| self.sources.get(at).cloned().unwrap_or_default();
-        let of_source = |at: usize| SourceLimits {
-            source: name(at),
-            rate: configured(limits.rate.per_second()),
-            connections: configured(limits.connections),
-            messages_per_connection: configured(limits.messages_per_connection),
-            blocked_until: None,
+        let of_source = |at: usize| {
+            let lines = &limits.lines;
+            let mut of = SourceLimits {
+                source: name(at),
+                rate: configured(limits.rate.per_second(), lines.rate),
+                connections: configured(limits.connections, lines.connections),
+                messages_per_connection: configured(
+                    limits.messages_per_connection,
+                    lines.messages_per_connection,
+                ),
+                blocked_until: None,
+            };
+            let sights = view.iter().flat_map(|view| &view.limits);
+            for sight in sights.filter(|sight| sight.source == at) {
+                take(&mut of, sight);
+            }
+            of
         };
         used.into_iter().map(of_source).collect()
     }
@@ -761,13 +773,48 @@ fn section_of(provider: &str) -> String {
     format!("[[provider]] {provider}")
 }
 
-fn configured<T: Copy>(value: T) -> Limit<T> {
+/// A limit as it stands, in place of the one that is configured.
+fn take(of: &mut SourceLimits, sight: &LimitSight) {
+    let reason = || {
+        let rule = sight.rule.as_deref().map(|rule| format!(", rule {rule}"));
+        sight
+            .reason
+            .map(|word| format!("{word}{}", rule.unwrap_or_default()))
+    };
+    match sight.kind {
+        // A rate of nothing is a pause, and says until when.
+        LimitKind::Rate if sight.in_force <= 0.0 => {
+            (of.rate.in_force, of.rate.reason) = (0.0, reason());
+            of.blocked_until = sight.until;
+        }
+        LimitKind::Rate => {
+            (of.rate.in_force, of.rate.reason, of.rate.until) =
+                (sight.in_force, reason(), sight.until);
+        }
+        LimitKind::Connections => adapt(&mut of.connections, sight, reason()),
+        LimitKind::MessagesPerConnection => {
+            adapt(&mut of.messages_per_connection, sight, reason());
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a small count, kept as a number that adapts"
+)]
+fn adapt(limit: &mut Limit<u32>, sight: &LimitSight, reason: Option<String>) {
+    limit.in_force = sight.in_force.max(0.0).min(f64::from(u32::MAX)) as u32;
+    (limit.reason, limit.until) = (reason, sight.until);
+}
+
+fn configured<T: Copy>(value: T, line: Option<u32>) -> Limit<T> {
     Limit {
         in_force: value,
         base: value,
         reason: None,
-        since: None,
         until: None,
+        line,
     }
 }
 

@@ -26,8 +26,10 @@ pub(crate) struct Limit<T> {
     pub(crate) base: T,
     /// Why it is not what was configured.
     pub(crate) reason: Option<String>,
-    pub(crate) since: Option<Timestamp>,
+    /// When it moves next by itself.
     pub(crate) until: Option<Timestamp>,
+    /// Where it is configured, in the file of the destination's limits.
+    pub(crate) line: Option<u32>,
 }
 
 /// What one egress source may do at a destination.

@@ -571,16 +571,21 @@ fn flow(destination: &DestinationFacts, now: Timestamp) -> Option<Constraint> {
                 detail,
             ));
         }
+        if view.blocked.by_content >= view.waiting {
+            return content(Some(ContentView::Loading));
+        }
         let opening: usize = view.sources.iter().map(|source| source.opening).sum();
-        let detail = "a connection is being opened".to_owned();
-        return (opening > 0).then(|| {
-            Constraint::new(
-                Kind::Connections,
-                End::Flowing,
-                Some(Source::Service),
-                detail,
-            )
-        });
+        let detail = match opening {
+            0 => "a connection is about to be opened".to_owned(),
+            _ => "a connection is being opened".to_owned(),
+        };
+        let service = Some(Source::Service);
+        return Some(Constraint::new(
+            Kind::Connections,
+            End::Flowing,
+            service,
+            detail,
+        ));
     }
     let full: usize = view.sources.iter().map(|source| source.full).sum();
     if full >= ready && full > 0 && at_most_connections(destination, view) {
@@ -618,8 +623,18 @@ fn rate(destination: &DestinationFacts, end: End) -> Constraint {
         .iter()
         .any(|limits| limits.rate.reason.is_some());
     let source = if adapted { said(destination) } else { None };
-    let source = source.or_else(|| Some(destination.configured.clone()));
+    let line = destination.limits.first().and_then(|of| of.rate.line);
+    let source = source.or_else(|| Some(at_line(&destination.configured, line)));
     Constraint::new(Kind::Rate, end, source, detail)
+}
+
+/// The place of one limit in the file of all.
+fn at_line(configured: &Source, of: Option<u32>) -> Source {
+    let mut source = configured.clone();
+    if let Source::File { line, .. } = &mut source {
+        *line = of.or(*line);
+    }
+    source
 }
 
 fn told(limits: &SourceLimits) -> String {
@@ -636,7 +651,11 @@ fn connections(destination: &DestinationFacts, open: usize) -> Constraint {
         "all {open} connections that {} gets are busy",
         destination.name
     );
-    let source = Some(destination.configured.clone());
+    let line = destination
+        .limits
+        .first()
+        .and_then(|of| of.connections.line);
+    let source = Some(at_line(&destination.configured, line));
     Constraint::new(Kind::Connections, End::Flowing, source, detail)
 }
 
@@ -644,6 +663,9 @@ fn connections(destination: &DestinationFacts, open: usize) -> Constraint {
 pub(crate) fn rate_text(per_second: f64) -> String {
     if per_second.is_infinite() {
         return "unlimited".to_owned();
+    }
+    if per_second <= 0.0 {
+        return "nothing".to_owned();
     }
     let units = [(1.0, "s"), (60.0, "m"), (3_600.0, "h")];
     let fit = units

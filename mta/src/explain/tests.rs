@@ -36,8 +36,8 @@ fn limit<T: Copy>(value: T) -> Limit<T> {
         in_force: value,
         base: value,
         reason: None,
-        since: None,
         until: None,
+        line: None,
     }
 }
 
@@ -77,6 +77,7 @@ fn busy() -> DestinationView {
         starved: false,
         pace: 4.9,
         sources: vec![source()],
+        limits: Vec::new(),
     }
 }
 

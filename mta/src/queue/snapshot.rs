@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use model::{BatchId, MessageId, Timestamp};
+use service::metrics::LimitKind;
 
 use super::job::Policy;
 use crate::shaping::Destination;
@@ -90,6 +91,29 @@ pub struct DestinationView {
     pub pace: f64,
     /// As each egress source sees it.
     pub sources: Vec<SourceView>,
+    /// Its limits, of each source.
+    pub limits: Vec<LimitSight>,
+}
+
+/// A limit as it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LimitSight {
+    /// Index of the source.
+    pub source: usize,
+    /// Which limit.
+    pub kind: LimitKind,
+    /// Messages in a second, or a count; a rate of 0 is a pause.
+    pub in_force: f64,
+    /// As configured.
+    pub base: f64,
+    /// Why it differs, in a word.
+    pub reason: Option<&'static str>,
+    /// The rule that read the reply which moved it.
+    pub rule: Option<Arc<str>>,
+    /// When it moves next by itself.
+    pub until: Option<Timestamp>,
+    /// The line of the shaping file.
+    pub line: Option<u32>,
 }
 
 /// Why leased messages may not start.

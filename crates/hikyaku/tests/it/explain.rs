@@ -50,7 +50,7 @@ async fn an_operator_sees_why_mail_waits_and_hears_it_being_sent() -> Result<()>
     let id = service.submit(&newsletter(400, 1)).await?;
     let why = until("a pace", async || {
         let why = told(&site, &["why", "d0.example"])?;
-        Ok(why.contains("moving").then_some(why))
+        Ok(why.contains("rate: ").then_some(why))
     })
     .await?;
     assert!(why.starts_with("domain d0.example to 127.0.0.1:"), "{why}");

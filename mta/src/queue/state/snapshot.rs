@@ -3,8 +3,8 @@
 use super::*;
 use crate::queue::job::Item;
 use crate::queue::snapshot::{
-    BatchView, Block, Blocked, ContentView, DOMAINS_MAX, DestinationView, ProcessView, Scope,
-    Snapshot, SourceView, Whereabouts,
+    BatchView, Block, Blocked, ContentView, DOMAINS_MAX, DestinationView, LimitSight, ProcessView,
+    Scope, Snapshot, SourceView, Whereabouts,
 };
 use crate::queue::target::Target;
 
@@ -126,7 +126,22 @@ impl QueueState {
             starved: self.starved.contains(key),
             pace: dest.pace.per_second(now.instant),
             sources,
+            limits: self.limit_sights(key, now),
         }
+    }
+
+    fn limit_sights(&self, key: &Destination, now: Now) -> Vec<LimitSight> {
+        let sight = |of: LimitView| LimitSight {
+            source: of.source,
+            kind: of.kind,
+            in_force: of.in_force,
+            base: of.base,
+            reason: of.because.reason.map(|reason| reason.as_str()),
+            rule: of.because.rule,
+            until: of.until.map(|until| wall(now, until)),
+            line: of.line,
+        };
+        self.limits(key).into_iter().map(sight).collect()
     }
 
     fn source_view(&self, target: &Target, now: Now) -> SourceView {
