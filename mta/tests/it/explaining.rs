@@ -289,8 +289,10 @@ async fn a_transcript_ends_when_it_should_and_needs_the_right_key() {
         .get("/v1/trace?domain=d0.example&for=100ms")
         .await;
     assert_eq!(heard.status, 200);
-    assert!(heard.bytes.iter().all(|byte| *byte == b'
-'), "nothing was said");
+    assert!(
+        heard.bytes.iter().all(|byte| *byte == b'\n'),
+        "nothing was said"
+    );
     assert_eq!(heard.headers["content-type"], "application/x-ndjson");
     let reader = service.api.with_key("hk_read");
     assert_eq!(
