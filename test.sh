@@ -62,7 +62,7 @@ install_missing() {
 }
 
 command -v cargo >/dev/null || { echo "missing: cargo, the Rust toolchain (rust-version in Cargo.toml)" >&2; exit 1; }
-[ "$check_only" = 1 ] || install_missing
+[ "$check_only" = 1 ] || { install_missing; crates/hikyaku/tests/unpack-peers.sh; }
 
 step "format"
 cargo fmt --all --check

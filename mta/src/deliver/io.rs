@@ -114,10 +114,7 @@ impl Wire {
         if self.gone {
             return;
         }
-        let parted = match &mut self.stream {
-            Stream::Plain(stream) => timeout(FAREWELL, part(stream, &mut self.buffer)).await,
-            Stream::Tls(stream) => timeout(FAREWELL, part(&mut **stream, &mut self.buffer)).await,
-        };
+        let parted = timeout(FAREWELL, part(&mut self.stream, &mut self.buffer)).await;
         if !matches!(parted, Ok(Ok(()))) {
             tracing::trace!(?parted, "a connection ended without the peer's farewell");
         }
@@ -182,11 +179,20 @@ impl Wire {
 }
 
 /// Closes our side, then reads what is left until the peer has closed its own.
-async fn part(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    buffer: &mut [u8],
-) -> io::Result<()> {
-    stream.shutdown().await?;
-    while stream.read(buffer).await? > 0 {}
+///
+/// After TLS the rest is read beside it: a peer may go on in plaintext (Exim does after 421), and
+/// nobody wants to know what it says.
+async fn part(stream: &mut Stream, buffer: &mut [u8]) -> io::Result<()> {
+    let socket = match stream {
+        Stream::Plain(stream) => {
+            stream.shutdown().await?;
+            stream
+        }
+        Stream::Tls(stream) => {
+            stream.shutdown().await?;
+            stream.get_mut().0
+        }
+    };
+    while socket.read(buffer).await? > 0 {}
     Ok(())
 }

@@ -17,6 +17,7 @@ mod explain;
 mod full_disk;
 mod harness;
 mod limits;
+mod peers;
 mod postfix;
 mod prometheus;
 mod redis;

@@ -8,18 +8,25 @@ use std::process::{Command, Stdio};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// A Postfix of our own: its queue, configuration and mailbox in one folder, no system service.
-struct Postfix {
+pub(crate) struct Postfix {
     dir: tempfile::TempDir,
     port: u16,
+    /// What its further configuration names.
+    _files: Option<tempfile::TempDir>,
 }
 
 impl Postfix {
     async fn start() -> Result<Self> {
-        Self::with("").await
+        Self::with("", None).await
     }
 
-    /// With these lines in `main.cf`.
-    async fn with(more: &str) -> Result<Self> {
+    /// Where it listens.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// With further lines of `main.cf`, which override the earlier, and the folder that they name.
+    pub(crate) async fn with(more: &str, files: Option<tempfile::TempDir>) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-postfix-")
             .tempdir()?;
@@ -36,13 +43,20 @@ impl Postfix {
         run(Command::new("chown")
             .args(["nobody:nogroup"])
             .arg(root.join("mail")))?;
-        std::fs::write(root.join("etc/main.cf"), main_cf(root) + more)?;
+        std::fs::write(
+            root.join("etc/main.cf"),
+            last_of_each(&(main_cf(root) + more)),
+        )?;
         std::fs::write(root.join("etc/master.cf"), master_cf(port))?;
         run(Command::new("/usr/sbin/postfix")
             .arg("-c")
             .arg(root.join("etc"))
             .arg("start"))?;
-        let postfix = Self { dir, port };
+        let postfix = Self {
+            dir,
+            port,
+            _files: files,
+        };
         until("Postfix listening", async || {
             Ok(tokio::net::TcpStream::connect(("127.0.0.1", port))
                 .await
@@ -75,6 +89,16 @@ impl Drop for Postfix {
     }
 }
 
+/// Postfix takes the last line of each parameter too, but complains of the others so often that its
+/// own log blocks.
+fn last_of_each(lines: &str) -> String {
+    let entries = lines.lines().filter_map(|line| line.split_once(" ="));
+    let last: std::collections::BTreeMap<_, _> = entries.collect();
+    last.iter()
+        .map(|(name, value)| format!("{name} ={value}\n"))
+        .collect()
+}
+
 fn main_cf(root: &Path) -> String {
     let root = root.display();
     format!(
@@ -95,7 +119,7 @@ fn master_cf(port: u16) -> String {
          qmgr unix n - n 300 1 qmgr\nrewrite unix - - n - - trivial-rewrite\nbounce unix - - n - 0 bounce\n\
          defer unix - - n - 0 bounce\ntrace unix - - n - 0 bounce\nverify unix - - n - 1 verify\nflush unix n - n 1000? 0 flush\n\
          proxymap unix - - n - - proxymap\nproxywrite unix - - n - 1 proxymap\nsmtp unix - - n - - smtp\nerror unix - - n - - error\n\
-         retry unix - - n - - error\nvirtual unix - n n - - virtual\nanvil unix - - n - 1 anvil\nscache unix - - n - 1 scache\npostlog unix-dgram n - n - 1 postlogd\n"
+         retry unix - - n - - error\nvirtual unix - n n - - virtual\nanvil unix - - n - 1 anvil\nscache unix - - n - 1 scache\ntlsmgr unix - - n 1000? 1 tlsmgr\npostlog unix-dgram n - n - 1 postlogd\n"
     )
 }
 
@@ -176,9 +200,11 @@ const SMUGGLED: &str = "MAIL FROM:<evil@brand.example>{end}RCPT TO:<victim@d0.ex
 #[tokio::test]
 async fn a_postfix_that_takes_a_bare_newline_sees_one_message_where_we_sent_one() -> Result<()> {
     // As it was before the world knew of SMTP smuggling (CVE-2023-51764).
-    let postfix =
-        Postfix::with("smtpd_forbid_bare_newline = no\nsmtpd_forbid_unauth_pipelining = no\n")
-            .await?;
+    let postfix = Postfix::with(
+        "smtpd_forbid_bare_newline = no\nsmtpd_forbid_unauth_pipelining = no\n",
+        None,
+    )
+    .await?;
     // It does fall for it: one message is sent, two arrive.
     let forged = format!(
         "EHLO x\r\nMAIL FROM:<a@brand.example>\r\nRCPT TO:<control@d0.example>\r\nDATA\r\n\
