@@ -2,8 +2,11 @@
 
 use anyhow::{Result, ensure};
 use bytes::Bytes;
+use content::{ContentSpec, Mailbox, TrackingSpec};
 use hyper::body::{Body, Frame};
+use model::Row;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::pin::Pin;
@@ -12,6 +15,8 @@ use std::task::{Context, Poll};
 /// Bytes handed over at a time.
 const CHUNK: usize = 64 * 1024;
 
+const FROM_NAME: &str = "Load Test";
+const SUBJECT: &str = "Hello {{ name }}, news of today";
 const FILLER: &str = "The courier runs by day and by night, over the pass and along the shore, \
     and every letter that was given into his hand comes to the door that is written on it.\n";
 
@@ -53,8 +58,8 @@ impl Shape {
     pub fn body(&self, first: u64, end: u64) -> Result<Generated> {
         let mut head = json!({
             "campaign": "loadtest",
-            "from": {"email": self.from, "name": "Load Test"},
-            "subject": "Hello {{ name }}, news of today",
+            "from": {"email": self.from, "name": FROM_NAME},
+            "subject": SUBJECT,
             "html": self.html()?,
             "text": self.text(),
         })
@@ -70,6 +75,44 @@ impl Shape {
             vars: self.vars,
             pending: head,
             closed: false,
+        })
+    }
+
+    /// The content as the service compiles it, for whoever makes the messages without it.
+    ///
+    /// # Errors
+    /// As [`Self::body`].
+    pub fn spec(&self) -> Result<ContentSpec> {
+        Ok(ContentSpec {
+            from: Mailbox {
+                email: self.from.parse()?,
+                name: Some(FROM_NAME.to_owned()),
+            },
+            reply_to: None,
+            subject: SUBJECT.to_owned(),
+            html: Some(self.html()?),
+            text: Some(self.text()),
+            headers: BTreeMap::new(),
+            vars: serde_json::Map::new(),
+            tracking: TrackingSpec::default(),
+            list_unsubscribe: true,
+            feedback_id: None,
+        })
+    }
+
+    /// Recipient `n`, as in [`Self::body`].
+    ///
+    /// # Errors
+    /// When there are more than a batch can have.
+    pub fn row(&self, n: u64) -> Result<Row> {
+        Ok(Row {
+            index: u32::try_from(n)?,
+            email: email(n, self.domains).parse()?,
+            name: Some(name(n).into()),
+            prospect_id: Some(prospect(n).into()),
+            vars: Some(vars(n, self.vars).into()),
+            metadata: None,
+            tracking: None,
         })
     }
 
@@ -140,20 +183,40 @@ impl Generated {
     fn recipient(&mut self) {
         let n = self.next;
         let comma = if n == self.first { "" } else { "," };
-        let domain = n % self.domains;
+        let (email, name, prospect) = (email(n, self.domains), name(n), prospect(n));
+        let vars = vars(n, self.vars);
         // Writing to a string cannot fail.
-        write!(
+        writeln!(
             self.pending,
-            "{comma}{{\"email\":\"person{n}@d{domain}.example\",\"name\":\"Person {n}\",\"prospect_id\":\"p-{n}\",\"vars\":{{"
+            "{comma}{{\"email\":\"{email}\",\"name\":\"{name}\",\"prospect_id\":\"{prospect}\",\"vars\":{vars}}}"
         )
         .ok();
-        for var in 0..self.vars {
-            let comma = if var == 0 { "" } else { "," };
-            write!(self.pending, "{comma}\"v{var}\":\"{n} of {var}\"").ok();
-        }
-        self.pending.push_str("}}\n");
         self.next += 1;
     }
+}
+
+fn email(n: u64, domains: u64) -> String {
+    format!("person{n}@d{}.example", n % domains)
+}
+
+fn name(n: u64) -> String {
+    format!("Person {n}")
+}
+
+fn prospect(n: u64) -> String {
+    format!("p-{n}")
+}
+
+/// A JSON object.
+fn vars(n: u64, vars: u64) -> String {
+    let mut json = String::from("{");
+    for var in 0..vars {
+        let comma = if var == 0 { "" } else { "," };
+        // Writing to a string cannot fail.
+        write!(json, "{comma}\"v{var}\":\"{n} of {var}\"").ok();
+    }
+    json.push('}');
+    json
 }
 
 impl Body for Generated {
@@ -217,6 +280,17 @@ mod tests {
         let recipients = batch["recipients"].as_array().expect("recipients");
         let emails: Vec<&Value> = recipients.iter().map(|one| &one["email"]).collect();
         assert_eq!(emails, ["person10@d3.example", "person11@d4.example"]);
+    }
+
+    #[test]
+    fn a_row_is_the_recipient_that_is_submitted() {
+        let batch = whole(shape().body(8, 9).expect("a body"));
+        let (row, given) = (shape().row(8).expect("a row"), &batch["recipients"][0]);
+        assert_eq!(row.email.as_str(), given["email"]);
+        assert_eq!(row.name.as_deref(), given["name"].as_str());
+        assert_eq!(row.prospect_id.as_deref(), given["prospect_id"].as_str());
+        let vars: Value = serde_json::from_str(row.vars.as_deref().expect("vars")).expect("JSON");
+        assert_eq!(vars, given["vars"]);
     }
 
     #[test]

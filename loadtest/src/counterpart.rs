@@ -39,6 +39,16 @@ impl Counterpart {
         Self::start_of(&std::env::current_exe()?, "sink", &manner.arguments()).await
     }
 
+    /// The same; it ends of itself after so many messages.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn sink_of(manner: &Manner, messages: u64) -> Result<Self> {
+        let mut arguments = manner.arguments();
+        arguments.extend(["--messages".to_owned(), messages.to_string()]);
+        Self::start_of(&std::env::current_exe()?, "sink", &arguments).await
+    }
+
     /// Starts `PROGRAM COMMAND MORE` on any port.
     ///
     /// # Errors
@@ -59,7 +69,8 @@ impl Counterpart {
             .with_context(|| format!("cannot start loadtest {command}"))?;
         let mut process = Guarded::new(command, child);
         let output = process.child().stdout.take().context("no pipe")?;
-        let (output, line) = next_line(BufReader::new(output)).await?;
+        let first = tokio::time::timeout(PATIENCE, next_line(BufReader::new(output)));
+        let (output, line) = first.await.context("a child says nothing")??;
         let Line::Listening(addresses) = line else {
             bail!("loadtest {command} began with {line:?}");
         };
@@ -87,6 +98,15 @@ impl Counterpart {
     /// When it does not end well.
     pub async fn stop(mut self) -> Result<Total> {
         drop(self.process.child().stdin.take());
+        let total = tokio::time::timeout(PATIENCE, self.total());
+        total.await.context("a child does not end")?
+    }
+
+    /// What it counted, once it has ended of itself: for one that was told how much is enough.
+    ///
+    /// # Errors
+    /// When it does not end well.
+    pub async fn total(mut self) -> Result<Total> {
         let (_, line) = next_line(self.output).await?;
         self.process.ended(PATIENCE).await?;
         match line {
@@ -102,10 +122,7 @@ async fn next_line(mut from: BufReader<ChildStdout>) -> Result<(BufReader<ChildS
         let mut text = String::new();
         from.read_line(&mut text).map(|_| (from, text))
     });
-    let (from, text) = tokio::time::timeout(PATIENCE, read)
-        .await
-        .context("a child says nothing")?
-        .context("the reader died")??;
+    let (from, text) = read.await.context("the reader died")??;
     let line = serde_json::from_str(&text).with_context(|| format!("a child said {text:?}"))?;
     Ok((from, line))
 }

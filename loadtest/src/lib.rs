@@ -14,12 +14,14 @@ pub mod format;
 pub mod load;
 pub mod local;
 pub mod mta;
+pub mod postfix;
 pub mod process;
 pub mod signatures;
 pub mod sink;
 pub mod site;
 pub mod source;
 pub mod strace;
+pub mod submission;
 pub mod tracker;
 
 pub use cli::main;

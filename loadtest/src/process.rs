@@ -41,6 +41,12 @@ impl Usage {
         self.user + self.system
     }
 
+    /// Adds the CPU time of another process.
+    pub fn add(&mut self, other: &Self) {
+        self.user += other.user;
+        self.system += other.system;
+    }
+
     /// What was used since `before`. Threads that ended in between count in the sum alone.
     #[must_use]
     pub fn since(&self, before: &Self) -> Self {
@@ -59,6 +65,42 @@ impl Usage {
             threads: threads.collect(),
         }
     }
+}
+
+/// CPU time that a process and all below it have used so far, those that have ended included: of
+/// these the kernel keeps the sum with whoever waited for them.
+///
+/// # Errors
+/// When the process is gone.
+pub fn family(pid: u32) -> Result<Usage> {
+    let mut parents = BTreeMap::<u32, Vec<u32>>::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(other) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        // It may end while we look.
+        let stat = fs::read_to_string(format!("/proc/{other}/stat")).unwrap_or_default();
+        if let Some(parent) = parse_parent(&stat) {
+            parents.entry(parent).or_default().push(other);
+        }
+    }
+    let ticks = ticks_per_second();
+    let mut usage = Usage::default();
+    let mut members = vec![pid];
+    while let Some(member) = members.pop() {
+        members.extend(parents.get(&member).into_iter().flatten());
+        match fs::read_to_string(format!("/proc/{member}/stat")) {
+            Ok(stat) => usage.add(&parse_family(&stat, ticks).context("cannot read /proc")?),
+            // Its time is its parent's now, which was read before: missed, a moment of one process.
+            Err(_) if member != pid => {}
+            Err(error) => return Err(error).with_context(|| gone(pid)),
+        }
+    }
+    Ok(usage)
 }
 
 /// What the process has used so far.
@@ -141,6 +183,22 @@ fn thread(task: &Path) -> Option<(String, Duration, u64)> {
 /// Fields 14 and 15 of `stat`. The second field is a name in parentheses that may contain
 /// anything, so fields are counted from its end.
 fn parse_stat(text: &str, ticks: u64) -> Option<(Duration, Duration)> {
+    let [user, system, ..] = parse_times(text, ticks)?;
+    Some((user, system))
+}
+
+/// Its own time and, in fields 16 and 17, that of its children that it has waited for.
+fn parse_family(text: &str, ticks: u64) -> Option<Usage> {
+    let [user, system, user_below, system_below] = parse_times(text, ticks)?;
+    Some(Usage {
+        user: user + user_below,
+        system: system + system_below,
+        ..Usage::default()
+    })
+}
+
+/// Fields 14 to 17.
+fn parse_times(text: &str, ticks: u64) -> Option<[Duration; 4]> {
     let (_, after) = text.rsplit_once(')')?;
     let mut fields = after.split_ascii_whitespace().skip(11);
     let mut time = || {
@@ -148,7 +206,13 @@ fn parse_stat(text: &str, ticks: u64) -> Option<(Duration, Duration)> {
         let nanos = u128::from(count) * 1_000_000_000 / u128::from(ticks.max(1));
         Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
     };
-    Some((time()?, time()?))
+    Some([time()?, time()?, time()?, time()?])
+}
+
+/// Field 4.
+fn parse_parent(text: &str) -> Option<u32> {
+    let (_, after) = text.rsplit_once(')')?;
+    after.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
 /// The first field: nanoseconds on a CPU.
@@ -276,6 +340,9 @@ mod tests {
     fn cpu_time_stands_after_a_name_that_may_be_anything() {
         let expected = (Duration::from_millis(2500), Duration::from_millis(1250));
         assert_eq!(parse_stat(STAT, 100), Some(expected));
+        assert_eq!(parse_parent(STAT), Some(1));
+        let family = parse_family(STAT, 100).expect("times").cpu();
+        assert_eq!(family, Duration::from_millis(3750));
         assert_eq!(parse_stat("1234 (x) S 1", 100), None);
         assert_eq!(parse_stat("", 100), None);
         let exact = parse_schedstat("66905 1 2\n");
@@ -322,6 +389,15 @@ mod tests {
     }
 
     #[test]
+    fn a_family_counts_those_who_have_ended() {
+        let spin = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
+        let before = family(std::process::id()).expect("our own").cpu();
+        let ended = std::process::Command::new("sh").args(["-c", spin]).status();
+        assert!(ended.expect("a shell").success());
+        assert!(family(std::process::id()).expect("our own").cpu() > before);
+    }
+
+    #[test]
     fn this_process_can_be_read() {
         let usage = usage(std::process::id()).expect("our own");
         assert!(
@@ -340,6 +416,7 @@ mod tests {
         #[test]
         fn any_text_is_read(text: String, bytes: Vec<u8>) {
             let _read = (parse_stat(&text, 100), parse_schedstat(&text), parse_auxv(&bytes));
+            let _family = (parse_family(&text, 100), parse_parent(&text));
             let _field = status_field(&text, "VmHWM");
         }
     }

@@ -4,7 +4,10 @@
 //! batch over HTTP, and readings of `/proc` between the phases. System calls are counted in runs of
 //! their own, since `strace` changes what it looks at.
 
+mod peer;
 mod report;
+
+pub use peer::Peer;
 
 use crate::batch::Shape;
 use crate::counterpart::Counterpart;
@@ -48,6 +51,10 @@ pub struct Args {
     #[command(flatten)]
     /// What the sink is like
     pub manner: Manner,
+    /// Send so many of the messages through a Postfix too, once for each way of signing [default:
+    /// none; takes the rights of root]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub postfix: Option<u64>,
     /// Count system calls in runs of their own, unsigned
     #[arg(long)]
     pub strace: bool,
@@ -149,6 +156,14 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     if !runs.is_empty() {
         writeln!(out, "\n{}", report::summary(&runs).render(args.markdown))?;
     }
+    if let Some(recipients) = args.postfix {
+        let peers = beside(args, recipients, out).await?;
+        writeln!(
+            out,
+            "\n{}",
+            peer::table(&runs, &peers).render(args.markdown)
+        )?;
+    }
     for run in &runs {
         writeln!(out, "CPU by thread during delivery, {}\n", run.dkim.name())?;
         writeln!(out, "{}", report::threads(run).render(args.markdown))?;
@@ -166,6 +181,25 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         writeln!(out, "{}", strace::table(&calls, 15).render(args.markdown))?;
     }
     Ok(())
+}
+
+/// Postfix, for each way of signing.
+async fn beside(args: &Args, recipients: u64, out: &mut (dyn Write + Send)) -> Result<Vec<Peer>> {
+    let mut peers = Vec::new();
+    for dkim in &args.dkim {
+        writeln!(
+            out,
+            "Postfix, {}: {} recipients",
+            dkim.name(),
+            count(recipients)
+        )?;
+        let measured = tokio::time::timeout(args.timeout, peer::measure(args, *dkim, recipients));
+        let peer = measured
+            .await
+            .with_context(|| format!("not done within {:?}", args.timeout))?;
+        peers.push(peer.with_context(|| format!("Postfix with {}", dkim.name()))?);
+    }
+    Ok(peers)
 }
 
 async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Result<Run> {

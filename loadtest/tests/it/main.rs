@@ -2,6 +2,7 @@
 //! service that says what the real one would.
 
 mod load;
+mod postfix;
 mod service;
 mod sink;
 mod source;
