@@ -29,6 +29,12 @@ pub struct Shape {
     /// Domains that they are at, in turn
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub domains: u64,
+    /// So many recipients of a domain follow each other
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub in_a_row: u64,
+    /// What the domains are below, as d0.example
+    #[arg(long, default_value = "example")]
+    pub below: String,
     /// Variables of each recipient, all used in the content
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=100))]
     pub vars: u64,
@@ -68,11 +74,10 @@ impl Shape {
         head.truncate(head.len().saturating_sub(1));
         head.push_str(",\"recipients\":[");
         Ok(Generated {
+            shape: self.clone(),
             first,
             next: first,
             end,
-            domains: self.domains,
-            vars: self.vars,
             pending: head,
             closed: false,
         })
@@ -107,13 +112,23 @@ impl Shape {
     pub fn row(&self, n: u64) -> Result<Row> {
         Ok(Row {
             index: u32::try_from(n)?,
-            email: email(n, self.domains).parse()?,
+            email: self.email(n).parse()?,
             name: Some(name(n).into()),
             prospect_id: Some(prospect(n).into()),
             vars: Some(vars(n, self.vars).into()),
             metadata: None,
             tracking: None,
         })
+    }
+
+    /// The domains of all recipients.
+    pub fn names(&self) -> impl Iterator<Item = String> + '_ {
+        (0..self.domains).map(|domain| format!("d{domain}.{}", self.below))
+    }
+
+    fn email(&self, n: u64) -> String {
+        let domain = n / self.in_a_row % self.domains;
+        format!("person{n}@d{domain}.{}", self.below)
     }
 
     fn text(&self) -> String {
@@ -157,11 +172,10 @@ impl Shape {
 /// A JSON document that is written as it is read.
 #[derive(Debug)]
 pub struct Generated {
+    shape: Shape,
     first: u64,
     next: u64,
     end: u64,
-    domains: u64,
-    vars: u64,
     pending: String,
     closed: bool,
 }
@@ -183,8 +197,8 @@ impl Generated {
     fn recipient(&mut self) {
         let n = self.next;
         let comma = if n == self.first { "" } else { "," };
-        let (email, name, prospect) = (email(n, self.domains), name(n), prospect(n));
-        let vars = vars(n, self.vars);
+        let (email, name, prospect) = (self.shape.email(n), name(n), prospect(n));
+        let vars = vars(n, self.shape.vars);
         // Writing to a string cannot fail.
         writeln!(
             self.pending,
@@ -193,10 +207,6 @@ impl Generated {
         .ok();
         self.next += 1;
     }
-}
-
-fn email(n: u64, domains: u64) -> String {
-    format!("person{n}@d{}.example", n % domains)
 }
 
 fn name(n: u64) -> String {
@@ -240,6 +250,8 @@ mod tests {
         Shape {
             recipients: 3_000,
             domains: 7,
+            in_a_row: 1,
+            below: "example".to_owned(),
             vars: 5,
             links: 10,
             size: 10 * 1024,
@@ -280,6 +292,20 @@ mod tests {
         let recipients = batch["recipients"].as_array().expect("recipients");
         let emails: Vec<&Value> = recipients.iter().map(|one| &one["email"]).collect();
         assert_eq!(emails, ["person10@d3.example", "person11@d4.example"]);
+    }
+
+    #[test]
+    fn recipients_of_a_domain_may_follow_each_other() {
+        let shape = Shape {
+            in_a_row: 2,
+            below: "slow.example".to_owned(),
+            ..shape()
+        };
+        let domains: Vec<_> = (12..16)
+            .map(|n| shape.row(n).expect("a row").email.domain().to_owned())
+            .collect();
+        let [first, next] = ["d6.slow.example", "d0.slow.example"];
+        assert_eq!(domains, [first, first, next, next]);
     }
 
     #[test]

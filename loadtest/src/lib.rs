@@ -16,6 +16,7 @@ pub mod local;
 pub mod mta;
 pub mod postfix;
 pub mod process;
+pub mod queued;
 pub mod signatures;
 pub mod sink;
 pub mod site;

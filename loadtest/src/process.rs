@@ -128,6 +128,16 @@ pub fn usage(pid: u32) -> Result<Usage> {
     Ok(usage)
 }
 
+/// The memory that the process has resident, in bytes.
+///
+/// # Errors
+/// When it is gone.
+pub fn memory(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| gone(pid))?;
+    let kib = status_field(&status, "VmRSS").context("no VmRSS in /proc")?;
+    Ok(kib * 1024)
+}
+
 /// The most memory that the process had resident, in bytes.
 ///
 /// # Errors

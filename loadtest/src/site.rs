@@ -6,6 +6,7 @@
 use crate::client::Client;
 use crate::process::Guarded;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use service::clock::{Clock as _, SystemClock};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
@@ -58,8 +59,13 @@ pub struct Setup {
     pub from_domain: String,
     /// How it signs.
     pub dkim: Dkim,
-    /// `dN.example` is a destination of its own for N below this; the others are one.
+    /// `dN.example` is a destination of its own for N below this; the others are one, but for what
+    /// `dns` says.
     pub destinations: u64,
+    /// `dN.slow.example`, for N below this, is one that takes a message an hour.
+    pub slow: u64,
+    /// Where mail goes is asked of this server; else there is a static route to the sink.
+    pub dns: Option<SocketAddr>,
     /// Per destination.
     pub connections: u32,
     /// On each connection.
@@ -92,6 +98,8 @@ pub struct Site {
     dir: TempDir,
     tracker: SocketAddr,
     client: Client,
+    program: PathBuf,
+    api: String,
 }
 
 impl Site {
@@ -114,32 +122,16 @@ impl Site {
         for algorithm in setup.dkim.algorithms() {
             setup.make_key(&config, algorithm)?;
         }
-        let log = File::create(dir.path().join("log"))?;
-        let mut command = match strace {
-            None => Command::new(&setup.program),
-            Some(table) => {
-                let mut strace = Command::new("strace");
-                // -D: the child is the service itself, and takes our signals.
-                strace.args(["-D", "-f", "-c", "-o"]).arg(table);
-                strace.arg(&setup.program);
-                strace
-            }
-        };
-        command.arg("up").arg("--config").arg(&config);
-        command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let child = command.spawn().context("cannot start the service")?;
-        let mut process = Guarded::new("the service", child);
         let api = format!("http://127.0.0.1:{}", ports[0]);
-        let ready = ready(&mut process, &Client::new(&api, "")).await;
-        with_log(ready, dir.path())?;
+        let process = launch(&setup.program, dir.path(), strace, &api).await;
+        let process = with_log(process, dir.path())?;
         let key = fs::read_to_string(dir.path().join("data/api-key")).context("no API key")?;
         Ok(Self {
             process,
             tracker: SocketAddr::from(([127, 0, 0, 1], ports[1])),
             client: Client::new(&api, key.trim()),
+            program: setup.program.clone(),
+            api,
             dir,
         })
     }
@@ -185,6 +177,20 @@ impl Site {
         Ok(())
     }
 
+    /// Kills it (SIGKILL) and starts it again; tells how long it took to get ready.
+    ///
+    /// # Errors
+    /// When it does not start again.
+    pub async fn crash(&mut self) -> Result<Duration> {
+        signal(self.pid(), "KILL")?;
+        // By the signal, which is no good end.
+        drop(self.process.ended(PATIENCE).await);
+        let start = SystemClock.instant();
+        let again = launch(&self.program, self.dir.path(), None, &self.api).await;
+        self.process = self.explain(again)?;
+        Ok(SystemClock.instant().duration_since(start))
+    }
+
     /// Ends it in order (SIGTERM), and waits.
     ///
     /// # Errors
@@ -203,13 +209,19 @@ impl Setup {
         } else {
             "required"
         };
+        let dns = self.dns.map_or_else(String::new, |server| {
+            format!(
+                "port = {}\nallow_private_mx = [\"127.0.0.0/8\"]\n[dns]\nnameservers = [\"{server}\"]\n",
+                self.sink.port()
+            )
+        });
         format!(
             "data_dir = {data:?}\n\
              [api]\nlisten = \"127.0.0.1:{api}\"\nmax_body = \"4GiB\"\n\
              [[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]\ndkim = \"{dkim}\"\n\
              [accounts.tracking]\nbase_url = \"http://127.0.0.1:{tracker}\"\n\
              [tracker]\nlisten = \"127.0.0.1:{tracker}\"\nadmin_listen = \"127.0.0.1:{admin}\"\n\
-             [smtp]\nehlo = \"mta.{from}\"\n\
+             [smtp]\nehlo = \"mta.{from}\"\n{dns}\
              [dkim]\ndir = \"dkim-keys\"\n\
              [shaping]\nfile = \"shaping.toml\"\n",
             data = dir.join("data"),
@@ -220,13 +232,22 @@ impl Setup {
     fn shaping(&self) -> String {
         let mut text = format!(
             "[default]\nconnections = {}\nmessages_per_connection = {}\nrate = \"unlimited\"\n\
-             tls = \"none\"\nretry = [\"1s\"]\n\
-             [mx]\n\"*\" = \"{}\"\n",
-            self.connections, self.messages_per_connection, self.sink
+             tls = \"none\"\nretry = [\"1s\"]\n",
+            self.connections, self.messages_per_connection
         );
+        // Writing to a string cannot fail.
+        if self.dns.is_none() {
+            writeln!(text, "[mx]\n\"*\" = \"{}\"", self.sink).ok();
+        }
         for domain in 0..self.destinations {
-            // Writing to a string cannot fail.
             writeln!(text, "[domain.\"d{domain}.example\"]").ok();
+        }
+        for domain in 0..self.slow {
+            writeln!(
+                text,
+                "[domain.\"d{domain}.slow.example\"]\nrate = \"1/h\"\nmax_rate = \"1/h\""
+            )
+            .ok();
         }
         text
     }
@@ -252,6 +273,35 @@ impl Setup {
             String::from_utf8_lossy(&made.stderr).trim()
         )
     }
+}
+
+/// Starts the service in its folder and waits until it is ready.
+async fn launch(program: &Path, dir: &Path, strace: Option<&Path>, api: &str) -> Result<Guarded> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))?;
+    let mut command = match strace {
+        None => Command::new(program),
+        Some(table) => {
+            let mut strace = Command::new("strace");
+            // -D: the child is the service itself, and takes our signals.
+            strace.args(["-D", "-f", "-c", "-o"]).arg(table);
+            strace.arg(program);
+            strace
+        }
+    };
+    command
+        .arg("up")
+        .arg("--config")
+        .arg(dir.join("hikyaku.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let child = command.spawn().context("cannot start the service")?;
+    let mut process = Guarded::new("the service", child);
+    ready(&mut process, &Client::new(api, "")).await?;
+    Ok(process)
 }
 
 async fn ready(process: &mut Guarded, client: &Client) -> Result<()> {
@@ -332,6 +382,8 @@ mod tests {
             from_domain: "brand.example".to_owned(),
             dkim,
             destinations: 2,
+            slow: 2,
+            dns: None,
             connections: 8,
             messages_per_connection: 50,
             dir: PathBuf::from("/tmp"),
@@ -343,8 +395,9 @@ mod tests {
     #[test]
     fn the_configuration_is_one_that_the_service_takes() {
         let dir = tempfile::tempdir().expect("a folder");
-        for dkim in [Dkim::None, Dkim::Rsa2048] {
-            let setup = setup(dkim);
+        let server = SocketAddr::from(([127, 0, 0, 1], 53));
+        for (dkim, dns) in [(Dkim::None, None), (Dkim::Rsa2048, Some(server))] {
+            let setup = Setup { dns, ..setup(dkim) };
             let config = dir.path().join("hikyaku.toml");
             fs::write(&config, setup.config(dir.path(), [1025, 1026, 1027])).expect("written");
             fs::write(dir.path().join("shaping.toml"), setup.shaping()).expect("written");

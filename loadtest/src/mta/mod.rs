@@ -21,9 +21,11 @@ use crate::strace::{self, Calls};
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use testkit::dns::{DnsServer, Zone};
 
 /// Bare signatures on each CPU, timed before a run, and again after it.
 const SIGNATURES: u32 = 1000;
@@ -39,6 +41,9 @@ pub struct Args {
     /// Of the domains, how many are destinations of their own [default: all]
     #[arg(long)]
     pub destinations: Option<u64>,
+    /// Find the sink by DNS, warm: each domain has an MX of its own, and gets a message before
+    #[arg(long, conflicts_with = "destinations")]
+    pub dns: bool,
     /// How mail is signed: a run for each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["none", "rsa2048"])]
     pub dkim: Vec<Dkim>,
@@ -102,13 +107,18 @@ pub struct Run {
 }
 
 impl Args {
-    fn setup(&self, dkim: Dkim, sink: &Counterpart) -> Result<Setup> {
+    fn setup(&self, dkim: Dkim, sink: &Counterpart, dns: Option<&DnsServer>) -> Result<Setup> {
         let from = self.shape.from.rsplit_once('@');
         Ok(Setup {
             sink: sink.address(),
             from_domain: from.context("--from is no address")?.1.to_owned(),
             dkim,
-            destinations: self.destinations.unwrap_or(self.shape.domains),
+            destinations: match dns {
+                Some(_) => 0,
+                None => self.destinations.unwrap_or(self.shape.domains),
+            },
+            slow: 0,
+            dns: dns.map(DnsServer::addr),
             connections: self.connections,
             messages_per_connection: self.messages_per_connection,
             dir: self.dir(),
@@ -117,6 +127,19 @@ impl Args {
                 None => site::beside_us("hikyaku")?,
             },
         })
+    }
+
+    /// A name server that knows an MX for each domain, if one is wanted.
+    async fn name_server(&self) -> Result<Option<DnsServer>> {
+        if !self.dns {
+            return Ok(None);
+        }
+        let mut zone = Zone::new().ttl(86_400, 60).a("*", Ipv4Addr::LOCALHOST);
+        for domain in self.shape.names() {
+            zone = zone.mx(&domain, 10, &format!("mx.{domain}"));
+        }
+        let server = DnsServer::start(zone).await;
+        Ok(Some(server.context("cannot serve DNS")?))
     }
 
     fn dir(&self) -> PathBuf {
@@ -205,15 +228,25 @@ async fn beside(args: &Args, recipients: u64, out: &mut (dyn Write + Send)) -> R
 async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Result<Run> {
     let before = bare_signature(dkim).await?;
     let sink = Counterpart::sink(&args.manner).await?;
-    let site = Site::start(&args.setup(dkim, &sink)?, None).await?;
-    let measured = phases(args, dkim, &site, &sink, out).await;
-    let mut run = site.explain(measured)?;
+    let dns = args.name_server().await?;
+    let site = Site::start(&args.setup(dkim, &sink, dns.as_ref())?, None).await?;
+    let measured = async {
+        let warm_up = match dns {
+            Some(_) => one_each(&site, &args.shape).await?,
+            None => 0,
+        };
+        let run = phases(args, dkim, &site, &sink, out).await?;
+        anyhow::Ok((run, warm_up))
+    };
+    let measured = measured.await;
+    let (mut run, warm_up) = site.explain(measured)?;
     run.sink = process::usage(sink.pid())?;
     if let Some(dir) = &args.profile_dir {
         site.keep_log(dir, &format!("{}.log", file_name(dkim)))?;
     }
     site.stop().await?;
     run.total = sink.stop().await?;
+    run.total.messages = run.total.messages.saturating_sub(warm_up);
     let after = bare_signature(dkim).await?;
     run.signature = before.zip(after);
     ensure!(
@@ -223,6 +256,19 @@ async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Resul
         run.total.messages
     );
     Ok(run)
+}
+
+/// Sends each domain a message, so that DNS is asked and answers are kept; tells how many.
+async fn one_each(site: &Site, shape: &Shape) -> Result<u64> {
+    let shape = Shape {
+        recipients: shape.domains,
+        in_a_row: 1,
+        ..shape.clone()
+    };
+    let mut report = source::submit(site.client(), &shape, None).await?;
+    source::watch(site.client(), &mut report, &mut std::io::sink()).await?;
+    report.check()?;
+    Ok(report.accepted)
 }
 
 async fn phases(
@@ -324,7 +370,8 @@ async fn traced(args: &Args, recipients: u64) -> Result<Calls> {
     let folder = tempfile::tempdir()?;
     let table = folder.path().join("calls");
     let sink = Counterpart::sink(&args.manner).await?;
-    let site = Site::start(&args.setup(Dkim::None, &sink)?, Some(&table)).await?;
+    let setup = args.setup(Dkim::None, &sink, None)?;
+    let site = Site::start(&setup, Some(&table)).await?;
     let mut report = source::submit(site.client(), &shape, None).await?;
     let watched = source::watch(site.client(), &mut report, &mut std::io::sink()).await;
     site.explain(watched)?;

@@ -35,7 +35,7 @@ pub(super) async fn measure(args: &Args, dkim: Dkim, recipients: u64) -> Result<
         ..args.shape.clone()
     };
     let sink = Counterpart::sink_of(&args.manner, recipients).await?;
-    let postfix = Postfix::start(&args.setup(dkim, &sink)?).await?;
+    let postfix = Postfix::start(&args.setup(dkim, &sink, None)?).await?;
     let before = postfix.usage()?;
     let start = SystemClock.instant();
     submission::submit(postfix.address(), &shape, SESSIONS)

@@ -165,6 +165,8 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
         from_domain: "brand.example".to_owned(),
         dkim: Dkim::None,
         destinations: 0,
+        slow: 0,
+        dns: None,
         connections: 8,
         messages_per_connection: 1000,
         dir: args.dir.clone().unwrap_or_else(std::env::temp_dir),
@@ -177,6 +179,8 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
     let shape = Shape {
         recipients: args.recipients.into(),
         domains: 100,
+        in_a_row: 1,
+        below: "example".to_owned(),
         vars: 0,
         links: 1,
         size: 1024,

@@ -14,6 +14,8 @@ fn shape(recipients: u64) -> Shape {
     Shape {
         recipients,
         domains: 3,
+        in_a_row: 1,
+        below: "example".to_owned(),
         vars: 5,
         links: 10,
         size: 10 * 1024,
@@ -44,6 +46,8 @@ async fn a_real_postfix_relays_and_signs_and_its_time_is_counted() -> Result<()>
         from_domain: "brand.example".to_owned(),
         dkim: Dkim::Rsa2048,
         destinations: 0,
+        slow: 0,
+        dns: None,
         connections: 1,
         messages_per_connection: 1,
         dir: std::env::temp_dir(),

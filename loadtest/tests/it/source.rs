@@ -17,6 +17,8 @@ fn args(address: SocketAddr, dir: &TempDir) -> Result<Args> {
         shape: Shape {
             recipients: 2_500,
             domains: 10,
+            in_a_row: 1,
+            below: "example".to_owned(),
             vars: 5,
             links: 10,
             size: 10 * 1024,
