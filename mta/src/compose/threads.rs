@@ -1,8 +1,9 @@
 //! The threads that render and sign.
 //!
-//! When much is waiting a thread takes several requests in one turn and hands all of them over at
-//! its end: whoever carries them is woken once for many, and their start records leave in one
-//! write. When little is waiting it takes one, so that nothing waits for company.
+//! When much is waiting a thread takes several requests in one turn. All of them leave together at
+//! its end, over one task: if the thread itself gave each to its connection, each would wake a
+//! worker, which would take the processor from it before the next. When little is waiting it takes
+//! one, so that nothing waits for company.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -20,6 +21,9 @@ use crate::queue::job::{Fate, Job, JobId, Returned};
 const WAITING_MAX: usize = 4_096;
 /// Messages composed in one turn: with RSA some 6 ms.
 const TURN: usize = 16;
+
+/// Turns that wait to be handed over; threads wait when it is full.
+const TURNS_MAX: usize = 64;
 
 /// A message to be composed.
 #[derive(Debug)]
@@ -73,16 +77,23 @@ impl Composer {
         let composer = Self {
             desk: Arc::clone(&desk),
         };
+        let (turns, made) = mpsc::channel(TURNS_MAX);
+        tasks.spawn("hand-over", hand_over(made, queue.clone()));
         for _ in 0..threads {
-            let (desk, contents, metrics, queue) = (
+            let (desk, contents, metrics, turns) = (
                 Arc::clone(&desk),
                 Arc::clone(contents),
                 Arc::clone(metrics),
-                queue.clone(),
+                turns.clone(),
             );
             tasks.thread("compose", move || {
                 while let Some(requests) = desk.take() {
-                    compose_all(requests, &contents, &metrics, &queue);
+                    let made = requests.into_iter();
+                    let made = made.map(|request| Made::of(request, &contents, &metrics));
+                    // Fails only at the end of the process, when nobody waits for any of them.
+                    if turns.blocking_send(made.collect()).is_err() {
+                        return;
+                    }
                 }
             })?;
         }
@@ -136,26 +147,20 @@ impl Desk {
     }
 }
 
-fn compose_all(
-    requests: Vec<Request>,
-    contents: &Contents,
-    metrics: &Metrics,
-    queue: &mpsc::Sender<Event>,
-) {
-    let made: Vec<_> = requests
-        .into_iter()
-        .map(|Request { job, to }| (job.id, to, compose(job, contents, metrics)))
-        .collect();
-    for (id, to, made) in made {
-        let fate = match made {
-            Ok(composed) => match to.try_send(composed) {
-                Ok(()) => continue,
-                // It closed meanwhile.
-                Err(_) => Fate::Returned(Returned::Closed),
-            },
-            Err(fate) => fate,
-        };
-        report(queue, id, fate);
+/// What came of a request.
+struct Made {
+    job: JobId,
+    to: mpsc::Sender<Composed>,
+    made: Result<Composed, Fate>,
+}
+
+impl Made {
+    fn of(Request { job, to }: Request, contents: &Contents, metrics: &Metrics) -> Self {
+        Self {
+            job: job.id,
+            to,
+            made: compose(job, contents, metrics),
+        }
     }
 }
 
@@ -172,8 +177,20 @@ fn compose(job: Job, contents: &Contents, metrics: &Metrics) -> Result<Composed,
     })
 }
 
-fn report(queue: &mpsc::Sender<Event>, id: JobId, fate: Fate) {
-    // Fails only when the queue is gone, and everything with it.
-    let reported = queue.blocking_send(Event::Report(id, fate));
-    debug_assert!(reported.is_ok() || queue.is_closed());
+/// Gives the messages of each turn to their connections, which then run together: their start
+/// records leave in one write, and the queue hears of their outcomes at once.
+async fn hand_over(mut turns: mpsc::Receiver<Vec<Made>>, queue: mpsc::Sender<Event>) {
+    while let Some(turn) = turns.recv().await {
+        for Made { job, to, made } in turn {
+            let fate = match made.map(|composed| to.try_send(composed)) {
+                Ok(Ok(())) => continue,
+                // It closed meanwhile.
+                Ok(Err(_)) => Fate::Returned(Returned::Closed),
+                Err(fate) => fate,
+            };
+            if queue.send(Event::Report(job, fate)).await.is_err() {
+                tracing::debug!("the queue has ended before what was composed for it");
+            }
+        }
+    }
 }

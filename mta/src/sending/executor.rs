@@ -101,7 +101,10 @@ impl Executor {
         while !self.drained {
             let wake = self.parts.state.wakes_at();
             tokio::select! {
-                _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => self.apply(std::mem::take(&mut events)),
+                _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => {
+                    self.gather(&mut events).await;
+                    self.apply(std::mem::take(&mut events));
+                }
                 _ = ticks.tick() => self.tick(),
                 () = until(wake), if wake.is_some() => self.wake(),
                 Some(ask) = self.parts.asked.recv() => self.answer(ask),
@@ -129,6 +132,17 @@ impl Executor {
             ask.answer
                 .send(self.parts.state.snapshot(&ask.scope, self.now())),
         );
+    }
+
+    /// Lets everybody who is ready tell what there is to tell, so that one turn serves all: a task
+    /// that is woken runs before those that were ready before it, and would take each reply alone.
+    async fn gather(&mut self, events: &mut Vec<Event>) {
+        tokio::task::yield_now().await;
+        while events.len() < EVENTS_PER_TURN
+            && let Ok(event) = self.parts.events.try_recv()
+        {
+            events.push(event);
+        }
     }
 
     async fn finish(self) {
