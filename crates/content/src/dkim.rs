@@ -11,7 +11,6 @@ use aws_lc_rs::rsa::{KeyPair as RsaKeyPair, KeySize};
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use memchr::memmem;
 use model::Timestamp;
 use std::fmt;
 
@@ -223,7 +222,9 @@ pub fn sign(
     if keys.is_empty() {
         return Ok(());
     }
-    let body_hash = STANDARD.encode(digest::digest(&digest::SHA256, &relaxed_body(body)));
+    let mut body_hash = digest::Context::new(&digest::SHA256);
+    relaxed_body(body, |piece| body_hash.update(piece));
+    let body_hash = STANDARD.encode(body_hash.finish());
     let selected = Selected::new(headers);
     let mut data = Vec::with_capacity(selected.canonical.len() + 512);
     for key in keys {
@@ -324,7 +325,7 @@ impl Selected {
 fn fields(headers: &[u8]) -> Vec<&[u8]> {
     let mut fields = Vec::with_capacity(20);
     let mut start = 0;
-    for end in memmem::find_iter(headers, b"\r\n").map(|at| at + 2) {
+    for end in memchr::memchr_iter(b'\n', headers).map(|at| at + 1) {
         if headers
             .get(end)
             .is_some_and(|&next| next == b' ' || next == b'\t')
@@ -359,51 +360,73 @@ fn relaxed_field(out: &mut Vec<u8>, field: &[u8]) {
     }
 }
 
-/// RFC 6376 §3.4.4: runs of white space become one space, none at the end of a line, no empty
-/// lines at the end (a line of white space only is empty by then), one CRLF at the end of what is
-/// not empty.
-fn relaxed_body(body: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(body.len() + 2);
-    let mut empty_lines = 0;
-    let mut start = 0;
-    while start < body.len() {
-        let rest = body.get(start..).unwrap_or_default();
-        let len = memmem::find(rest, b"\r\n").unwrap_or(rest.len());
-        let line = rest.get(..len).unwrap_or_default();
-        start += len + 2;
-        let end = line
-            .iter()
-            .rposition(|b| !matches!(b, b' ' | b'\t'))
-            .map_or(0, |at| at + 1);
-        if end == 0 {
-            empty_lines += 1;
-            continue;
-        }
-        for _ in 0..empty_lines {
-            out.extend_from_slice(b"\r\n");
-        }
-        empty_lines = 0;
-        relaxed_line(&mut out, line.get(..end).unwrap_or_default());
-        out.extend_from_slice(b"\r\n");
-    }
-    out
+/// The canonical body on its way to whoever takes it: what stays as it is goes on in stretches of
+/// many lines, without a copy.
+struct RelaxedBody<'a, F: FnMut(&[u8])> {
+    body: &'a [u8],
+    /// Everything before has been emitted.
+    done: usize,
+    emit: F,
 }
 
-fn relaxed_line(out: &mut Vec<u8>, mut line: &[u8]) {
-    // Copies whole stretches: only a tab or a second space needs a change.
-    while let Some(at) = memchr::memchr2_iter(b' ', b'\t', line)
-        .find(|&at| line.get(at) == Some(&b'\t') || matches!(line.get(at + 1), Some(b' ' | b'\t')))
-    {
-        let (head, tail) = line.split_at(at);
-        out.extend_from_slice(head);
-        out.push(b' ');
-        let run = tail
-            .iter()
-            .take_while(|b| matches!(b, b' ' | b'\t'))
-            .count();
-        line = tail.get(run..).unwrap_or_default();
+/// Gives `emit` the body as RFC 6376 §3.4.4 has it, piece by piece: runs of white space become one
+/// space, none at the end of a line, no empty lines at the end (a line of white space only is empty
+/// by then), one CRLF at the end of what is not empty.
+fn relaxed_body(body: &[u8], emit: impl FnMut(&[u8])) {
+    let end = body.iter().rposition(|&b| !is_white(b) && b != b'\n');
+    let Some(content) = end.and_then(|at| body.get(..=at)) else {
+        return;
+    };
+    let mut relaxed = RelaxedBody {
+        body: content,
+        done: 0,
+        emit,
+    };
+    let mut start = 0;
+    for end in memchr::memchr_iter(b'\n', content) {
+        relaxed.line(start, end.saturating_sub(1));
+        start = end + 1;
     }
-    out.extend_from_slice(line);
+    relaxed.line(start, content.len());
+    relaxed.pass_on(content.len());
+    (relaxed.emit)(b"\r\n");
+}
+
+impl<F: FnMut(&[u8])> RelaxedBody<'_, F> {
+    /// The line `start..end` of the body, without its end.
+    fn line(&mut self, start: usize, end: usize) {
+        let line = self.body.get(start..end).unwrap_or_default();
+        // Most lines stay as they are. Folded without a branch, so that many bytes are looked at at
+        // once: with a search for each space, 10 KiB took 25 µs.
+        let pairs = line.iter().zip(line.get(1..).unwrap_or_default());
+        let changes = pairs.fold(line.first() == Some(&b'\t'), |changes, (&a, &b)| {
+            changes | (b == b'\t') | (a == b' ' && b == b' ')
+        });
+        if !changes && line.last() != Some(&b' ') {
+            return;
+        }
+        self.pass_on(start);
+        let mut rest = line.trim_ascii_end();
+        while let Some(at) = rest.iter().position(|&b| is_white(b)) {
+            let (word, white) = rest.split_at(at);
+            (self.emit)(word);
+            (self.emit)(b" ");
+            let run = white.iter().take_while(|&&b| is_white(b)).count();
+            rest = white.get(run..).unwrap_or_default();
+        }
+        (self.emit)(rest);
+        self.done = end;
+    }
+
+    /// Emits what stays as it is before `end`.
+    fn pass_on(&mut self, end: usize) {
+        (self.emit)(self.body.get(self.done..end).unwrap_or_default());
+        self.done = end;
+    }
+}
+
+fn is_white(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\r')
 }
 
 #[cfg(test)]
@@ -428,7 +451,7 @@ mod tests {
         ];
         for (body, canonical) in cases {
             assert_eq!(
-                relaxed_body(body),
+                relaxed(body),
                 canonical,
                 "{:?}",
                 String::from_utf8_lossy(body)
@@ -477,6 +500,12 @@ mod tests {
         ));
     }
 
+    fn relaxed(body: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        relaxed_body(body, |piece| out.extend_from_slice(piece));
+        out
+    }
+
     /// The definition of RFC 6376, step by step, slowly.
     fn slow_relaxed_body(body: &str) -> String {
         let mut lines: Vec<String> = body
@@ -503,7 +532,7 @@ mod tests {
     proptest! {
         #[test]
         fn relaxed_bodies_follow_the_definition(body in "([ab \t]|\r\n){0,40}") {
-            prop_assert_eq!(relaxed_body(body.as_bytes()), slow_relaxed_body(&body).into_bytes());
+            prop_assert_eq!(relaxed(body.as_bytes()), slow_relaxed_body(&body).into_bytes());
         }
     }
 }
