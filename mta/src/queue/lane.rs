@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use model::{BatchId, Domain, Place};
-use store::{BatchHead, RangeRef};
+use store::{BatchHead, RangeRef, WINDOW};
 
 use super::job::{Item, Lease};
 use crate::resolve::Route;
@@ -214,6 +214,10 @@ pub(super) struct Range {
     pub(super) mixed: bool,
     /// Items with an offset below this may be started.
     pub(super) window: u32,
+    /// How many items it was leased with.
+    pub(super) len: u32,
+    /// How many have reported since the window moved.
+    pub(super) reported: u32,
     pub(super) lease: Lease,
     pub(super) leased_at: Instant,
     /// Domains of its recipients.
@@ -227,10 +231,56 @@ pub(super) struct Range {
     pub(super) requeue: Vec<(Place, Box<str>)>,
 }
 
+impl Range {
+    /// Notes that an item has reported. True when shipping is to move the window now: at half of
+    /// what it lets through, so that it moves before it is used up.
+    pub(super) fn reported(&mut self) -> bool {
+        self.reported += 1;
+        self.window < self.len && self.reported.is_multiple_of(WINDOW / 2)
+    }
+
+    /// Items with an offset below `window` may be started from now on.
+    pub(super) fn move_window(&mut self, window: u32) {
+        self.window = self.window.max(window);
+        self.reported = 0;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::queue::fixtures::{head, item, range_ref};
+    use service::clock::{Clock as _, SystemClock};
+    use std::time::Duration;
+
+    #[test]
+    fn a_window_is_to_move_when_half_of_it_has_reported() {
+        let now = SystemClock.instant();
+        let mut range = Range {
+            batch: item(1).batch.id,
+            mixed: false,
+            window: WINDOW,
+            len: 100,
+            reported: 0,
+            lease: Lease::new(now, Duration::from_secs(45)),
+            leased_at: now,
+            domains: Vec::new(),
+            waiting: 100,
+            out: 0,
+            ending: None,
+            requeue: Vec::new(),
+        };
+        let asked = |range: &mut Range, reports: u32| {
+            (1..=reports)
+                .filter(|_| range.reported())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(asked(&mut range, WINDOW), [WINDOW / 2, WINDOW]);
+        range.move_window(90);
+        assert_eq!(asked(&mut range, WINDOW / 2), [WINDOW / 2]);
+        range.move_window(100);
+        assert!(asked(&mut range, WINDOW).is_empty(), "all may be started");
+    }
 
     fn waiting(range: u64, offset: u32) -> Waiting {
         let item = Item {

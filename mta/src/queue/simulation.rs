@@ -535,6 +535,8 @@ impl World {
                 places.len()
             ),
             Action::Release(release) => self.release(&release),
+            // Shipping here has its own pace.
+            Action::Hurry => {}
             Action::Resolve(domain) => self.resolve(domain),
             Action::LoadContent(head) => {
                 let ready = if self.chaos && self.random.u32(..5) == 0 {

@@ -184,6 +184,8 @@ pub enum Action {
     },
     /// Hand a range back once its facts are shipped.
     Release(Release),
+    /// Ship what there is: half of what a window lets through has reported.
+    Hurry,
     /// Look up where a domain's mail goes.
     Resolve(Domain),
     /// Compile a batch's content.

@@ -54,7 +54,7 @@ pub(super) struct Parts {
 /// The task; see the module.
 pub(super) struct Executor {
     parts: Parts,
-    /// Commands for which shipping had no room yet; no more than there are leased ranges.
+    /// Commands for which shipping had no room yet; no more than a few for each leased range.
     unsent: VecDeque<ShipCommand>,
     /// Messages of this turn.
     to_compose: Vec<Request>,
@@ -253,6 +253,7 @@ impl Executor {
                 });
             }
             Action::Release(release) => self.unsent.push_back(ShipCommand::Release(release)),
+            Action::Hurry => self.unsent.push_back(ShipCommand::Hurry),
             Action::Resolve(domain) => self.resolve(domain),
             Action::LoadContent(head) => self.load(head),
             Action::Open {

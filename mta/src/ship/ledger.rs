@@ -71,11 +71,6 @@ impl Ledger {
         }
     }
 
-    /// How many ranges there are.
-    pub(super) fn len(&self) -> usize {
-        self.ranges.len()
-    }
-
     /// What has moved by the reports so far.
     pub(super) fn moves(&mut self) -> Moves {
         let mut moves = Moves::default();

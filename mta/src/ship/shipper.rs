@@ -16,14 +16,13 @@ use super::ledger::{Ledger, Moves};
 use crate::queue::Event;
 
 /// Records in one shipment: as many starts as outcomes.
-const RECORDS_MAX: usize = 1_000;
+const RECORDS_MAX: usize = 8_000;
 /// Between looks at what there is to ship.
 const PACE: Duration = Duration::from_millis(20);
-/// How long records wait for more of them, so that a shipment is worth its commit.
-const COMPANY: Duration = Duration::from_millis(100);
-/// Records of one range that do not wait: half of what its window lets it start, so that a window
-/// moves before it is used up.
-const RANGE_RECORDS: usize = store::WINDOW as usize;
+/// Between shipments, unless the queue asks for one. A shipment costs a commit, and each lot that
+/// it touches its cells and a log entry, however few facts they have; what comes after a pause
+/// waits for nothing.
+const COMPANY: Duration = Duration::from_millis(250);
 /// Waits after the store did not answer.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Releases in one call.
@@ -47,6 +46,8 @@ pub enum ShipCommand {
     },
     /// A range is to be handed back behind the facts that are in the journal now.
     Release(Release),
+    /// Half of a window has reported: ship soon, so that it moves before it is used up.
+    Hurry,
     /// Nothing more will come: end when everything is shipped.
     Finish,
 }
@@ -79,6 +80,10 @@ pub struct Shipper {
     starts: Recovered,
     releases: Vec<(Seq, Release)>,
     backoff: Duration,
+    /// When the last shipment began.
+    began: Option<Instant>,
+    /// The next is not to wait for company.
+    hurry: bool,
     finishing: bool,
     store_is_up: bool,
 }
@@ -103,6 +108,8 @@ impl Shipper {
             starts,
             releases: Vec::new(),
             backoff: BACKOFF.0,
+            began: None,
+            hurry: false,
             finishing: false,
             store_is_up: true,
         }
@@ -204,13 +211,12 @@ impl Shipper {
             }
             return;
         }
-        let since = self.deps.clock.instant();
         loop {
             tokio::time::sleep(PACE).await;
-            let waited = self.deps.clock.instant().saturating_duration_since(since);
-            let enough = (RANGE_RECORDS * self.ledger.len()).clamp(1, RECORDS_MAX);
-            if waited >= COMPANY
-                || self.deps.journal.pending_records() >= enough as u64
+            let now = self.deps.clock.instant();
+            if self.began.is_none_or(|began| now >= began + COMPANY)
+                || self.deps.journal.pending_records() >= RECORDS_MAX as u64
+                || self.hurry
                 || !self.deps.commands.is_empty()
             {
                 break;
@@ -254,6 +260,7 @@ impl Shipper {
                 self.releases
                     .push((self.deps.journal.written_through(), release));
             }
+            ShipCommand::Hurry => self.hurry = true,
             ShipCommand::Finish => self.finishing = true,
         }
     }
@@ -278,6 +285,7 @@ impl Shipper {
             now: self.deps.clock.now(),
         };
         let started = self.deps.clock.instant();
+        (self.began, self.hurry) = (Some(started), false);
         let shipped = loop {
             match self.deps.store.ship(shipment.clone()).await {
                 Ok(shipped) => break shipped,

@@ -616,7 +616,12 @@ impl QueueState {
             range.out = range.out.saturating_sub(1);
         }
         match fate {
-            Fate::Recorded { .. } => {}
+            Fate::Recorded { .. } => {
+                let range = self.ranges.get_mut(&id);
+                if range.is_some_and(Range::reported) {
+                    out.push(Action::Hurry);
+                }
+            }
             Fate::Unmade(text) => return self.end_out(&waiting, Finding::Unmade(text), now, out),
             Fate::Returned(why) => {
                 if let Returned::Broken(text) = &why {

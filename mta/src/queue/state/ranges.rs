@@ -74,6 +74,8 @@ impl QueueState {
             batch,
             mixed: &*leased.queue == MIXED,
             window: leased.window,
+            len: u32::try_from(leased.items.len()).unwrap_or(u32::MAX),
+            reported: 0,
             lease: Lease::new(asked_at, self.config.lease),
             leased_at: asked_at,
             domains: Vec::new(),
@@ -294,7 +296,7 @@ impl QueueState {
             let Some(range) = self.ranges.get_mut(id) else {
                 continue;
             };
-            range.window = range.window.max(*window);
+            range.move_window(*window);
             for name in &range.domains {
                 if let Some(Way::Known { destination, .. }) =
                     self.lanes.get(name).map(|lane| &lane.way)
