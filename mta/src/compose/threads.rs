@@ -19,8 +19,8 @@ use crate::queue::job::{Fate, Job, JobId, Returned};
 
 /// Requests that wait for a thread; the queue hands out no more than its connections can take.
 const WAITING_MAX: usize = 4_096;
-/// Messages composed in one turn: with RSA some 6 ms.
-const TURN: usize = 16;
+/// Messages composed in one turn: with RSA some 12 ms.
+const TURN: usize = 32;
 
 /// Turns that wait to be handed over; threads wait when it is full.
 const TURNS_MAX: usize = 64;
