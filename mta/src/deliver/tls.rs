@@ -32,12 +32,15 @@ pub(super) enum Demand {
     Dane(Arc<TlsaSet>),
 }
 
+/// Who speaks, and what a connection has to show: what may share resumption tickets.
+type Key = (Box<str>, Demand);
+
 /// Configurations by egress source and demand.
 #[derive(Debug)]
 pub struct TlsConfigs {
     provider: Arc<CryptoProvider>,
     platform: Arc<rustls_platform_verifier::Verifier>,
-    configs: Mutex<HashMap<(Box<str>, Demand), Arc<ClientConfig>>>,
+    configs: Mutex<HashMap<Key, Arc<ClientConfig>>>,
 }
 
 /// Why TLS cannot be set up.
