@@ -182,10 +182,12 @@ fn compose(job: Job, contents: &Contents, metrics: &Metrics) -> Result<Composed,
 async fn hand_over(mut turns: mpsc::Receiver<Vec<Made>>, queue: mpsc::Sender<Event>) {
     while let Some(turn) = turns.recv().await {
         for Made { job, to, made } in turn {
-            let fate = match made.map(|composed| to.try_send(composed)) {
-                Ok(Ok(())) => continue,
-                // It closed meanwhile.
-                Ok(Err(_)) => Fate::Returned(Returned::Closed),
+            let fate = match made {
+                Ok(composed) => match to.try_send(composed) {
+                    Ok(()) => continue,
+                    // It closed meanwhile.
+                    Err(_) => Fate::Returned(Returned::Closed),
+                },
                 Err(fate) => fate,
             };
             if queue.send(Event::Report(job, fate)).await.is_err() {
