@@ -31,6 +31,7 @@ needs=(
   "knot /usr/sbin/knotd"
   "openssl /usr/bin/openssl"
   "redis-server /usr/bin/redis-server"
+  "unbound /usr/sbin/unbound"
 )
 
 install_missing() {

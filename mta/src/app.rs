@@ -178,6 +178,7 @@ fn sending_deps(
         smtp: config.smtp.clone(),
         dns: config.dns.clone(),
         accounts: config.accounts.clone(),
+        tls_reports: config.tls_reports.clone(),
         pools: config.pools.clone(),
         shaping: Arc::new(shaping),
         rules: Arc::clone(&shared.rules),

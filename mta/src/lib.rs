@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod deliver;
 pub mod explain;
 mod intake;
+mod jobs;
 pub mod queue;
 pub mod released;
 pub mod resolve;

@@ -2,7 +2,7 @@
 
 use crate::rewrite::{LinkReport, Rewriter};
 use crate::scope::{LinkTable, Scope, Tracked};
-use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext};
+use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart};
 use crate::template::{FieldIndex, Templates};
 use crate::url::Rules;
 use crate::{dkim, header, mime};
@@ -50,6 +50,7 @@ pub struct Content {
     defaults: Value,
     table: Arc<LinkTable>,
     report: LinkReport,
+    attached: Option<ReportPart>,
 }
 
 impl std::fmt::Debug for Content {
@@ -166,6 +167,14 @@ impl Content {
             text,
         });
         let id = message.to_string();
+        if let (Some(report), Some(text)) = (&self.attached, &text) {
+            mime::write_report(&mut headers, &mut body, &id, text, report);
+            return Ok(Message {
+                signatures: Vec::new(),
+                headers,
+                body,
+            });
+        }
         match (text, html) {
             (Some(text), Some(html)) => mime::write(&mut headers, &mut body, &id, &[text, html]),
             (Some(part), None) | (None, Some(part)) => {
@@ -380,6 +389,7 @@ impl Compiler {
                 clicks,
             }),
             report,
+            attached: spec.report.clone(),
         })
     }
 

@@ -22,7 +22,7 @@ mod url;
 pub use content::{Content, Message};
 pub use rewrite::{LinkReport, SkippedLink};
 pub use spec::{
-    BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, Tracker,
-    TrackingSpec,
+    BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart,
+    Tracker, TrackingSpec,
 };
 pub use url::SkipReason;

@@ -7,6 +7,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use memchr::memmem;
 
+use crate::spec::ReportPart;
+
 /// The hard limit of RFC 5322 §2.1.1, without CRLF.
 const LONGEST_LINE: usize = 998;
 /// RFC 2045 §6.7 (5) and §6.8.
@@ -181,6 +183,47 @@ pub(crate) fn write(headers: &mut Vec<u8>, body: &mut Vec<u8>, id: &str, parts: 
         body.extend_from_slice(b"\r\n");
         encoding.write(body, part.text);
         // The line break before a delimiter belongs to it, not to the part (RFC 2046 §5.1.1).
+        body.extend_from_slice(b"\r\n");
+    }
+    delimiter(body, id, "--\r\n");
+}
+
+/// Writes a `multipart/report` (RFC 6522): `text` for people, then the report.
+pub(crate) fn write_report(
+    headers: &mut Vec<u8>,
+    body: &mut Vec<u8>,
+    id: &str,
+    text: &Part<'_>,
+    report: &ReportPart,
+) {
+    for piece in [
+        "MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type=",
+        &report.report_type,
+        ";\r\n boundary=\"",
+        boundary(),
+        id,
+        "\"\r\n",
+    ] {
+        headers.extend_from_slice(piece.as_bytes());
+    }
+    delimiter(body, id, "\r\n");
+    let encoding = Encoding::choose(text.text);
+    part_header(body, text, encoding);
+    body.extend_from_slice(b"\r\n");
+    encoding.write(body, text.text);
+    body.extend_from_slice(b"\r\n");
+    delimiter(body, id, "\r\n");
+    for piece in [
+        "Content-Type: ",
+        &report.media_type,
+        "\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: attachment;\r\n filename=\"",
+        &report.file_name,
+        "\"\r\n\r\n",
+    ] {
+        body.extend_from_slice(piece.as_bytes());
+    }
+    for line in report.data.as_bytes().chunks(ENCODED_LINE) {
+        body.extend_from_slice(line);
         body.extend_from_slice(b"\r\n");
     }
     delimiter(body, id, "--\r\n");

@@ -47,6 +47,23 @@ pub struct ContentSpec {
     /// The value of `Feedback-ID`, unless `headers` has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feedback_id: Option<String>,
+    /// Makes the message a `multipart/report`: the text for people, then this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<ReportPart>,
+}
+
+/// A report for machines (RFC 6522), the same for all recipients. Only for mail that the service
+/// writes itself: its words go into headers as they are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportPart {
+    /// The `report-type`: `tlsrpt`.
+    pub report_type: String,
+    /// The part's media type: `application/tlsrpt+gzip`.
+    pub media_type: String,
+    /// The part's file name.
+    pub file_name: String,
+    /// The part in base64, without line breaks.
+    pub data: String,
 }
 
 /// What is rewritten.

@@ -14,6 +14,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 pub struct SelfSigned {
     certificate: CertificateDer<'static>,
     pem: String,
+    key_pem: String,
     server: Arc<ServerConfig>,
 }
 
@@ -35,6 +36,7 @@ impl SelfSigned {
         Ok(Self {
             certificate,
             pem,
+            key_pem: made.signing_key.serialize_pem(),
             server: Arc::new(server),
         })
     }
@@ -61,6 +63,11 @@ impl SelfSigned {
     /// The certificate in PEM, for a CA file.
     pub fn pem(&self) -> &str {
         &self.pem
+    }
+
+    /// The key in PEM.
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
     }
 
     /// The certificate.

@@ -25,6 +25,7 @@ use crate::queue::job::{ConnId, Policy, Trouble};
 use crate::resolve::{Addresses, Host, Route};
 use crate::shaping::Destination;
 use crate::tlspolicy::Security;
+use crate::tlspolicy::tally::{Failure as TlsFailure, Flaw};
 use crate::trace::Tap;
 
 /// Addresses tried for one connection.
@@ -53,6 +54,7 @@ struct Target<'a> {
     address: SocketAddr,
     source: &'a Source,
     terms: &'a Terms,
+    route: &'a Route,
     /// Who we are to it, where it wants to know.
     smarthost: Option<&'a Smarthost>,
     /// Found by DNS, which may lead back to us.
@@ -165,6 +167,7 @@ impl Deliver {
                     address: SocketAddr::new(address, host.port),
                     source,
                     terms: &terms,
+                    route,
                     smarthost,
                     is_found: !route.is_static(),
                     conn,
@@ -296,16 +299,30 @@ impl Deliver {
                 let fallen_back = self.hosts.has_no_tls(&target.key(), self.clock.instant());
                 let result = target.terms.result(encrypted, fallen_back);
                 self.metrics.tls.at(result).inc();
+                if result == TlsResult::NotOffered {
+                    self.count_failure(target, Flaw::NoStarttls, "");
+                }
                 Ok(established)
             }
             Err(Failure::Session(error)) => {
                 if is_about_tls(&error) {
                     self.metrics.tls.at(TlsResult::Refused).inc();
                 }
+                if let SessionError::TlsNotOffered | SessionError::TlsRefused(_) = &error {
+                    self.count_failure(target, Flaw::NoStarttls, &error.to_string());
+                }
                 Err(Failure::Session(error))
             }
             Err(failure) => Err(failure),
         }
+    }
+
+    /// Counts a failure for the domain's TLS report.
+    fn count_failure(&self, target: &Target<'_>, flaw: Flaw, why: &str) {
+        let policy = target.terms.policy(target.host, target.route);
+        let address = Some(target.address.ip());
+        let failure = TlsFailure::new(flaw, &target.host.name, address, why);
+        self.policies.count(target.route, policy, Some(failure));
     }
 
     async fn establish(
@@ -430,6 +447,9 @@ impl Deliver {
             Ok(stream) => stream,
             Err((error, plain)) => {
                 self.metrics.tls_handshakes.at(TlsHandshake::Failed).inc();
+                let of_tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+                let flaw = of_tls.map_or(Flaw::Other, Flaw::of);
+                self.count_failure(target, flaw, &error.to_string());
                 Wire::new(Stream::Plain(plain)).hang_up().await;
                 return Err(error.to_string());
             }
@@ -440,7 +460,17 @@ impl Deliver {
             _ => TlsHandshake::Full,
         };
         self.metrics.tls_handshakes.at(kind).inc();
-        if let Some(objection) = observer.as_deref().and_then(Observer::objection) {
+        let objection = observer.as_deref().and_then(Observer::objection);
+        match objection {
+            Some(objection) => {
+                self.count_failure(target, Flaw::of(objection), &objection.to_string());
+            }
+            None => {
+                let policy = terms.policy(target.host, target.route);
+                self.policies.count(target.route, policy, None);
+            }
+        }
+        if let Some(objection) = objection {
             tracing::info!(host = %target.host.name, %objection, "an MTA-STS policy in testing would refuse this host");
         }
         let label = format!("{}, {}", protocol(connection), terms.label()).into();

@@ -36,6 +36,7 @@ use crate::queue::{ConnEnd, Event};
 use crate::resolve::{Resolver, Route};
 use crate::shaping::SharedPacer;
 use crate::ship::Recorder;
+use crate::tlspolicy::Policies;
 use crate::trace::Traces;
 use connection::{Served, Unfit};
 use dial::{DialError, Established};
@@ -55,6 +56,7 @@ pub struct Deliver {
     timeouts: SmtpTimeouts,
     sources: Vec<Source>,
     tls: Arc<TlsConfigs>,
+    policies: Arc<Policies>,
     families: Families,
     smarthosts: Vec<Smarthost>,
     hosts: HostMemory,
@@ -86,6 +88,8 @@ pub struct DeliverDeps {
     pub smarthosts: Vec<Smarthost>,
     /// TLS.
     pub tls: Arc<TlsConfigs>,
+    /// What domains ask, and how it went.
+    pub policies: Arc<Policies>,
     /// Which addresses of hosts are used.
     pub families: Families,
     /// Where reports go.
@@ -129,6 +133,7 @@ impl Deliver {
             sources: deps.sources,
             smarthosts: deps.smarthosts,
             tls: deps.tls,
+            policies: deps.policies,
             families: deps.families,
             hosts: HostMemory::default(),
             queue: deps.queue,

@@ -12,7 +12,8 @@ use super::tls::Demand;
 use crate::queue::job::Trouble;
 use crate::resolve::{Addresses, Host, Route};
 use crate::tlspolicy::dane::TlsaSet;
-use crate::tlspolicy::sts::Mode;
+use crate::tlspolicy::sts::{Mode, StsPolicy};
+use crate::tlspolicy::tally::{Failure, Flaw, Policy, PolicyKind};
 use crate::tlspolicy::{Level, Security};
 
 /// By what a connection is bound; the word stands in the facts of a message.
@@ -53,6 +54,23 @@ impl Terms {
             host: Arc::clone(&host.name),
             level,
             dane_kept: self.dane_kept,
+            observed: self.observes,
+        }
+    }
+
+    /// The policy that a report on `route` names.
+    pub(super) fn policy(&self, host: &Host, route: &Route) -> Policy {
+        match (&self.demand, &route.asked().sts) {
+            (Demand::Dane(records), _) => Policy::new(
+                PolicyKind::Tlsa,
+                records.lines(),
+                vec![(&*host.name).into()],
+            ),
+            _ if self.bond == Bond::Dane => {
+                Policy::new(PolicyKind::Tlsa, Vec::new(), vec![(&*host.name).into()])
+            }
+            (_, Some(policy)) => sts_policy(policy),
+            (_, None) => Policy::new(PolicyKind::NoPolicy, Vec::new(), Vec::new()),
         }
     }
 
@@ -106,7 +124,7 @@ impl Deliver {
         if asked.dane {
             terms.dane_kept = true;
             if addresses.secure
-                && let Some(records) = self.records(host, addresses).await?
+                && let Some(records) = self.records(host, addresses, route).await?
             {
                 (terms.starttls, terms.bond) = (StartTls::Required, Bond::Dane);
                 if let Some(records) = records {
@@ -121,6 +139,9 @@ impl Deliver {
         match policy.mode {
             Mode::Enforce if !policy.allows(&host.name) => {
                 let text = format!("the domain's MTA-STS policy does not name {}", host.name);
+                let failure = Failure::new(Flaw::Other, &host.name, None, "not in the policy");
+                self.policies
+                    .count(route, sts_policy(policy), Some(failure));
                 return Err(refused(text, host));
             }
             Mode::Enforce => {
@@ -163,11 +184,15 @@ impl Deliver {
         &self,
         host: &Host,
         addresses: &Addresses,
+        route: &Route,
     ) -> Result<Option<Option<TlsaSet>>, Trouble> {
         let canonical = addresses.canonical.as_deref();
         for name in canonical.into_iter().chain([&*host.name]) {
             let records = self.resolver.tlsa(name, host.port).await;
             let records = records.map_err(|why| {
+                let policy = Policy::new(PolicyKind::Tlsa, Vec::new(), vec![name.into()]);
+                let failure = Failure::new(Flaw::DnssecInvalid, &host.name, None, &why);
+                self.policies.count(route, policy, Some(failure));
                 let text = format!("the TLSA records of {name} cannot be had: {why}");
                 refused(text, host)
             })?;
@@ -177,6 +202,10 @@ impl Deliver {
         }
         Ok(None)
     }
+}
+
+fn sts_policy(policy: &StsPolicy) -> Policy {
+    Policy::new(PolicyKind::Sts, policy.lines(), policy.mx.clone())
 }
 
 fn refused(text: String, host: &Host) -> Trouble {

@@ -8,7 +8,7 @@ pub(crate) mod decode;
 pub(crate) mod fields;
 mod head;
 mod lines;
-mod lots;
+pub(crate) mod lots;
 pub(crate) mod once;
 mod prepare;
 pub(crate) mod receive;

@@ -157,6 +157,7 @@ fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
         },
         list_unsubscribe: request.list_unsubscribe,
         feedback_id: Some(feedback_id(request, account)),
+        report: None,
     }
 }
 

@@ -772,6 +772,7 @@ impl World {
                 Level::Encrypted
             },
             dane_kept: false,
+            observed: false,
         };
         let ready = Event::Ready(conn, Arc::new(security.clone()));
         let insecure = asks && self.chaos && self.random.u32(..4) == 0;

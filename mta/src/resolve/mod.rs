@@ -62,6 +62,8 @@ pub struct Route {
     /// What names the hosts is validated by DNSSEC.
     is_secure: bool,
     asked: Asked,
+    /// The domain that wants reports on how TLS with it goes.
+    reported_for: Option<Arc<str>>,
 }
 
 impl Route {
@@ -80,6 +82,7 @@ impl Route {
             is_static,
             is_secure: false,
             asked: Asked::default(),
+            reported_for: None,
         }
     }
 
@@ -98,6 +101,18 @@ impl Route {
     pub fn asking(mut self, asked: Asked) -> Self {
         self.asked = asked;
         self
+    }
+
+    /// The same route, with the domain that wants reports on it.
+    #[must_use]
+    pub fn reported_for(mut self, domain: &str) -> Self {
+        self.reported_for = Some(domain.into());
+        self
+    }
+
+    /// The domain that wants reports on how TLS with it goes (RFC 8460).
+    pub fn reports_to(&self) -> Option<&str> {
+        self.reported_for.as_deref()
     }
 
     /// What the domain asks of the connections to these hosts. Other domains with the same hosts

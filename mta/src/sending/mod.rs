@@ -16,7 +16,7 @@ use journal::Journal;
 use links::KeyRing;
 use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
-use service::config::{Account, Dns as DnsConfig, Pool, Smtp};
+use service::config::{Account, Dns as DnsConfig, Pool, Smtp, TlsReports};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
 use store::{Control, Store};
@@ -27,6 +27,7 @@ use crate::classify::Rules;
 use crate::compose::{Composer, Contents};
 use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
 use crate::explain::troubles::Troubles;
+use crate::jobs::TlsReporting;
 use crate::queue::control::ControlView;
 use crate::queue::pool::Pools;
 use crate::queue::snapshot::{Scope, Snapshot};
@@ -70,6 +71,8 @@ pub struct SendingDeps {
     pub dns: DnsConfig,
     /// `[[accounts]]`: their shares.
     pub accounts: Vec<Account>,
+    /// `[tls_reports]`
+    pub tls_reports: TlsReports,
     /// `[[pools]]`
     pub pools: Vec<Pool>,
     /// `shaping.toml`.
@@ -219,6 +222,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         sources: deps.smtp.sources.clone(),
         smarthosts: deps.smtp.smarthosts.clone(),
         tls,
+        policies: Arc::clone(&policies),
         families: deps.smtp.families,
         queue: queue.clone(),
         troubles: Arc::clone(&troubles),
@@ -314,9 +318,14 @@ fn policies(
         dane_test: deps.dns.dane_test.clone(),
         mta_sts: deps.smtp.mta_sts,
         mta_sts_port: deps.smtp.mta_sts_port,
+        reports: deps.tls_reports.from.is_some(),
     }));
     let run = Arc::clone(&policies).run(deps.shutdown.clone());
     deps.tasks.spawn("tls policies", run);
+    if let Some(reports) = TlsReporting::new(deps, Arc::clone(&policies)) {
+        let run = reports.run(deps.shutdown.clone());
+        deps.tasks.spawn("tls reports", run);
+    }
     Ok(policies)
 }
 

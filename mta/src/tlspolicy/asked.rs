@@ -59,6 +59,8 @@ pub struct Security {
     pub level: Level,
     /// The host was asked for TLSA records, and the connection keeps to what they want.
     pub dane_kept: bool,
+    /// What a policy in testing would say to it was looked at, and reported.
+    pub observed: bool,
 }
 
 impl Security {
@@ -89,7 +91,13 @@ impl Security {
             || asked
                 .enforced()
                 .is_none_or(|policy| self.level == Level::Verified && policy.allows(&self.host));
-        keeps_floor && keeps_dane && keeps_sts
+        // A policy in testing refuses nothing, but its domain wants to know.
+        let is_testing = asked
+            .sts
+            .as_ref()
+            .is_some_and(|sts| sts.mode == Mode::Testing);
+        let is_told = self.observed || matches!(self.level, Level::Verified | Level::Dane);
+        keeps_floor && keeps_dane && keeps_sts && (!is_testing || is_told)
     }
 }
 
@@ -107,6 +115,7 @@ mod tests {
             host: "mx1.x.example".into(),
             level,
             dane_kept,
+            observed: false,
         };
         let (plain, any) = (has(Level::Plaintext, false), has(Level::Encrypted, false));
         let (verified, dane) = (has(Level::Verified, false), has(Level::Dane, true));
@@ -135,7 +144,7 @@ mod tests {
         let may = TlsPolicy::Opportunistic;
         let table = [
             (&nothing, may, [true, true, true, true, true]),
-            (&testing, may, [true, true, true, true, true]),
+            (&testing, may, [false, false, true, true, true]),
             (&enforced, may, [false, false, true, false, true]),
             (&elsewhere, may, [false, false, false, false, false]),
             (&signed, may, [false, false, false, true, true]),
@@ -157,6 +166,11 @@ mod tests {
                 [&plain, &any, &verified, &dane, &no_tlsa].map(|s| s.satisfies(asked, floor));
             assert_eq!(seen, wanted, "{asked:?} {floor:?}");
         }
+        let observed = Security {
+            observed: true,
+            ..plain
+        };
+        assert!(observed.satisfies(&testing, may) && !observed.satisfies(&enforced, may));
     }
 
     #[test]

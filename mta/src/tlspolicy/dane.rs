@@ -99,6 +99,25 @@ impl TlsaSet {
         })
     }
 
+    /// The records, as they stand in a zone file and in a report.
+    pub(crate) fn lines(&self) -> Vec<Box<str>> {
+        let line = |record: &Tlsa| {
+            let data: String = record
+                .data
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            format!(
+                "{} {} {} {data}",
+                record.usage, record.selector, record.matching
+            )
+            .into()
+        };
+        // A whole certificate is too long to be told.
+        let short = |record: &&Tlsa| record.matching != 0;
+        self.records.iter().filter(short).map(line).collect()
+    }
+
     /// Whether what the server showed matches a record.
     ///
     /// # Errors

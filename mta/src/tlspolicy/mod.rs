@@ -10,8 +10,10 @@ mod asked;
 pub mod dane;
 pub mod https;
 mod policies;
+pub(crate) mod report;
 mod shelf;
 pub mod sts;
+pub(crate) mod tally;
 
 pub use asked::{Asked, Level, Security};
 pub use policies::{Policies, PoliciesDeps};

@@ -15,8 +15,10 @@ use tokio::sync::watch;
 
 use super::Asked;
 use super::https::{Call, Https, HttpsError};
+use super::report::{self, Destination};
 use super::shelf::{Fetched, KIND, Shelf};
 use super::sts::{Mode, PolicyError, StsPolicy, id_of};
+use super::tally::{Failure, Flaw, Policy, PolicyKind, Tally};
 use crate::resolve::{Cache, Dns, DnsError, Route};
 
 /// Domains of which is remembered what they announce.
@@ -56,6 +58,8 @@ pub struct PoliciesDeps {
     pub mta_sts: bool,
     /// Where policy hosts listen.
     pub mta_sts_port: u16,
+    /// Whether TLS reports are made.
+    pub reports: bool,
 }
 
 /// What recipient domains ask. Shared by reference.
@@ -65,6 +69,9 @@ struct Inner {
     deps: PoliciesDeps,
     sts: Cache<Option<Arc<StsPolicy>>>,
     shelf: Shelf,
+    /// Where domains want reports.
+    wanted: Cache<Arc<[Destination]>>,
+    tally: Tally,
     /// Whether DANE can be used; none until that was tried, and the notes were read, once.
     validates: watch::Sender<Option<bool>>,
 }
@@ -93,6 +100,8 @@ impl Policies {
             deps,
             sts: Cache::new(DOMAINS_MAX),
             shelf: Shelf::default(),
+            wanted: Cache::new(DOMAINS_MAX),
+            tally: Tally::default(),
             validates: watch::Sender::new(None),
         }))
     }
@@ -107,14 +116,68 @@ impl Policies {
         let mut tested = self.0.validates.subscribe();
         let validates = tested.wait_for(Option::is_some).await;
         let validates = validates.is_ok_and(|validates| *validates == Some(true));
+        let (sts, wanted) = tokio::join!(self.sts(domain), self.0.wanted(domain.as_str()));
         let asked = Asked {
             dane: validates && route.is_secure(),
-            sts: self.sts(domain).await,
+            sts,
         };
-        if asked == Asked::default() {
+        if asked == Asked::default() && wanted.is_empty() {
             return route;
         }
-        Arc::new(Route::clone(&route).asking(asked))
+        let judged = Route::clone(&route).asking(asked);
+        Arc::new(match wanted.is_empty() {
+            true => judged,
+            false => judged.reported_for(domain.as_str()),
+        })
+    }
+
+    /// Where `domain` wants TLS reports; empty also when none are made here.
+    pub(crate) async fn wanted(&self, domain: &str) -> Arc<[Destination]> {
+        self.0.wanted(domain).await
+    }
+
+    /// One report to one HTTPS destination (RFC 8460 §5.4).
+    ///
+    /// # Errors
+    /// Why it was not taken.
+    pub(crate) async fn hand_in(
+        &self,
+        (host, port, path): (&str, u16, &str),
+        gzip: Vec<u8>,
+    ) -> Result<(), HttpsError> {
+        let call = Call {
+            host,
+            port,
+            method: Method::POST,
+            path,
+            media_type: Some(report::MEDIA_TYPE),
+            body: gzip.into(),
+        };
+        self.0.deps.https.call(call).await.map(|_| ())
+    }
+
+    /// Counts a session with who wants reports on `route`: `None`, and it was as it should be.
+    pub(crate) fn count(&self, route: &Route, policy: Policy, failure: Option<Failure>) {
+        let (Some(domain), now) = (route.reports_to(), self.0.deps.clock.now()) else {
+            return;
+        };
+        match failure {
+            None => self.0.tally.good(domain, policy, now),
+            Some(failure) => self.0.tally.failed(domain, policy, failure, now),
+        }
+    }
+
+    /// Writes down what this node counted since the last call.
+    pub(crate) async fn note_counts(&self) {
+        let (deps, now) = (&self.0.deps, self.0.deps.clock.now());
+        let notes = self.0.tally.notes(deps.node, now);
+        if notes.is_empty() {
+            return;
+        }
+        if let Err(error) = deps.store.put_notes(notes, now).await {
+            // They are noted again with the next session, unless the day ends before.
+            tracing::warn!(%error, "counts for TLS reports could not be noted");
+        }
     }
 
     async fn sts(&self, domain: &Domain) -> Option<Arc<StsPolicy>> {
@@ -209,6 +272,7 @@ impl Inner {
                     Ok(fetched) => (Some(fetched), until),
                     Err(error) => {
                         tracing::warn!(domain, %error, "an MTA-STS policy cannot be had");
+                        self.count_fetch(domain, &error).await;
                         let again = self.deps.clock.instant() + FETCH_PAUSE;
                         (known.map(policy), again)
                     }
@@ -216,6 +280,47 @@ impl Inner {
             }
             Some(_) | None => (known.map(policy), until),
         }
+    }
+
+    /// Where `domain` wants TLS reports.
+    async fn wanted(&self, domain: &str) -> Arc<[Destination]> {
+        if !self.deps.reports {
+            return Arc::default();
+        }
+        let (dns, clock) = (Arc::clone(&self.deps.dns), self.deps.clock.clone());
+        let name = format!("_smtp._tls.{domain}");
+        let ask = || async move {
+            let answer = dns.txt(&name).await;
+            let now = clock.instant();
+            match answer {
+                Ok(answer) => {
+                    let until = now + answer.ttl.clamp(AGAIN.0, AGAIN.1);
+                    (report::destinations(&answer.records).into(), until)
+                }
+                Err(DnsError::NoDomain(ttl) | DnsError::NoRecords(ttl)) => {
+                    (Arc::default(), now + ttl.clamp(AGAIN.0, AGAIN.1))
+                }
+                Err(DnsError::Temporary(_)) => (Arc::default(), now + AGAIN.0),
+            }
+        };
+        let now = self.deps.clock.instant();
+        self.wanted.get(domain, now, ask).await.0
+    }
+
+    /// A policy that is not there is worth a report (RFC 8460 §4.3.2.2).
+    async fn count_fetch(&self, domain: &str, error: &FetchError) {
+        if self.wanted(domain).await.is_empty() {
+            return;
+        }
+        let flaw = match error {
+            FetchError::Https(HttpsError::Tls(_)) => Flaw::StsWebpki,
+            FetchError::Https(_) | FetchError::MediaType(_) => Flaw::StsFetch,
+            FetchError::Policy(_) => Flaw::StsInvalid,
+        };
+        let failure = Failure::new(flaw, "", None, &error.to_string());
+        let policy = Policy::new(PolicyKind::Sts, Vec::new(), Vec::new());
+        let now = self.deps.clock.now();
+        self.tally.failed(domain, policy, failure, now);
     }
 
     async fn fetch(&self, domain: &str, id: Box<str>) -> Result<Arc<StsPolicy>, FetchError> {

@@ -112,6 +112,19 @@ impl StsPolicy {
             })
     }
 
+    /// Its lines, as they stand in a report (RFC 8460 §4.4).
+    pub(crate) fn lines(&self) -> Vec<Box<str>> {
+        let mode = match self.mode {
+            Mode::Enforce => "enforce",
+            Mode::Testing => "testing",
+            Mode::None => "none",
+        };
+        let first = ["version: STSv1".into(), format!("mode: {mode}").into()];
+        let hosts = self.mx.iter().map(|host| format!("mx: {host}").into());
+        let last = format!("max_age: {}", self.max_age.as_secs()).into();
+        first.into_iter().chain(hosts).chain([last]).collect()
+    }
+
     #[cfg(test)]
     pub(crate) fn of(mode: Mode, mx: &[&str]) -> Self {
         Self {

@@ -15,7 +15,7 @@ use model::{
 use mta::classify::Rules;
 use mta::released::Released;
 use mta::sending::{SendingDeps, SendingHandle, start};
-use service::clock::{Clock as _, SystemClock};
+use service::clock::{Clock as _, SharedClock, SystemClock};
 use service::config::shaping::ShapingFile;
 use service::config::{Config, Environment};
 use service::metrics::Metrics;
@@ -56,6 +56,8 @@ pub(crate) struct Station {
     pub(crate) lease: Duration,
     /// The most that the journal takes; none: its default.
     pub(crate) journal_bytes: Option<u64>,
+    /// What sending takes for the time.
+    pub(crate) clock: SharedClock,
     ring: Arc<ArcSwap<KeyRing>>,
 }
 
@@ -119,6 +121,7 @@ impl Station {
                 .expect("a shaping file"),
             store: Arc::new(SqliteStore::open(options).await.expect("a store")),
             metrics: Arc::new(Metrics::new()),
+            clock: SystemClock::shared(),
             ring: Arc::new(ArcSwap::from_pointee(
                 KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring"),
             )),
@@ -218,13 +221,14 @@ impl Station {
         SendingDeps {
             store: Arc::clone(&self.store),
             journal: Journal::open(&journal, Arc::new(RealDisk)).expect("a journal"),
-            clock: SystemClock::shared(),
+            clock: Arc::clone(&self.clock),
             tasks: tasks.clone(),
             shutdown: shutdown.clone(),
             metrics: Arc::clone(&self.metrics),
             smtp: self.config.smtp.clone(),
             dns: self.config.dns.clone(),
             accounts: self.config.accounts.clone(),
+            tls_reports: self.config.tls_reports.clone(),
             pools: self.config.pools.clone(),
             shaping: Arc::new(self.shaping.clone()),
             rules: Arc::new(ArcSwap::from_pointee(Rules::shipped())),

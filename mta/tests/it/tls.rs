@@ -2,10 +2,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use model::{BatchId, Class, Status};
+use mail_auth::report::tlsrpt::{PolicyType, ResultType, TlsReport};
+use model::{BatchId, Class, Status, Timestamp};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use service::clock::{Clock, SystemClock};
 use service::metrics::{TlsHandshake, TlsResult};
 use testkit::dns::{Behaviour, DnsServer, RecordType, Zone};
 use testkit::https::{HttpsServer, Page};
@@ -114,9 +117,13 @@ impl World {
     }
 
     async fn station(&self, shaping: &str) -> Station {
+        self.station_with(shaping, "").await
+    }
+
+    async fn station_with(&self, shaping: &str, more: &str) -> Station {
         let config = format!(
             "[dns]\nnameservers = [\"{}\"]\ndane_test = \"signed.example\"\n[smtp]\nport = {}\n\
-             mta_sts_port = {}\nallow_private_mx = [\"127.0.0.0/8\"]\nca_file = {:?}\n",
+             mta_sts_port = {}\nallow_private_mx = [\"127.0.0.0/8\"]\nca_file = {:?}\n{more}",
             self.dns.addr(),
             self.peers[0].address().port(),
             self.https.address().port(),
@@ -476,4 +483,114 @@ async fn sessions_are_resumed_in_both_versions_of_tls() {
         );
         running.drain().await;
     }
+}
+
+/// The machine's clock, so many hours ahead.
+#[derive(Debug)]
+struct Ahead(u64);
+
+impl Clock for Ahead {
+    fn now(&self) -> Timestamp {
+        SystemClock.now() + Duration::from_secs(3_600 * self.0)
+    }
+
+    fn instant(&self) -> Instant {
+        SystemClock.instant()
+    }
+}
+
+#[tokio::test]
+async fn the_next_day_brings_a_report_to_those_who_want_one() {
+    let hosts = ["mta-sts.wants.example", "collector.example"];
+    let mut world = World::new(Zone::new(), &hosts).await;
+    let own = testkit::tls::SelfSigned::new(&["mx.wants.example"]).expect("a certificate");
+    world
+        .peer("mx.wants.example", Temper::accepting().with_tls(&own))
+        .await;
+    world.peer("mx.others.example", Temper::accepting()).await;
+    for (domain, host) in [
+        ("wants.example", "mx.wants.example"),
+        ("silent.example", "mx.wants.example"),
+        ("plain.example", "mx.others.example"),
+        ("reports.example", "mx.others.example"),
+    ] {
+        world.mx(domain, host);
+    }
+    world.policy("wants.example", "testing", "mx.wants.example");
+    let port = world.https.address().port();
+    let wanted =
+        format!("v=TLSRPTv1;rua=mailto:tls@reports.example,https://collector.example:{port}/v1");
+    world.dns.change(|zone| {
+        zone.txt("_smtp._tls.wants.example", &wanted).txt(
+            "_smtp._tls.plain.example",
+            "v=TLSRPTv1; rua=mailto:tls@reports.example",
+        )
+    });
+    world
+        .https
+        .put("collector.example", "/v1", Page::text("thanks"));
+    let more = "[tls_reports]\nfrom = \"tls-reports@brand.example\"\norganization = \"Brand\"\n";
+    let mut station = world.station_with(SHAPING, more).await;
+    let running = station.start().await;
+    let batch = station
+        .submit(&to(&["wants.example", "silent.example", "plain.example"]))
+        .await;
+    assert_eq!(ends(&station, batch, 3).await, [SENT; 3]);
+    running.drain().await;
+
+    // More than a day later everybody has noted what was counted, and the time to report has come.
+    for _ in 0..2 {
+        station.clock = Arc::new(Ahead(50));
+        let running = station.start().await;
+        let counts = world.peers[1].wait_for(3).await.expect("reports");
+        assert_eq!(
+            counts.messages, 3,
+            "the mail itself, and one report on each of two"
+        );
+        running.drain().await;
+    }
+    let reports: Vec<_> = world.peers[1].messages().into_iter().skip(1).collect();
+    let read = |bytes: &[u8]| TlsReport::parse_rfc5322(bytes, 1 << 20).expect("a report");
+    let mut by_domain = std::collections::BTreeMap::new();
+    for message in &reports {
+        assert_eq!(message.recipients, ["tls@reports.example"]);
+        let text = String::from_utf8_lossy(&message.content).into_owned();
+        for wanted in [
+            "DKIM-Signature:",
+            "multipart/report; report-type=tlsrpt",
+            "TLS-Report-Submitter: brand.example",
+        ] {
+            assert!(text.contains(wanted), "{wanted} is not in {text}");
+        }
+        let report = read(&message.content);
+        let [policy] = <[_; 1]>::try_from(report.policies).expect("one policy");
+        by_domain.insert(policy.policy.policy_domain.clone(), policy);
+    }
+    let policy = &by_domain["wants.example"];
+    assert_eq!(policy.policy.policy_type, PolicyType::Sts);
+    assert_eq!(
+        (policy.summary.total_success, policy.summary.total_failure),
+        (0, 1)
+    );
+    let failure = &policy.failure_details[0];
+    assert_eq!(failure.result_type, ResultType::CertificateNotTrusted);
+    assert_eq!(
+        failure.receiving_mx_hostname.as_deref(),
+        Some("mx.wants.example")
+    );
+    let policy = &by_domain["plain.example"];
+    assert_eq!(policy.policy.policy_type, PolicyType::NoPolicyFound);
+    assert_eq!(
+        policy.failure_details[0].result_type,
+        ResultType::StartTlsNotSupported
+    );
+    let posted: Vec<_> = world
+        .https
+        .asked()
+        .into_iter()
+        .filter(|asked| asked.method == "POST")
+        .collect();
+    assert_eq!(posted.len(), 1, "{posted:?}");
+    assert_eq!(posted[0].media_type, "application/tlsrpt+gzip");
+    assert_eq!(posted[0].body.get(..2), Some(&[0x1f, 0x8b][..]));
 }

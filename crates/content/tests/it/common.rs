@@ -22,6 +22,7 @@ pub(crate) fn spec() -> ContentSpec {
         tracking: TrackingSpec::default(),
         list_unsubscribe: true,
         feedback_id: None,
+        report: None,
     }
 }
 

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 pub(crate) struct Knot {
     child: Child,
     dir: tempfile::TempDir,
-    port: u16,
+    pub(crate) port: u16,
 }
 
 impl Knot {

@@ -10,6 +10,7 @@ mod apart;
 mod bad_input;
 mod commands;
 mod crash;
+mod dane;
 mod demo;
 mod dns;
 mod durable;

@@ -17,7 +17,7 @@ pub(crate) struct Postfix {
 
 impl Postfix {
     async fn start() -> Result<Self> {
-        Self::with("", None).await
+        Self::make(&[], "", None).await
     }
 
     /// Where it listens.
@@ -27,6 +27,19 @@ impl Postfix {
 
     /// With further lines of `main.cf`, which override the earlier, and the folder that they name.
     pub(crate) async fn with(more: &str, files: Option<tempfile::TempDir>) -> Result<Self> {
+        Self::make(&[], more, files).await
+    }
+
+    /// With these files in its folder and these lines of `main.cf`, in which `{root}` is that folder.
+    pub(crate) async fn with_files(files: &[(&str, &str)], more: &str) -> Result<Self> {
+        Self::make(files, more, None).await
+    }
+
+    async fn make(
+        own: &[(&str, &str)],
+        more: &str,
+        files: Option<tempfile::TempDir>,
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-postfix-")
             .tempdir()?;
@@ -43,10 +56,12 @@ impl Postfix {
         run(Command::new("chown")
             .args(["nobody:nogroup"])
             .arg(root.join("mail")))?;
-        std::fs::write(
-            root.join("etc/main.cf"),
-            last_of_each(&(main_cf(root) + more)),
-        )?;
+        for (name, text) in own {
+            std::fs::write(root.join(name), text)?;
+        }
+        let more = more.replace("{root}", &root.display().to_string());
+        let lines = last_of_each(&(main_cf(root) + &more));
+        std::fs::write(root.join("etc/main.cf"), lines)?;
         std::fs::write(root.join("etc/master.cf"), master_cf(port))?;
         run(Command::new("/usr/sbin/postfix")
             .arg("-c")

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use model::units::{self, Rate};
-use model::{Domain, TrackingMode};
+use model::{Domain, EmailAddress, TrackingMode};
 
 use super::document::{Item, Origin, Value};
 use super::reader::{Meant, Name};
@@ -171,6 +171,14 @@ impl Meant for Domain {
         let text = text(item, "a domain name")?;
         text.parse()
             .map_err(|_| format!("{text:?} is not a fully qualified domain name"))
+    }
+}
+
+impl Meant for EmailAddress {
+    fn meant(item: &Item) -> Result<Self, String> {
+        let text = text(item, "a mail address")?;
+        text.parse()
+            .map_err(|_| format!("{text:?} is not a mail address"))
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use model::Domain;
+use model::{Domain, EmailAddress};
 
 pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking};
 pub use delivery::{Pool, Smtp, SmtpTimeouts, WeightedSource};
@@ -56,6 +56,8 @@ pub struct Config {
     pub bounces: Bounces,
     /// Where events may be pushed to.
     pub webhooks: Webhooks,
+    /// Daily reports to other domains on how TLS with them went.
+    pub tls_reports: TlsReports,
 }
 
 /// `[tracker]`
@@ -86,6 +88,19 @@ pub struct Dns {
     pub dane: DanePolicy,
     /// A name of a signed zone that is asked for at start: its answer has to come validated.
     pub dane_test: String,
+}
+
+/// `[tls_reports]` (RFC 8460)
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsReports {
+    /// Who sends them; its domain signs. `None`: nothing is counted and nothing sent.
+    pub from: Option<EmailAddress>,
+    /// Whose they are; by default the domain of `from`.
+    pub organization: String,
+    /// Whom to ask about them; by default `from`.
+    pub contact: String,
+    /// The account that they are sent for.
+    pub account: String,
 }
 
 /// `[dkim]`
@@ -127,6 +142,7 @@ pub struct Webhooks {
 pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Config {
     let data_dir = PathBuf::from(root.value("data_dir", "data".to_owned()));
     let accounts = access::accounts(root);
+    let account_ids: Vec<_> = accounts.iter().map(|account| account.id.clone()).collect();
     let smtp = root.table("smtp", |section| delivery::smtp(section, environment));
     let config = Config {
         store: root.table("store", |section| storage::store(section, &data_dir)),
@@ -155,6 +171,7 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
         webhooks: root.table("webhooks", |section| Webhooks {
             allow_private: section.list("allow_private").unwrap_or_default(),
         }),
+        tls_reports: root.table("tls_reports", |section| tls_reports(section, &account_ids)),
         data_dir,
     };
     one_listener_per_socket(root, &config);
@@ -183,6 +200,28 @@ fn dns(section: &mut Section<'_>) -> Dns {
         trust_ad: section.value("trust_ad", false),
         dane: section.value("dane", DanePolicy::Auto),
         dane_test: section.value("dane_test", ".".to_owned()),
+    }
+}
+
+fn tls_reports(section: &mut Section<'_>, accounts: &[String]) -> TlsReports {
+    let OrOff(from) = section.value::<OrOff<EmailAddress>>("from", OrOff(None));
+    let domain = from.as_ref().map(|from| from.domain().to_owned());
+    let OrOff(organization) = section.value::<OrOff<String>>("organization", OrOff(None));
+    let OrOff(contact) = section.value::<OrOff<String>>("contact", OrOff(None));
+    let account = section.checked("account", |account: &String| {
+        match accounts.contains(account) {
+            true => Ok(()),
+            false => Err(format!("there is no account {account:?}")),
+        }
+    });
+    let first = || accounts.first().cloned().unwrap_or_default();
+    TlsReports {
+        organization: organization.or(domain).unwrap_or_default(),
+        contact: contact
+            .or_else(|| from.as_ref().map(ToString::to_string))
+            .unwrap_or_default(),
+        account: account.unwrap_or_else(first),
+        from,
     }
 }
 

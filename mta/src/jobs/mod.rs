@@ -1,0 +1,8 @@
+//! What is done once a day, by one node for all.
+//!
+//! Owns when, and by whom; mail that the service writes itself goes the way of all mail. Must not
+//! be needed by anything that sends.
+
+mod tls_reports;
+
+pub(crate) use tls_reports::TlsReporting;
