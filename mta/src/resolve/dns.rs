@@ -337,3 +337,116 @@ impl Dns for SystemDns {
         Ok(response.metadata.authentic_data)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use testkit::dns::{Behaviour, DnsServer, Zone};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    fn zone() -> Zone {
+        Zone::new()
+            .ttl(300, 30)
+            .apex("signed.example")
+            .mx("signed.example", 10, "MX.Signed.example")
+            .a("mx.signed.example", ip("192.0.2.1"))
+            .a("mx.signed.example", ip("2001:db8::1"))
+            .cname("alias.signed.example", "mx.signed.example")
+            .cname("out.signed.example", "mx.plain.example")
+            .a("mx.plain.example", ip("192.0.2.2"))
+            .insecure("plain.example")
+            .cname("ring.signed.example", "gnir.signed.example")
+            .cname("gnir.signed.example", "ring.signed.example")
+            .cname("nowhere.signed.example", "gone.signed.example")
+            .txt("signed.example", &"x".repeat(600))
+            .tlsa("_25._tcp.mx.signed.example", (3, 1, 1), &[7; 32])
+            .a("broken.signed.example", ip("192.0.2.3"))
+            .behave("broken.signed.example", Behaviour::ServFail)
+            .a("long.signed.example", ip("192.0.2.4"))
+            .behave("long.signed.example", Behaviour::Truncate)
+            .a("half.signed.example", ip("192.0.2.5"))
+            .behave_for("half.signed.example", RecordType::AAAA, Behaviour::ServFail)
+            .null_mx("null.signed.example")
+    }
+
+    #[tokio::test]
+    async fn answers_say_what_they_are_and_whether_they_were_validated() {
+        let server = DnsServer::start(zone().authentic(true))
+            .await
+            .expect("a server");
+        let dns = SystemDns::new(&[server.addr()], false).expect("a resolver");
+        let mx = dns.mx("signed.example").await.expect("records");
+        assert_eq!(mx.records, [(10, "mx.signed.example".to_owned())]);
+        assert!(mx.secure && mx.ttl == Duration::from_secs(300));
+        let null = dns.mx("null.signed.example").await.expect("a record");
+        assert_eq!(null.records, [(0, String::new())]);
+
+        let both = dns
+            .addresses("mx.signed.example", false)
+            .await
+            .expect("addresses");
+        assert_eq!(both.records, [ip("2001:db8::1"), ip("192.0.2.1")]);
+        assert_eq!((both.secure, both.canonical), (true, None));
+        let alias = dns
+            .addresses("alias.signed.example", false)
+            .await
+            .expect("addresses");
+        assert_eq!(alias.canonical.as_deref(), Some("mx.signed.example"));
+        assert!(alias.secure);
+        for name in ["half.signed.example", "long.signed.example"] {
+            assert_eq!(
+                dns.addresses(name, false).await.expect(name).records.len(),
+                1
+            );
+        }
+        let unsigned = dns
+            .addresses("mx.plain.example", false)
+            .await
+            .expect("addresses");
+        assert!(!unsigned.secure);
+
+        let text = dns.txt("signed.example").await.expect("a text");
+        assert_eq!(text.records, [vec![b'x'; 600]]);
+        let tlsa = dns
+            .tlsa("_25._tcp.mx.signed.example")
+            .await
+            .expect("a record");
+        let record = &tlsa.records[0];
+        assert_eq!((record.usage, record.selector, record.matching), (3, 1, 1));
+        assert_eq!((&*record.data, tlsa.secure), (&[7; 32][..], true));
+        assert_eq!(dns.validates("signed.example").await, Ok(true));
+
+        let none = |error| matches!(error, Err(DnsError::NoRecords(_)));
+        assert!(none(
+            dns.addresses("signed.example", false).await.map(|_| ())
+        ));
+        assert!(none(dns.mx("mx.signed.example").await.map(|_| ())));
+        let gone = dns.mx("gone.example").await;
+        assert_eq!(gone, Err(DnsError::NoDomain(Duration::from_secs(30))));
+        let nowhere = dns.addresses("nowhere.signed.example", false).await;
+        assert!(matches!(nowhere, Err(DnsError::NoDomain(_))), "{nowhere:?}");
+        for name in ["broken.signed.example", "ring.signed.example"] {
+            let broken = dns.addresses(name, false).await;
+            assert!(broken.is_err(), "{name}: {broken:?}");
+        }
+        assert!(matches!(
+            dns.mx("broken.signed.example").await,
+            Err(DnsError::Temporary(_))
+        ));
+    }
+
+    #[tokio::test]
+    async fn who_does_not_validate_is_not_said_to() {
+        let server = DnsServer::start(zone()).await.expect("a server");
+        let dns = SystemDns::new(&[server.addr()], true).expect("a resolver");
+        assert!(!dns.mx("signed.example").await.expect("records").secure);
+        assert_eq!(dns.validates("signed.example").await, Ok(false));
+        // A name server elsewhere is not believed, and not even asked, unless the operator says so.
+        let elsewhere = "192.0.2.53:53".parse().expect("an address");
+        let dns = SystemDns::new(&[server.addr(), elsewhere], false).expect("a resolver");
+        assert_eq!(dns.validates("signed.example").await, Ok(false));
+    }
+}

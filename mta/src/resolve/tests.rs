@@ -223,3 +223,30 @@ async fn a_static_route_asks_nobody() {
     }
     assert_eq!(*table.asked.lock().expect("unpoisoned"), 1);
 }
+
+#[test]
+fn families_come_as_wanted_and_addresses_get_their_share() {
+    let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+    let list = ["192.0.2.1", "2001:db8::1", "192.0.2.2", "2001:db8::2"].map(ip);
+    let found = Addresses {
+        list: list.into(),
+        secure: false,
+        canonical: None,
+    };
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut firsts = std::collections::HashSet::new();
+    for (families, wanted) in [
+        (Families::PreferIpv4, [true, true, false, false].as_slice()),
+        (Families::PreferIpv6, &[false, false, true, true]),
+        (Families::Ipv4, &[true, true]),
+        (Families::Ipv6, &[false, false]),
+    ] {
+        for _ in 0..20 {
+            let order = found.in_order(families, &mut random);
+            let kinds: Vec<_> = order.iter().map(IpAddr::is_ipv4).collect();
+            assert_eq!(kinds, wanted, "{families:?}");
+            firsts.insert(order[0]);
+        }
+    }
+    assert_eq!(firsts.len(), 4, "each is first at times");
+}
