@@ -102,6 +102,7 @@ impl Shape {
             tracking: TrackingSpec::default(),
             list_unsubscribe: true,
             feedback_id: None,
+            report: None,
         })
     }
 

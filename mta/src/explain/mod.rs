@@ -1,7 +1,7 @@
 //! Why mail moves or does not: what holds it, who said so, when it next moves.
 //!
-//! Owns the judgement ([`judge`]: pure, from a picture of the queue and rows of the store to an
-//! explanation) and the asking ([`ask`]). Must not change anything, must not stand on the way of
+//! Owns the judgement (`judge`: pure, from a picture of the queue and rows of the store to an
+//! explanation) and the asking (`ask`). Must not change anything, must not stand on the way of
 //! a message, and says so when it does not know.
 
 pub(crate) mod ask;

@@ -177,7 +177,9 @@ async fn tlsa_records_of_a_signed_zone_decide_and_those_of_others_do_not() -> Re
     );
     let shaping = Site::quick_shaping().replace("1s", "1h");
     let site = Site::with(&shaping, &more)?;
-    site.edit(|config| config.replace("[smtp]\n", &format!("[smtp]\nport = {}\n", postfix.port())))?;
+    site.edit(|config| {
+        config.replace("[smtp]\n", &format!("[smtp]\nport = {}\n", postfix.port()))
+    })?;
     let service = site.up().await?;
     let names = ["match", "differ", "none", "alias", "unsigned", "bogus"];
     let recipients = names.map(|name| json!({"email": format!("a@{name}.example")}));
