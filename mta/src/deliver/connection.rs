@@ -204,6 +204,10 @@ impl Connection<'_> {
             if !self.release_due().await {
                 break ConnEnd::Broken;
             }
+            // One that was turned away has left its place to the next; nobody else would wake us.
+            if !self.ahead.is_empty() && self.next.is_none() && self.wants_message() {
+                continue;
+            }
             self.wait().await;
         };
         // First, or what is given back would be handed to this connection again.

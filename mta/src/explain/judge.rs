@@ -406,7 +406,7 @@ fn content(view: Option<ContentView>) -> Option<Constraint> {
         ContentView::Ready => None,
         ContentView::Loading => Some(Constraint::new(
             Kind::Content,
-            End::Sometime,
+            End::Moment,
             service,
             "the content of the batch is being read and compiled".to_owned(),
         )),
@@ -831,7 +831,7 @@ fn eta(
     let start = match chain.first().map(|binding| binding.end) {
         Some(End::ByHand | End::Sometime) => return (None, None),
         Some(End::At(at)) => at.max(now),
-        Some(End::Flowing) | None => now,
+        Some(End::Flowing | End::Moment) | None => now,
     };
     if stock.stopped > 0 || (work.is_none() && stock.later == 0) {
         return (None, None);
@@ -886,7 +886,7 @@ fn settle(explanation: &mut Explanation, chain: Vec<Constraint>) {
         match binding.end {
             End::At(at) => explanation.next_at = Some(at),
             End::ByHand | End::Sometime => (explanation.next_at, explanation.eta) = (None, None),
-            End::Flowing => {}
+            End::Flowing | End::Moment => {}
         }
         if matches!(binding.end, End::ByHand | End::Sometime | End::At(_))
             && explanation.state == State::Moving

@@ -125,6 +125,8 @@ pub(crate) struct Constraint {
 pub(crate) enum End {
     /// It lets mail through all the time.
     Flowing,
+    /// By itself, within a moment.
+    Moment,
     /// Then.
     At(Timestamp),
     /// By itself, nobody knows when.
@@ -137,7 +139,7 @@ impl Constraint {
     pub(crate) fn new(kind: Kind, end: End, source: Option<Source>, detail: String) -> Self {
         let until = match end {
             End::At(at) => Some(at),
-            End::Flowing | End::Sometime | End::ByHand => None,
+            End::Flowing | End::Moment | End::Sometime | End::ByHand => None,
         };
         Self {
             kind,

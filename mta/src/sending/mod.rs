@@ -33,7 +33,7 @@ use crate::queue::pool::Pools;
 use crate::queue::snapshot::{Scope, Snapshot};
 use crate::queue::{Event, QueueConfig, QueueState};
 use crate::resolve::{Dns, Resolver, SystemDns};
-use crate::ship::{Recorder, Recovered, ShipDeps, Shipper, recover};
+use crate::ship::{Recorder, Recovered, ShipCommand, ShipDeps, Shipper, recover};
 use crate::tlspolicy::https::Https;
 use crate::tlspolicy::{Policies, PoliciesDeps};
 use crate::trace::Traces;
@@ -267,15 +267,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         shutdown: deps.shutdown.clone(),
         failed: failed.clone(),
     });
-    let ship = ShipDeps {
-        journal: deps.journal.clone(),
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        metrics: Arc::clone(&deps.metrics),
-        commands,
-        queue: queue.clone(),
-        shutdown: deps.shutdown.clone(),
-    };
+    let ship = ship_deps(&deps, commands, &queue);
     let tasks = deps.tasks.clone();
     // The end of the process waits for the whole of it, the beginning included.
     let hold = deps.shutdown.hold(Stage::Transactions);
@@ -284,6 +276,22 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         begin(deps, ship, starts, view, queue, executor, hold),
     );
     Ok(handle)
+}
+
+fn ship_deps(
+    deps: &SendingDeps,
+    commands: mpsc::Receiver<ShipCommand>,
+    queue: &mpsc::Sender<Event>,
+) -> ShipDeps<dyn Store> {
+    ShipDeps {
+        journal: deps.journal.clone(),
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        commands,
+        queue: queue.clone(),
+        shutdown: deps.shutdown.clone(),
+    }
 }
 
 fn dns(deps: &SendingDeps) -> Result<Arc<dyn Dns>, StartError> {

@@ -351,7 +351,7 @@ async fn addresses_beyond_ascii() {
     let station = Station::new(&peer).await;
     let to = ["a@bücher.example", "飛脚@x.example"].map(str::to_owned);
     let rows = sent(&station, &to).await;
-    assert_eq!(rows[0].status, Status::Delivered);
+    assert_eq!(rows[0].status, Status::Delivered, "{rows:?}");
     let messages = peer.messages();
     assert_eq!(messages.len(), 1);
     assert_eq!(messages[0].recipients, ["a@xn--bcher-kva.example"]);

@@ -433,8 +433,11 @@ async fn a_domain_without_policy_may_ride_along_and_one_with_a_policy_may_not() 
     everybody.extend(people("strict.example", 3));
     everybody.extend((30..60).map(|n| format!("u{n}@free.example")));
     let batch = station.submit(&everybody).await;
-    let counters = station.until(batch, |c| c.queued == 0).await;
-    assert_eq!((counters.delivered, counters.temporary_error), (60, 3));
+    // One of the three is tried; the others wait for what is known then.
+    let counters = station
+        .until(batch, |c| c.delivered == 60 && c.temporary_error > 0)
+        .await;
+    assert_eq!(counters.queued + counters.temporary_error, 3);
     let recipients = world.peers[0]
         .messages()
         .into_iter()
