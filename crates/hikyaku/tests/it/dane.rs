@@ -234,7 +234,7 @@ async fn tlsa_records_of_a_signed_zone_decide_and_those_of_others_do_not() -> Re
             .json()?;
         let tls = story["timeline"][0]["tls"].as_str().unwrap_or_default();
         ensure!(
-            tls.starts_with("TLSv1.3 ") && tls.ends_with(how),
+            tls.starts_with("TLSv1_3 ") && tls.ends_with(how),
             "{index}: {tls}"
         );
     }
