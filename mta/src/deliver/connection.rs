@@ -346,6 +346,11 @@ impl Connection<'_> {
         let pace = self.next.as_ref().and_then(|next| next.job.pace.as_ref());
         let mut pace = pace.map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(pace) = &pace {
+            // Behind content the destination reads it at an unknown time, and a batch's permits are
+            // spread over many destinations: such a message waits until nothing is before it.
+            if !self.begun.is_empty() {
+                return Err(None);
+            }
             let at = pace.free_at(now);
             if at > now {
                 return Err(Some(at));
