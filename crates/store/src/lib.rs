@@ -20,6 +20,7 @@
 pub mod conformance;
 mod describe;
 mod form;
+mod layer;
 mod recent;
 pub mod redis;
 pub mod sqlite;
@@ -27,6 +28,7 @@ mod tell;
 pub mod transition;
 mod types;
 
+pub use layer::Layer;
 pub use types::*;
 
 use async_trait::async_trait;

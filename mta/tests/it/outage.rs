@@ -4,14 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
-use store::{
-    AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
-    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
-    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals,
-};
+use store::{Layer, Result, Store, StoreError};
 use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
 use tokio::sync::watch;
 
@@ -26,6 +19,19 @@ enum Reach {
     /// Calls do not return before it is back, and then take effect.
     Hangs,
 }
+
+/// What the sender asks for on a message's way; what the test asks for is not cut.
+const OF_THE_SENDER: [&str; 9] = [
+    "backlog",
+    "lease",
+    "reclaim",
+    "renew",
+    "release",
+    "ship",
+    "high_water",
+    "control",
+    "content",
+];
 
 /// A store that can be cut off from the sender; the test itself goes on reading it.
 struct Remote {
@@ -43,8 +49,18 @@ impl Remote {
         station.store = remote.clone();
         remote
     }
+}
 
-    async fn reached(&self) -> Result<()> {
+#[async_trait]
+impl Layer for Remote {
+    fn inner(&self) -> &dyn Store {
+        &*self.inner
+    }
+
+    async fn before(&self, call: &'static str) -> Result<()> {
+        if !OF_THE_SENDER.contains(&call) {
+            return Ok(());
+        }
         let mut reach = self.reach.subscribe();
         let now = reach.wait_for(|now| *now != Reach::Hangs).await;
         match now.map(|now| *now) {
@@ -53,197 +69,6 @@ impl Remote {
                 Err(StoreError::Unavailable("cut off".to_owned()))
             }
         }
-    }
-}
-
-#[async_trait]
-impl Store for Remote {
-    fn partitions(&self) -> u16 {
-        self.inner.partitions()
-    }
-
-    async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
-        self.inner.stage_lots(batch, lots).await
-    }
-
-    async fn commit_batch(&self, batch: NewBatch, now: Timestamp) -> Result<()> {
-        self.inner.commit_batch(batch, now).await
-    }
-
-    async fn begin_call(&self, call: NewCall, now: Timestamp, ttl: Duration) -> Result<Begun> {
-        self.inner.begin_call(call, now, ttl).await
-    }
-
-    async fn drop_call(&self, key: CallKey, attempt: BatchId) -> Result<()> {
-        self.inner.drop_call(key, attempt).await
-    }
-
-    async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
-        self.inner.abandon_batch(batch).await
-    }
-
-    async fn backlog(
-        &self,
-        now: Timestamp,
-        after: Option<&str>,
-        limit: u32,
-    ) -> Result<Vec<Backlog>> {
-        self.reached().await?;
-        self.inner.backlog(now, after, limit).await
-    }
-
-    async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>> {
-        self.reached().await?;
-        self.inner.lease(request).await
-    }
-
-    async fn reclaim(
-        &self,
-        node: JournalId,
-        now: Timestamp,
-        ttl: Duration,
-    ) -> Result<Vec<LeasedRange>> {
-        self.reached().await?;
-        self.inner.reclaim(node, now, ttl).await
-    }
-
-    async fn renew(&self, node: JournalId, now: Timestamp, ttl: Duration) -> Result<Vec<RangeRef>> {
-        self.reached().await?;
-        self.inner.renew(node, now, ttl).await
-    }
-
-    async fn release(&self, ranges: Vec<Release>, now: Timestamp) -> Result<()> {
-        self.reached().await?;
-        self.inner.release(ranges, now).await
-    }
-
-    async fn ship(&self, shipment: Shipment) -> Result<Shipped> {
-        self.reached().await?;
-        self.inner.ship(shipment).await
-    }
-
-    async fn high_water(&self, journal: JournalId) -> Result<Seq> {
-        self.reached().await?;
-        self.inner.high_water(journal).await
-    }
-
-    async fn change_batch(
-        &self,
-        batch: BatchId,
-        change: BatchChange,
-        now: Timestamp,
-    ) -> Result<ChangeOutcome> {
-        self.inner.change_batch(batch, change, now).await
-    }
-
-    async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
-        self.reached().await?;
-        self.inner.control(after).await
-    }
-
-    async fn changed(&self, after: FeedPlace<'_>, at_most: Duration) {
-        self.inner.changed(after, at_most).await;
-    }
-
-    async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()> {
-        self.inner.suppress(entries, now).await
-    }
-
-    async fn unsuppress(
-        &self,
-        account: &str,
-        email: &str,
-        list: Option<&str>,
-        now: Timestamp,
-    ) -> Result<u32> {
-        self.inner.unsuppress(account, email, list, now).await
-    }
-
-    async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
-        self.inner.suspend(suspension, now).await
-    }
-
-    async fn resume(&self, destination: &str, now: Timestamp) -> Result<bool> {
-        self.inner.resume(destination, now).await
-    }
-
-    async fn suspensions(&self, now: Timestamp) -> Result<Vec<Suspension>> {
-        self.inner.suspensions(now).await
-    }
-
-    async fn make_due(&self, scope: DueScope, now: Timestamp, dry_run: bool) -> Result<u64> {
-        self.inner.make_due(scope, now, dry_run).await
-    }
-
-    async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
-        self.inner.put_notes(notes, now).await
-    }
-
-    async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
-        self.inner.notes(kind, now).await
-    }
-
-    async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
-        self.inner.note(kind, key, now).await
-    }
-
-    async fn job_lease(
-        &self,
-        job: &str,
-        node: JournalId,
-        now: Timestamp,
-        ttl: Duration,
-    ) -> Result<Option<u64>> {
-        self.inner.job_lease(job, node, now, ttl).await
-    }
-
-    async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
-        self.inner.announce(news, now).await
-    }
-
-    async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
-        self.inner.batch(batch).await
-    }
-
-    async fn batches(&self, query: BatchQuery) -> Result<Page<Batch>> {
-        self.inner.batches(query).await
-    }
-
-    async fn content(&self, batch: BatchId) -> Result<Option<Arc<[u8]>>> {
-        self.reached().await?;
-        self.inner.content(batch).await
-    }
-
-    async fn recipients(&self, query: RecipientQuery) -> Result<Page<RecipientRow>> {
-        self.inner.recipients(query).await
-    }
-
-    async fn message(&self, message: MessageId) -> Result<Option<MessageStory>> {
-        self.inner.message(message).await
-    }
-
-    async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
-        self.inner.address(account, email).await
-    }
-
-    async fn suppressions(&self, query: SuppressionQuery) -> Result<Page<Suppression>> {
-        self.inner.suppressions(query).await
-    }
-
-    async fn events(&self, query: EventQuery) -> Result<EventPage> {
-        self.inner.events(query).await
-    }
-
-    async fn totals(&self, now: Timestamp) -> Result<Totals> {
-        self.inner.totals(now).await
-    }
-
-    async fn setting(&self, key: &str, default: &str) -> Result<String> {
-        self.inner.setting(key, default).await
-    }
-
-    async fn check(&self) -> Result<()> {
-        self.inner.check().await
     }
 }
 
