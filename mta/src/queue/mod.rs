@@ -5,6 +5,8 @@
 //! must not know what a socket is.
 #![warn(clippy::wildcard_enum_match_arm)]
 
+#[cfg(test)]
+mod adapting;
 pub mod control;
 pub mod decide;
 mod fair;

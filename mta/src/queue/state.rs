@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use model::units::Rate;
 use model::{Attempt, BatchId, Domain, MessageId, Place, Priority, Timestamp};
 use service::config::AmbiguousPolicy;
-use service::config::shaping::ShapingFile;
+use service::config::shaping::{ShapingFile, WarmUp};
 use service::metrics::ThrottleReason;
 use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Suspension, Want};
 
@@ -68,10 +68,21 @@ pub struct QueueConfig {
     pub pools: Pools,
     /// Shares of accounts in a contended destination; of one that is not here, 1.
     pub weights: HashMap<String, u32>,
+    /// The names of egress sources, by index.
+    pub source_names: Arc<[Box<str>]>,
     /// What becomes of an ambiguous attempt.
     pub ambiguous: AmbiguousPolicy,
     /// When it is repeated at the earliest.
     pub ambiguous_after: Duration,
+}
+
+impl QueueConfig {
+    /// The plan by which a source becomes known to a destination, if it is new there.
+    fn warm_up(&self, source: usize, destination: &str) -> Option<WarmUp> {
+        let name = self.source_names.get(source)?;
+        let mut plans = self.shaping.warmups.iter();
+        plans.find(|plan| plan.is_for(name, destination)).cloned()
+    }
 }
 
 /// The time, both ways.
@@ -557,6 +568,7 @@ impl QueueState {
                 let dest = dests.entry(destination.clone()).or_insert_with(|| {
                     let sources = config.pools.sources();
                     let mut dest = Dest::new(Arc::clone(&policy), &sources, *started, now.instant);
+                    dest.warm_up(|source| config.warm_up(source, destination.as_str()), now);
                     dest.recall(
                         |source| remembered.remove(&(destination.clone(), source)),
                         now,
@@ -566,6 +578,7 @@ impl QueueState {
                 if dest.policy.limits != policy.limits {
                     dest.change(policy, now.instant);
                 }
+                dest.warm_up(|source| config.warm_up(source, destination.as_str()), now);
                 self.lift_domain(domain.as_str());
                 self.take_turns(domain.as_str());
                 self.dirty.insert(destination);

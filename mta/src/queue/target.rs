@@ -4,14 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use service::config::TlsPolicy;
-use service::config::shaping::Limits;
+use service::config::shaping::{Limits, WarmUp};
+use service::metrics::LimitKind;
 
 use super::fair::Turns;
 use super::job::{ConnId, Policy, Trouble};
 use super::pace::Pace;
 use super::state::Appetite;
 use crate::resolve::Route;
-use crate::shaping::{self, InForce, Kept, Limiter, Pacer, SharedPacer};
+use crate::shaping::{self, InForce, Kept, Limiter, Pacer, SharedPacer, Warming};
 use crate::tlspolicy::Security;
 
 /// Messages that a connection has at a time: one whose reply is awaited, one whose envelope went
@@ -74,6 +75,10 @@ pub(super) struct Target {
     pub(super) out: u32,
     /// It may have changed since it was written down.
     pub(super) is_news: bool,
+    /// The source is new here.
+    pub(super) warming: Option<Warming>,
+    /// Messages in a second that the warm-up leaves; infinite without one.
+    warm_rate: f64,
     pub(super) conns: Vec<ConnId>,
     /// What was handed out, each message by the share that its pool gives the source.
     pub(super) charge: u64,
@@ -171,6 +176,8 @@ impl Dest {
             opens: Pacer::exhausted(opening(limits), started),
             out: 0,
             is_news: false,
+            warming: None,
+            warm_rate: f64::INFINITY,
             conns: Vec::new(),
             charge: 0,
             open_after: None,
@@ -208,16 +215,53 @@ impl Dest {
         for target in &mut self.targets {
             if let Some(kept) = kept(target.source) {
                 target.limiter.restore(&kept, now.into());
+                if let Some(warming) = &mut target.warming {
+                    warming.restore(kept.held_days);
+                }
                 target.take_over();
             }
         }
     }
 
-    /// Until when no source may send to it for what it answered.
-    pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
-        let paused = |target: &Target| target.in_force.paused_until.filter(|until| *until > now);
-        let until: Option<Vec<_>> = self.targets.iter().map(paused).collect();
-        until.and_then(|until| until.into_iter().min())
+    /// Puts sources that are new here under their plans; one that has none (any more) is warm.
+    pub(super) fn warm_up(
+        &mut self,
+        plan: impl Fn(usize) -> Option<WarmUp>,
+        now: super::state::Now,
+    ) {
+        for target in &mut self.targets {
+            let plan = plan(target.source);
+            if target.warming.as_ref().map(|warming| &**warming.plan()) != plan.as_ref() {
+                target.warming = plan.map(|plan| Warming::new(Arc::new(plan)));
+            }
+        }
+        self.next_day(now);
+    }
+
+    /// The budgets of today hold. Whether any is another than before.
+    pub(super) fn next_day(&mut self, now: super::state::Now) -> bool {
+        let mut changed = false;
+        for target in &mut self.targets {
+            let rate = target
+                .warming
+                .as_ref()
+                .map(|warming| warming.rate(now.wall));
+            let rate = rate.unwrap_or(f64::INFINITY);
+            if rate == target.warm_rate {
+                continue;
+            }
+            target.warm_rate = rate;
+            target.take_over();
+            changed = true;
+        }
+        changed
+    }
+
+    /// Whether no source may send to it for what it answered.
+    pub(super) fn is_paused(&self) -> bool {
+        self.targets
+            .iter()
+            .all(|target| target.in_force.is_paused())
     }
 
     /// Whether it is left alone at `now`.
@@ -276,6 +320,7 @@ impl Dest {
             target.conns.is_empty()
                 && !target.is_news
                 && target.limiter.is_at_rest(now)
+                && target.warm_rate.is_infinite()
                 && target.plan.is_fresh(now)
                 && target.opens.is_fresh(now)
                 && target.open_after.is_none_or(|at| at <= now)
@@ -301,12 +346,12 @@ impl Target {
     /// Whether what is transactional may be handed out: with a permit, or in place of something
     /// that was handed out for one.
     pub(super) fn takes_urgent(&self, limits: &Limits, now: Instant) -> bool {
-        self.is_due(limits, now) || !self.in_force.is_paused(now) && self.plan.is_ahead(now)
+        self.is_due(limits, now) || !self.in_force.is_paused() && self.plan.is_ahead(now)
     }
 
     /// Whether a message may be handed out now.
     pub(super) fn is_due(&self, limits: &Limits, now: Instant) -> bool {
-        !self.in_force.is_paused(now)
+        !self.in_force.is_paused()
             && limits.in_flight.is_none_or(|most| self.out < most)
             && self.plan.free_at(now) <= now + HORIZON
     }
@@ -326,6 +371,9 @@ impl Target {
     pub(super) fn take_over(&mut self) {
         self.in_force = self.limiter.in_force();
         self.is_news = true;
+        if self.warm_rate < self.in_force.pace.per_second() {
+            self.in_force.pace = shaping::Pace::Even(self.warm_rate);
+        }
         let pace = self.in_force.pace;
         if self.plan.pace() != pace {
             self.plan.change(pace);
@@ -334,6 +382,32 @@ impl Target {
         if permits.pace() != pace {
             permits.change(pace);
         }
+    }
+
+    /// A limit as a number; a paused rate is 0.
+    pub(super) fn value(&self, kind: LimitKind) -> f64 {
+        let limit = self.limiter.value(kind);
+        match kind {
+            LimitKind::Rate => limit.min(self.warm_rate),
+            LimitKind::Connections | LimitKind::MessagesPerConnection => limit,
+        }
+    }
+
+    /// Whether it is the warm-up that sets its pace.
+    pub(super) fn warms(&self) -> bool {
+        self.warm_rate < self.limiter.value(LimitKind::Rate)
+    }
+
+    /// What is to be kept over a restart.
+    pub(super) fn kept(&self, now: super::state::Now) -> Option<Kept> {
+        let held_days = self.warming.as_ref().map(Warming::held).unwrap_or_default();
+        let kept = self.limiter.kept(now.into());
+        if kept.is_none() && held_days.is_none() {
+            return None;
+        }
+        let mut kept = kept.unwrap_or_default();
+        kept.held_days = held_days;
+        Some(kept)
     }
 
     /// Connections, as limits count them.

@@ -121,7 +121,8 @@ pub(super) async fn remembered(
     Ok(notes.into_iter().filter_map(read).collect())
 }
 
-fn names(sources: &[Source]) -> Arc<[Box<str>]> {
+/// The names of sources, by index.
+pub(super) fn names(sources: &[Source]) -> Arc<[Box<str>]> {
     let names = sources.iter().map(|source| source.name.as_str().into());
     names.collect()
 }

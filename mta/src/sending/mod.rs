@@ -346,6 +346,7 @@ fn config(deps: &SendingDeps) -> QueueConfig {
             .iter()
             .map(|account| (account.id.clone(), account.weight))
             .collect(),
+        source_names: limits::names(&deps.smtp.sources),
         pools: Pools::configured(&deps.pools, |name| {
             let sources = &deps.smtp.sources;
             sources.iter().position(|source| source.name == name)

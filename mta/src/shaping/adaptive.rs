@@ -2,7 +2,7 @@
 //! probing upward.
 //!
 //! Owns that arithmetic, for rates and counts alike. Reads no clock, sends nothing, knows no reply.
-//! `docs/adr/adaptive-limits.md` says why the figures are these.
+//! `docs/adr/0004-adaptive-limits.md` says why the figures are these.
 
 use std::time::{Duration, Instant};
 

@@ -98,9 +98,10 @@ impl InForce {
         }
     }
 
-    /// Whether a block holds everything at `now`.
-    pub fn is_paused(&self, now: Instant) -> bool {
-        self.paused_until.is_some_and(|until| until > now)
+    /// Whether a block holds everything. It ends by [`Limiter::tick`], not by the clock, so that
+    /// nothing slips through before one connection is to probe.
+    pub fn is_paused(&self) -> bool {
+        self.paused_until.is_some()
     }
 }
 
@@ -123,6 +124,23 @@ pub enum Reason {
     PauseOver,
     /// It was quiet, so more is tried.
     Probe,
+    /// The source is new to the destination.
+    WarmUp,
+}
+
+impl Reason {
+    /// Whether the destination complained.
+    pub const fn is_complaint(self) -> bool {
+        match self {
+            Self::RateSignal | Self::DeferralRatio | Self::BlockSignal => true,
+            Self::ConnectionSignal
+            | Self::MessagesSignal
+            | Self::HoldOver
+            | Self::PauseOver
+            | Self::Probe
+            | Self::WarmUp => false,
+        }
+    }
 }
 
 impl Reason {
@@ -137,6 +155,7 @@ impl Reason {
             Self::HoldOver => "hold_over",
             Self::PauseOver => "pause_over",
             Self::Probe => "probe",
+            Self::WarmUp => "warm_up",
         }
     }
 }
@@ -330,6 +349,7 @@ impl Limiter {
             paused_until: self.pause.map(|pause| now.wall_of(pause.until)),
             pauses: self.pauses,
             probing: self.probing,
+            ..Kept::default()
         };
         let moved = kept.rate.is_some() || kept.connections.is_some() || kept.messages.is_some();
         (moved || kept.paused_until.is_some() || kept.probing > 0).then_some(kept)

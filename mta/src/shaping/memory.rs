@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use model::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::warmup::HeldDays;
+
 /// The moment, by both clocks: limits live by the one and are kept by the other.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
@@ -29,7 +31,7 @@ impl Moment {
 }
 
 /// The limits of one destination as one source sees it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Kept {
     /// Messages in a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,6 +51,9 @@ pub struct Kept {
     /// Answers in peace that are still to come after a pause.
     #[serde(default)]
     pub(super) probing: u32,
+    /// Days of a warm-up that were held.
+    #[serde(default, skip_serializing_if = "HeldDays::is_none")]
+    pub(crate) held_days: HeldDays,
 }
 
 /// One limit.

@@ -9,13 +9,17 @@ mod limiter;
 mod memory;
 mod pacer;
 #[cfg(test)]
+mod sample;
+#[cfg(test)]
 mod simulation;
 mod spread;
+mod warmup;
 
 pub use limiter::{Because, Change, Heard, InForce, Limiter, Reason, Sign};
 pub use memory::{Kept, Moment};
 pub use pacer::{Pace, Pacer};
 pub use spread::Spread;
+pub use warmup::{HeldDays, Warming};
 
 use std::fmt;
 use std::sync::{Arc, Mutex};

@@ -65,3 +65,43 @@ async fn no_more_connections_than_allowed() -> Result<()> {
     assert!(counts.connections >= 75, "4 messages each: {counts:?}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_hold_over_a_kill() -> Result<()> {
+    let temper = Temper::accepting().slow_messages(Duration::from_millis(20));
+    let peer = SmtpPeer::start(temper).await?;
+    let limits = "rate = \"unlimited\"\nconnections = 3";
+    let site = Site::with(&shaping(limits, &peer), "")?;
+    let mut service = site.up().await?;
+    let id = service.submit(&newsletter(240, 12)).await?;
+    for messages in [60, 150] {
+        peer.wait_for(messages).await?;
+        service.kill()?;
+        service = site.up().await?;
+    }
+    service.completed(&id).await?;
+    let counts = peer.counts();
+    assert!(counts.peak <= 3, "{counts:?}");
+    assert!(counts.messages >= 240, "{counts:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fractional_rate_is_paced() -> Result<()> {
+    let peer = SmtpPeer::start(Temper::accepting()).await?;
+    let site = Site::with(&shaping("rate = \"120/m\"\nconnections = 3", &peer), "")?;
+    let mut service = site.up().await?;
+    let id = service.submit(&newsletter(12, 3)).await?;
+    peer.wait_for(5).await?;
+    service.kill()?;
+    service = site.up().await?;
+    service.completed(&id).await?;
+    let mut at: Vec<_> = peer.messages().iter().map(|of| of.mail_at).collect();
+    at.sort_unstable();
+    for pair in at.windows(2) {
+        // One each half second; what travels takes a moment of its own.
+        let gap = pair[1] - pair[0];
+        assert!(gap >= Duration::from_millis(400), "{gap:?} between two");
+    }
+    Ok(())
+}

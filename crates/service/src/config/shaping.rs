@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use model::Domain;
 use model::units::Rate;
+use model::{Domain, Timestamp};
 
 use super::document::{FileConfig, Item, Value};
 use super::reader::{Meant, Reader, Section};
@@ -24,7 +24,42 @@ pub struct ShapingFile {
     pub domains: BTreeMap<Domain, Limits>,
     /// `[mx]`: where mail for a domain goes instead of its MX hosts.
     pub routes: Routes,
+    /// `[[warmup]]`: egress sources that receivers do not know yet.
+    pub warmups: Vec<WarmUp>,
 }
+
+/// One of `[[warmup]]`: what a new egress source may send to each destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WarmUp {
+    /// The source's name.
+    pub source: String,
+    /// The beginning of the first day, in UTC.
+    pub start: Timestamp,
+    /// Messages to one destination on the first day, the second, and so on; never empty, none 0.
+    /// After the last the source is warm.
+    pub schedule: Vec<u32>,
+    /// Destinations by name that this is for; empty: all.
+    pub destinations: Vec<String>,
+    /// The line of the file at which it was typed.
+    pub line: Option<u32>,
+}
+
+impl WarmUp {
+    /// Whether it is about this source and destination.
+    pub fn is_for(&self, source: &str, destination: &str) -> bool {
+        let named = |name: &String| name == destination;
+        self.source == source
+            && (self.destinations.is_empty() || self.destinations.iter().any(named))
+    }
+}
+
+/// A day by day schedule that a sender published: 16 days from 50 to 100,000 messages, for each pair
+/// of address and receiving domain.
+/// <https://support.sitevibes.com/support/solutions/articles/47001271345-understanding-our-ip-warming-process>
+const STANDARD: [u32; 16] = [
+    50, 100, 250, 500, 1_000, 2_500, 5_000, 7_500, 10_000, 15_000, 20_000, 30_000, 40_000, 55_000,
+    70_000, 100_000,
+];
 
 /// The limits of one destination per egress source, complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,8 +217,10 @@ pub(super) fn shaping(root: &mut Section<'_>) -> ShapingFile {
         root.mistake(&format!("provider[{index}].name"), detail);
     });
     let domains = root.named("domain", |section| limits(section, &default));
+    let warmups = root.tables("warmup", warmup);
     ShapingFile {
         routes: routes(root),
+        warmups,
         default,
         providers,
         domains,
@@ -299,6 +336,51 @@ fn positive(count: &u32) -> Result<(), String> {
     match count {
         0 => Err("0 would hold all mail: suspend the destination instead".to_owned()),
         _ => Ok(()),
+    }
+}
+
+fn warmup(section: &mut Section<'_>) -> WarmUp {
+    let line = section.line("source");
+    let source = section.required("source", String::new());
+    if !section.has("start") {
+        section.mistake("start", "is required".to_owned());
+    }
+    let start = section.converted("start", |text: String| {
+        Timestamp::parse(&format!("{text}T00:00:00Z"))
+            .map_err(|_| format!("{text:?} is not a day, such as \"2026-03-01\""))
+    });
+    let schedule = section.optional::<Schedule>("schedule");
+    WarmUp {
+        source,
+        start: start.unwrap_or_default(),
+        schedule: schedule.map_or_else(|| STANDARD.to_vec(), |schedule| schedule.0),
+        destinations: section.list("destinations").unwrap_or_default(),
+        line,
+    }
+}
+
+/// A name, or messages day by day.
+struct Schedule(Vec<u32>);
+
+impl Meant for Schedule {
+    fn meant(item: &Item) -> Result<Self, String> {
+        let wanted = "\"standard\", \"conservative\" or a list such as [50, 100, 500]";
+        match &item.value {
+            Value::String(name) if name == "standard" => Ok(Self(STANDARD.to_vec())),
+            Value::String(name) if name == "conservative" => {
+                Ok(Self(STANDARD.iter().flat_map(|day| [*day, *day]).collect()))
+            }
+            Value::Array(days) if !days.is_empty() => {
+                let days: Result<Vec<u32>, String> = days.iter().map(u32::meant).collect();
+                let days = days?;
+                if days.contains(&0) {
+                    return Err("a day of 0 messages would hold all mail".to_owned());
+                }
+                Ok(Self(days))
+            }
+            Value::String(text) => Err(format!("{text:?} is not {wanted}")),
+            other => Err(format!("is {}, expected {wanted}", other.kind())),
+        }
     }
 }
 

@@ -98,6 +98,7 @@ fn the_sample_shaping_file_shows_the_defaults() {
     let examples = reader.read(shaping::shaping);
     assert_eq!(reader.finish(), Vec::new());
     assert_eq!(examples.domains.len(), 1);
+    assert_eq!(examples.warmups.len(), 1);
     assert_eq!(examples.routes.by_domain.len(), 1);
 }
 

@@ -176,6 +176,8 @@ labels! {
         Suspended = "suspended",
         /// The batch's own rate is spent.
         BatchRate = "batch_rate",
+        /// The source is new to the destination, and the budget of the day is spread over it.
+        WarmUp = "warm_up",
     }
     /// A signature's algorithm.
     SignatureAlgorithm {

@@ -454,10 +454,12 @@ impl QueueState {
     ) -> Option<(Arc<Route>, bool)> {
         let served = |route: &Arc<Route>, pool: &Pool| {
             let charge_max = self.charge_max(dest, pool, now);
+            // A source that may not send now serves nobody.
+            let limits = &dest.policy.limits;
             let fit = dest
                 .targets
                 .iter()
-                .filter(|target| target.charge <= charge_max);
+                .filter(|target| target.charge <= charge_max && target.is_due(limits, now));
             let mut conns = fit.flat_map(|target| {
                 let max = target.in_force.messages_per_connection;
                 let of_target = target.conns.iter();

@@ -174,7 +174,7 @@ impl QueueState {
             if self.is_left_alone(queue, now.instant) || self.is_barred_queue(queue, now) {
                 return None;
             }
-            let (key, rate) = self.limits_of(queue, now.instant);
+            let (key, rate) = self.limits_of(queue);
             let urgent = held.destinations.get(&key).map_or(0, |of| of.urgent);
             startable(rate).min(URGENT_MAX).saturating_sub(urgent)
         };
@@ -208,7 +208,7 @@ impl QueueState {
             if self.is_left_alone(name, now.instant) {
                 return self.want_while_held(queue, now);
             }
-            let (key, rate) = self.limits_of(name, now.instant);
+            let (key, rate) = self.limits_of(name);
             let holding = destinations.entry(key.clone()).or_default();
             let most = startable(rate).min(share);
             let target = match self.dests.get_mut(&key) {
@@ -294,9 +294,9 @@ impl QueueState {
 
     /// Which destination a domain's queue is for, as far as that is known, and how many messages
     /// it takes in a second.
-    fn limits_of(&self, queue: &str, now: Instant) -> (Destination, f64) {
+    fn limits_of(&self, queue: &str) -> (Destination, f64) {
         if let Some(Way::Known { destination, .. }) = self.lanes.get(queue).map(|lane| &lane.way)
-            && let Some(rate) = self.rate_in_force(destination, now)
+            && let Some(rate) = self.rate_in_force(destination)
         {
             return (destination.clone(), rate);
         }

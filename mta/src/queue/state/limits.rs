@@ -3,7 +3,7 @@
 use super::*;
 use crate::classify::Signal;
 use crate::queue::target::Target;
-use crate::shaping::{Because, Change, Heard, Moment, Pace, Sign};
+use crate::shaping::{Because, Change, Heard, Moment, Pace, Reason, Sign};
 use service::metrics::LimitKind;
 
 /// How often limits are looked at.
@@ -82,10 +82,26 @@ impl QueueState {
         let view = |target: &Target, kind| {
             let (because, until) = target.limiter.because(kind);
             let lines = &dest.policy.limits.lines;
+            if let Some(warming) = target.warming.as_ref().filter(|_| target.warms())
+                && kind == LimitKind::Rate
+            {
+                return LimitView {
+                    source: target.source,
+                    kind,
+                    in_force: target.value(kind),
+                    base: base(&dest.policy, kind),
+                    because: Because {
+                        reason: Some(Reason::WarmUp),
+                        rule: None,
+                    },
+                    until: None,
+                    line: warming.plan().line,
+                };
+            }
             LimitView {
                 source: target.source,
                 kind,
-                in_force: target.limiter.value(kind),
+                in_force: target.value(kind),
                 base: base(&dest.policy, kind),
                 because,
                 until,
@@ -174,6 +190,12 @@ impl QueueState {
         if changes.is_empty() {
             return;
         }
+        if let Some(warming) = &mut target.warming
+            && changes.iter().any(|change| change.reason.is_complaint())
+            && warming.hold(now.wall)
+        {
+            tracing::info!(destination = %key, source = target.source, "a day of a warm-up is repeated");
+        }
         target.take_over();
         let source = target.source;
         let changes = changes.into_iter().map(|change| (source, change)).collect();
@@ -200,7 +222,7 @@ impl QueueState {
                     changes.extend(moved.into_iter().map(|change| (target.source, change)));
                 }
             }
-            if !changes.is_empty() {
+            if dest.next_day(now) || !changes.is_empty() {
                 changed.push((key.clone(), changes));
             }
         }
@@ -229,7 +251,7 @@ impl QueueState {
     ) -> Option<Box<Limited>> {
         let dest = self.dests.get(key)?;
         let values = KINDS.map(|kind| {
-            let in_force = dest.targets.iter().map(|target| target.limiter.value(kind));
+            let in_force = dest.targets.iter().map(|target| target.value(kind));
             let base = base(&dest.policy, kind);
             (kind, in_force.fold(f64::INFINITY, f64::min), base)
         });
@@ -257,7 +279,10 @@ impl QueueState {
         let Some(target) = dests.get(key).and_then(|dest| dest.targets.get(at)) else {
             return;
         };
-        let limit = usize::try_from(target.in_force.connections).unwrap_or(usize::MAX);
+        let limit = match target.in_force.is_paused() {
+            true => 0,
+            false => usize::try_from(target.in_force.connections).unwrap_or(usize::MAX),
+        };
         let busy = |id: &ConnId| {
             conns
                 .get(id)
@@ -314,7 +339,7 @@ impl QueueState {
     pub(super) fn is_barred(&self, destination: &Destination, now: Now) -> bool {
         let is_paused = || {
             let dest = self.dests.get(destination);
-            dest.is_some_and(|dest| dest.paused_until(now.instant).is_some())
+            dest.is_some_and(Dest::is_paused)
         };
         self.suspension(destination.as_str(), now.wall).is_some() || is_paused()
     }
@@ -358,21 +383,26 @@ impl QueueState {
         let waiting = self.dests.iter().filter(|(_, dest)| !dest.turns.is_empty());
         for (key, dest) in waiting {
             let limit = |target: &Target| target.open() >= target.in_force.connections;
-            let reason = if self.is_barred(key, now) {
-                ThrottleReason::Suspended
-            } else if dest.is_held(now.instant) {
-                ThrottleReason::Backoff
-            } else if dest.targets.iter().all(limit)
-                && dest
-                    .targets
-                    .iter()
-                    .any(|target| target.is_due(&dest.policy.limits, now.instant))
-            {
-                ThrottleReason::Connections
-            } else {
-                // The rate is counted where it holds a message back.
-                continue;
-            };
+            let reason =
+                if self.is_barred(key, now) {
+                    ThrottleReason::Suspended
+                } else if dest.is_held(now.instant) {
+                    ThrottleReason::Backoff
+                } else if dest.targets.iter().all(limit)
+                    && dest
+                        .targets
+                        .iter()
+                        .any(|target| target.is_due(&dest.policy.limits, now.instant))
+                {
+                    ThrottleReason::Connections
+                } else if dest.targets.iter().all(|target| {
+                    target.warms() && !target.is_due(&dest.policy.limits, now.instant)
+                }) {
+                    ThrottleReason::WarmUp
+                } else {
+                    // The rate is counted where it holds a message back.
+                    continue;
+                };
             out.push(Action::Throttled(key.clone(), reason));
         }
     }
@@ -394,7 +424,7 @@ impl QueueState {
         for (key, dest) in &mut self.dests {
             for target in dest.targets.iter_mut().filter(|target| target.is_news) {
                 target.is_news = false;
-                news.push((key.clone(), target.source, target.limiter.kept(now.into())));
+                news.push((key.clone(), target.source, target.kept(now)));
             }
         }
         if !news.is_empty() {
@@ -403,12 +433,12 @@ impl QueueState {
     }
 
     /// Messages in a second that a destination takes from all its sources now.
-    pub(super) fn rate_in_force(&self, key: &Destination, now: Instant) -> Option<f64> {
+    pub(super) fn rate_in_force(&self, key: &Destination) -> Option<f64> {
         let dest = self.dests.get(key)?;
         let open = dest
             .targets
             .iter()
-            .filter(|target| !target.in_force.is_paused(now));
+            .filter(|target| !target.in_force.is_paused());
         Some(open.map(|target| target.in_force.pace.per_second()).sum())
     }
 

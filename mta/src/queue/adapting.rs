@@ -1,0 +1,487 @@
+//! The queue with endless mail for one destination that has limits of its own, by a virtual clock:
+//! limits follow, suspensions hold, sources warm up.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use model::{LotNumber, Place, Timestamp};
+use service::clock::{Clock as _, SystemClock};
+use service::config::AmbiguousPolicy;
+use service::config::shaping::ShapingFile;
+use store::{
+    Backlog, BatchHead, Control, LeasedRange, LeasedRecipient, RangeRef, Suspension, Want,
+};
+
+use super::control::ControlView;
+use super::fixtures::{head, range_ref, row};
+use super::job::{ConnId, Fate, Job};
+use super::pool::{Pool, Pools};
+use super::{Action, ConnEnd, Event, Limited, Now, QueueConfig, QueueState, Remembered};
+use crate::classify::{Notice, Signal};
+use crate::resolve::{Host, Route};
+use crate::shaping::{Change, Destination, Heard, Kept, Reason, SharedPacer, Sign};
+use crate::tlspolicy::{Level, Security};
+
+const DOMAIN: &str = "x.example";
+const TICK: Duration = Duration::from_millis(100);
+/// From `MAIL` to its answer.
+const ANSWER: Duration = Duration::from_millis(60);
+
+#[derive(Debug)]
+struct Conn {
+    source: usize,
+    permits: SharedPacer,
+    jobs: VecDeque<Job>,
+    ready: bool,
+    /// The message that is being answered, since when.
+    busy: Option<(Job, Instant)>,
+}
+
+/// What the destination says to a message that begins.
+type Judge = Box<dyn FnMut(usize, Instant) -> Option<Signal>>;
+
+struct World {
+    start: Instant,
+    now: Instant,
+    queue: QueueState,
+    judge: Judge,
+    conns: BTreeMap<ConnId, Conn>,
+    held: Vec<RangeRef>,
+    later: VecDeque<Event>,
+    next: u64,
+    /// Messages begun, by source, and those of them that were refused.
+    begun: Vec<(usize, Instant)>,
+    refused: usize,
+    changes: Vec<Change>,
+    kept: HashMap<(Destination, usize), Kept>,
+    opened: Vec<Instant>,
+    /// The most messages at connections at a time.
+    most_out: usize,
+}
+
+impl World {
+    fn new(shaping: &str, sources: usize, start: Instant, judge: Judge) -> Self {
+        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), shaping);
+        let names: Vec<Box<str>> = (0..sources).map(|n| format!("ip{n}").into()).collect();
+        let config = QueueConfig {
+            lease: Duration::from_secs(45),
+            shaping: Arc::new(shaping.expect("a shaping file")),
+            weights: HashMap::new(),
+            pools: Pools::single(Pool::new((0..sources).map(|n| (n, 1)).collect())),
+            source_names: names.into(),
+            ambiguous: AmbiguousPolicy::Retry,
+            ambiguous_after: Duration::from_secs(1_800),
+        };
+        let view = Arc::new(ControlView::new(start));
+        Self {
+            start,
+            now: start,
+            queue: QueueState::new(config, view, 1, start),
+            judge,
+            conns: BTreeMap::new(),
+            held: Vec::new(),
+            later: VecDeque::new(),
+            next: 0,
+            begun: Vec::new(),
+            refused: 0,
+            changes: Vec::new(),
+            kept: HashMap::new(),
+            opened: Vec::new(),
+            most_out: 0,
+        }
+    }
+
+    fn clock(&self) -> Now {
+        Now {
+            instant: self.now,
+            wall: wall(self.now - self.start),
+        }
+    }
+
+    /// Lets `time` pass.
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            let tick_at = self.now + TICK;
+            while let Some(at) = self.next_move(tick_at) {
+                self.now = self.now.max(at);
+                self.move_conns();
+                self.deliver_events();
+            }
+            self.now = tick_at;
+            let actions = self.queue.tick(self.clock());
+            self.carry_out(actions);
+            self.deliver_events();
+        }
+    }
+
+    /// When a connection has something to do before `until`.
+    fn next_move(&self, until: Instant) -> Option<Instant> {
+        let moves = self.conns.values().filter_map(|conn| match &conn.busy {
+            Some((_, began)) => Some(*began + ANSWER),
+            None if conn.jobs.is_empty() => None,
+            None => {
+                let permits = conn.permits.lock().unwrap_or_else(PoisonError::into_inner);
+                Some(permits.free_at(self.now))
+            }
+        });
+        moves.filter(|at| *at < until).min()
+    }
+
+    fn move_conns(&mut self) {
+        let now = self.now;
+        for (id, conn) in &mut self.conns {
+            if let Some((job, began)) = conn.busy.take_if(|(_, began)| *began + ANSWER <= now) {
+                let signal = (self.judge)(conn.source, began);
+                self.refused += usize::from(signal.is_some());
+                if let Some(signal) = signal {
+                    let notice = Notice {
+                        signal,
+                        rule: Some("test".into()),
+                        reply: "421 slow down".into(),
+                    };
+                    let noticed = Event::Noticed(*id, Box::new(notice), Some(began));
+                    self.later.push_back(noticed);
+                }
+                let heard = signal.is_none().then_some(Heard {
+                    began,
+                    sign: Sign::Peace,
+                    rule: None,
+                });
+                let delivered = signal.is_none();
+                let fate = Fate::Recorded { delivered, heard };
+                self.later.push_back(Event::Report(job.id, fate));
+            }
+            let may_begin = conn.ready && conn.busy.is_none() && !conn.jobs.is_empty();
+            let mut permits = conn.permits.lock().unwrap_or_else(PoisonError::into_inner);
+            if may_begin && permits.take(now).is_ok() {
+                conn.busy = conn.jobs.pop_front().map(|job| (job, now));
+                self.begun.push((conn.source, now));
+            }
+        }
+    }
+
+    fn deliver_events(&mut self) {
+        while !self.later.is_empty() {
+            let events: Vec<_> = self.later.drain(..).collect();
+            let actions = self.queue.apply(events, self.clock());
+            self.carry_out(actions);
+        }
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Look => self.later.push_back(Event::Backlog(Some(vec![Backlog {
+                queue: DOMAIN.into(),
+                due: 100_000,
+                next_due: None,
+                transactional: false,
+                batches: vec![head(1).id],
+            }]))),
+            Action::Ask(wants) => self.lease(&wants),
+            Action::Renew => self.later.push_back(Event::Renewed {
+                held: Some(self.held.clone()),
+                asked_at: self.now,
+            }),
+            Action::Release(release) => {
+                self.held.retain(|range| *range != release.range);
+                self.later.push_back(Event::HandedBack(vec![release.range]));
+            }
+            Action::Resolve(domain) => {
+                let host = Host {
+                    preference: 0,
+                    name: "mx.x.example".into(),
+                    port: 25,
+                };
+                let route = Arc::new(Route::new(vec![host], false));
+                let answer = Ok((route, Duration::from_secs(1_000_000)));
+                self.later.push_back(Event::Resolved { domain, answer });
+            }
+            Action::LoadContent(head) => self.later.push_back(Event::Content {
+                batch: head.id,
+                ready: Ok(()),
+            }),
+            Action::Open {
+                conn,
+                source,
+                permits,
+                ..
+            } => {
+                self.opened.push(self.now);
+                let made = Conn {
+                    source,
+                    permits,
+                    jobs: VecDeque::new(),
+                    ready: true,
+                    busy: None,
+                };
+                self.conns.insert(conn, made);
+                let security = Arc::new(Security {
+                    host: "mx.x.example".into(),
+                    level: Level::Plaintext,
+                    dane_kept: false,
+                });
+                self.later.push_back(Event::Ready(conn, security));
+            }
+            Action::Send(job) => {
+                let conn = self.conns.get_mut(&job.conn).expect("a connection");
+                conn.jobs.push_back(job);
+                let out = self
+                    .conns
+                    .values()
+                    .map(|conn| conn.jobs.len() + usize::from(conn.busy.is_some()));
+                self.most_out = self.most_out.max(out.sum());
+            }
+            Action::Close(id) => {
+                if let Some(conn) = self.conns.remove(&id) {
+                    let left = conn.jobs.into_iter().chain(conn.busy.map(|(job, _)| job));
+                    for job in left {
+                        let fate = Fate::Returned(super::job::Returned::Closed);
+                        self.later.push_back(Event::Report(job.id, fate));
+                    }
+                    self.later.push_back(Event::Closed(id, ConnEnd::Planned));
+                }
+            }
+            Action::Limits(limited) => self.limited(*limited),
+            Action::Keep(all) => {
+                for (destination, source, kept) in all {
+                    match kept {
+                        Some(kept) => self.kept.insert((destination, source), kept),
+                        None => self.kept.remove(&(destination, source)),
+                    };
+                }
+            }
+            Action::Register { .. }
+            | Action::Record { .. }
+            | Action::Throttled(..)
+            | Action::Drained => {}
+        }
+    }
+
+    fn limited(&mut self, limited: Limited) {
+        let changes = limited.changes.into_iter().map(|(_, change)| change);
+        self.changes.extend(changes);
+    }
+
+    fn lease(&mut self, wants: &[Want]) {
+        let ranges: Vec<_> = wants.iter().map(|want| self.range(want)).collect();
+        self.later.push_back(Event::Leased {
+            ranges,
+            asked_at: self.now,
+        });
+    }
+
+    fn range(&mut self, want: &Want) -> LeasedRange {
+        self.next += 1;
+        let id = range_ref(self.next);
+        self.held.push(id);
+        let rows = want.rows.min(want.largest).min(500);
+        let items = (0..rows).map(|offset| LeasedRecipient {
+            place: Place {
+                lot: LotNumber(u32::try_from(self.next).expect("few")),
+                position: u16::try_from(offset).expect("few"),
+            },
+            offset,
+            row: row(offset, "a@x.example"),
+            attempts: 0,
+            maybe_started: false,
+            ambiguous_before: false,
+        });
+        LeasedRange {
+            range: id,
+            batch: Arc::new(BatchHead {
+                release_at: wall(Duration::ZERO),
+                expires_at: Some(Timestamp::from_millis(i64::MAX)),
+                ..head(1)
+            }),
+            queue: DOMAIN.into(),
+            items: items.collect(),
+            window: rows,
+            expires_at: Timestamp::from_millis(0),
+        }
+    }
+
+    fn begun_since(&self, since: Instant) -> impl Iterator<Item = &(usize, Instant)> {
+        self.begun.iter().filter(move |(_, at)| *at >= since)
+    }
+}
+
+fn wall(since_start: Duration) -> Timestamp {
+    // Noon, so that a day of the calendar ends within a run.
+    Timestamp::parse("2026-03-01T12:00:00Z").expect("a time") + since_start
+}
+
+/// A receiver that allows so many in any second.
+fn allows(count: usize) -> Judge {
+    let mut log = VecDeque::new();
+    Box::new(move |_, began| {
+        while log
+            .front()
+            .is_some_and(|at| *at + Duration::from_secs(1) <= began)
+        {
+            log.pop_front();
+        }
+        if log.len() < count {
+            log.push_back(began);
+            return None;
+        }
+        Some(Signal::Slow)
+    })
+}
+
+fn destination() -> Destination {
+    Destination::named("mx.x.example")
+}
+
+#[test]
+fn the_whole_queue_settles_at_what_a_destination_allows_and_a_restart_goes_on_there() {
+    let start = SystemClock.instant();
+    let mut world = World::new("[default]\nrate = \"50/s\"\n", 1, start, allows(10));
+    world.run(Duration::from_secs(1_200));
+    let (before, refused) = (world.begun.len(), world.refused);
+    world.run(Duration::from_secs(1_200));
+    let (sent, refused) = (world.begun.len() - before, world.refused - refused);
+    assert!(refused * 100 < sent, "{refused} of {sent}");
+    assert!(sent - refused > 10_800, "{sent} of 12,000");
+    let reasons: Vec<_> = world.changes.iter().map(|change| change.reason).collect();
+    assert_eq!(reasons.first(), Some(&Reason::RateSignal));
+    assert!(reasons.contains(&Reason::HoldOver) && reasons.contains(&Reason::Probe));
+    assert_eq!(world.changes[0].rule.as_deref(), Some("test"));
+
+    // The next process begins where this one stopped, and with no burst.
+    let kept = world.kept[&(destination(), 0)].clone();
+    let mut again = World::new("[default]\nrate = \"50/s\"\n", 1, world.now, allows(10));
+    let note = Kept::from_note(&kept.to_note()).expect("a note");
+    again.later.push_back(Event::Remembered(vec![Remembered {
+        destination: destination(),
+        source: 0,
+        kept: note,
+    }]));
+    again.run(Duration::from_secs(60));
+    assert!(
+        again.refused < 5 && again.begun.len() < 620,
+        "{} refused",
+        again.refused
+    );
+    assert!(again.begun.len() > 300, "{}", again.begun.len());
+}
+
+#[test]
+fn a_block_pauses_and_one_connection_probes() {
+    let start = SystemClock.instant();
+    let until = start + Duration::from_secs(400);
+    let blocked = move |_, began| {
+        let is_blocked = began > start + Duration::from_secs(60) && began < until;
+        is_blocked.then_some(Signal::Block { pause: None })
+    };
+    let mut world = World::new("[default]\nrate = \"10/s\"\n", 1, start, Box::new(blocked));
+    world.run(Duration::from_secs(61));
+    world.run(Duration::from_secs(290));
+    let during = world.begun_since(start + Duration::from_secs(64)).count();
+    assert_eq!(during, 0, "nothing starts in a pause");
+    assert!(world.refused <= 20, "{}", world.refused);
+    let views = world.queue.limits(&destination());
+    assert_eq!(views[0].because.reason, Some(Reason::BlockSignal));
+    assert!(views[0].in_force == 0.0 && views[0].until.is_some());
+    // The first probe is blocked again; the pause after it is twice as long.
+    world.run(Duration::from_secs(100));
+    assert!(world.conns.len() <= 1, "{:?}", world.changes);
+    let pauses = world.changes.iter().filter(|change| change.to == 0.0);
+    assert_eq!(pauses.count(), 2);
+    world.run(Duration::from_secs(900));
+    let last = world
+        .begun_since(world.now - Duration::from_secs(60))
+        .count();
+    assert!(
+        last >= 200,
+        "{last} in the last minute: half of the rate at least"
+    );
+    assert!(last <= 600);
+}
+
+#[test]
+fn an_operator_suspends_and_resumes_at_once() {
+    let start = SystemClock.instant();
+    let mut world = World::new("[default]\nrate = \"20/s\"\n", 1, start, allows(1_000));
+    world.run(Duration::from_secs(10));
+    let suspension = Suspension {
+        destination: "mx.x.example".into(),
+        until: None,
+        reason: "a talk with the postmaster".into(),
+        by: "ops".into(),
+        since: world.clock().wall,
+    };
+    world
+        .later
+        .push_back(Event::Control(Control::DestinationSuspended(suspension)));
+    world.deliver_events();
+    let suspended_at = world.now;
+    world.run(Duration::from_secs(120));
+    assert_eq!(world.begun_since(suspended_at + ANSWER).count(), 0);
+    assert_eq!(world.queue.leased(), 0, "all is back in the store");
+    assert!(
+        world
+            .queue
+            .suspension("mx.x.example", world.clock().wall)
+            .is_some()
+    );
+    let resumed = Control::DestinationResumed("mx.x.example".into());
+    world.later.push_back(Event::Control(resumed));
+    world.deliver_events();
+    let resumed_at = world.now;
+    world.run(Duration::from_secs(3));
+    assert!(world.begun_since(resumed_at).count() >= 20);
+}
+
+#[test]
+fn connections_are_opened_at_their_rate_and_no_more_in_flight_than_allowed() {
+    let start = SystemClock.instant();
+    let shaping = "[default]\nrate = \"unlimited\"\nconnections = 10\nnew_connections = \"12/m\"\nin_flight = 4\nmessages_per_connection = 1000000\n";
+    let mut world = World::new(shaping, 1, start, allows(1_000_000));
+    world.run(Duration::from_secs(60));
+    for pair in world.opened.windows(2) {
+        assert!(pair[1] - pair[0] >= Duration::from_secs(5));
+    }
+    assert!(
+        (2..=10).contains(&world.opened.len()),
+        "{:?}",
+        world.opened.len()
+    );
+    assert_eq!(world.most_out, 4);
+    let most = 60 * 4 * 17;
+    assert!(
+        world.begun.len() <= most && world.begun.len() > 1_000,
+        "{}",
+        world.begun.len()
+    );
+}
+
+#[test]
+fn a_cold_source_keeps_to_its_budget_and_the_rest_goes_over_the_warm_one() {
+    let start = SystemClock.instant();
+    let shaping = "[default]\nrate = \"5/s\"\n[[warmup]]\nsource = \"ip0\"\nstart = \"2026-03-01\"\nschedule = [2400, 4800]\n";
+    let mut world = World::new(shaping, 2, start, allows(1_000));
+    let count = |world: &World, source, since| {
+        let of_source = world.begun_since(since).filter(|(of, _)| *of == source);
+        of_source.count()
+    };
+    let hour = Duration::from_secs(3_600);
+    world.run(hour);
+    let cold = count(&world, 0, start);
+    assert!(
+        (95..=101).contains(&cold),
+        "{cold}: a 24th of the day's 2,400"
+    );
+    let warm = count(&world, 1, start);
+    assert!(warm > 16_000, "{warm}: the warm source carries the rest");
+    let limits = world.queue.limits(&destination());
+    assert_eq!(limits[0].because.reason, Some(Reason::WarmUp));
+    assert_eq!(limits[0].line, Some(4));
+}
