@@ -227,6 +227,7 @@ impl World {
                     host: "mx.x.example".into(),
                     level: Level::Plaintext,
                     dane_kept: false,
+                    observed: false,
                 });
                 self.later.push_back(Event::Ready(conn, security));
             }
