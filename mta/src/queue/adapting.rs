@@ -259,6 +259,8 @@ impl World {
                     };
                 }
             }
+            // Ranges here are leased with all of them in the window, so nothing waits for shipping.
+            Action::Hurry => panic!("there is no window to move"),
             Action::Register { .. }
             | Action::Record { .. }
             | Action::Throttled(..)
