@@ -202,6 +202,10 @@ impl<L: Layer> Store for L {
         around(self, "announce", self.inner().announce(news, now)).await
     }
 
+    async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired> {
+        around(self, "retire", self.inner().retire(of, now)).await
+    }
+
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
         around(self, "batch", self.inner().batch(batch)).await
     }

@@ -212,6 +212,13 @@ pub trait Store: Send + Sync + 'static {
     /// Puts events that belong to no recipient into the event stream, as one step.
     async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()>;
 
+    // ---- keeping ------------------------------------------------------------------------
+
+    /// Takes one bounded step of retention: removes old events, then rows, statuses and contents of
+    /// batches that ended long ago; what a batch was and its counters stay. Never an event that a
+    /// consumer group (Redis) or a note of the kind [`EVENT_CURSORS`] says was not read yet.
+    async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired>;
+
     // ---- reading ------------------------------------------------------------------------
 
     /// One batch with its counters.

@@ -424,6 +424,34 @@ impl Suspension {
     }
 }
 
+/// The kind of the [`Note`]s by which whoever follows the events says how far it has read: the key is
+/// its name, the value the cursor. No event after the slowest of them is ever retired.
+pub const EVENT_CURSORS: &str = "event-cursor";
+
+/// What is old enough to go ([`Store::retire`](crate::Store::retire)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retire {
+    /// Events that were recorded before this time.
+    pub events_before: Timestamp,
+    /// Rows and statuses of batches that ended before this time.
+    pub batches_before: Timestamp,
+    /// Where the step before this one ended; none: from the beginning.
+    pub after: Option<String>,
+}
+
+/// What a step of retention came to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Retired {
+    /// Events removed.
+    pub events: u64,
+    /// Recipients whose rows and statuses were removed.
+    pub recipients: u64,
+    /// Batches of which nothing is left but what they were and their counters.
+    pub batches: u64,
+    /// Where to go on; none: that was all.
+    pub next: Option<String>,
+}
+
 /// What belongs into the event stream and to no recipient.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Announcement {

@@ -10,6 +10,7 @@
 mod control;
 mod facts;
 mod intake;
+mod keeping;
 mod leases;
 mod reading;
 mod shared;
@@ -19,6 +20,7 @@ mod support;
 pub use control::*;
 pub use facts::*;
 pub use intake::*;
+pub use keeping::*;
 pub use leases::*;
 pub use reading::*;
 pub use shared::*;
@@ -118,6 +120,7 @@ macro_rules! conformance_tests {
             a_suspension_is_told_to_every_node
             announcements_are_events_of_their_account
             deferred_mail_is_made_due
+            what_is_old_goes_and_counters_stay
             a_storm_agrees_with_a_simple_model
         }
     };

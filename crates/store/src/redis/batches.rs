@@ -89,7 +89,7 @@ impl Inner {
 
     /// Writes a batch in partition 0, with what the books have; false when it was changed
     /// meanwhile.
-    async fn write_home(
+    pub(super) async fn write_home(
         &self,
         mut books: Books<'_>,
         batch: BatchId,

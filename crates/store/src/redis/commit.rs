@@ -44,6 +44,7 @@ pub(super) struct Scripts {
     pub(super) look: Lua,
     pub(super) find: Lua,
     pub(super) survey: Lua,
+    pub(super) trim: Lua,
 }
 
 impl Scripts {
@@ -53,6 +54,7 @@ impl Scripts {
             look: Lua::new(include_str!("look.lua")),
             find: Lua::new(include_str!("find.lua")),
             survey: Lua::new(include_str!("survey.lua")),
+            trim: Lua::new(include_str!("trim.lua")),
         }
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum Place {
 
 /// Reads a cursor of events: the number of the last event told, of each partition. Only what
 /// [`write_cursor`] writes.
-fn read_cursor(text: &str, partitions: u16) -> Result<Vec<u64>> {
+pub(super) fn read_cursor(text: &str, partitions: u16) -> Result<Vec<u64>> {
     let places = text
         .strip_prefix("e2-")
         .and_then(|rest| rest.split('.').map(|number| number.parse().ok()).collect())

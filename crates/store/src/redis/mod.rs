@@ -15,6 +15,7 @@ mod lease;
 mod link;
 mod read;
 mod record;
+mod retire;
 mod server;
 mod shared;
 mod ship;
@@ -31,8 +32,8 @@ use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
     LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
-    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped, Store,
+    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -349,6 +350,10 @@ impl Store for RedisStore {
 
     async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
         self.inner.announce(news, now).await
+    }
+
+    async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired> {
+        self.inner.retire(&of, now).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

@@ -50,9 +50,14 @@ impl Inner {
         }
     }
 
+    /// The record of a batch whose recipients are there to be read.
+    async fn with_rows(&self, batch: BatchId) -> Result<Option<BatchRecord>> {
+        Ok(self.home(batch).await?.filter(BatchRecord::has_rows))
+    }
+
     /// The content of a batch.
     pub(super) async fn content(&self, batch: BatchId) -> Result<Option<Arc<[u8]>>> {
-        if self.home(batch).await?.is_none() {
+        if self.with_rows(batch).await?.is_none() {
             return Ok(None);
         }
         let mut get = Cmd::new();
@@ -100,7 +105,7 @@ impl Inner {
     }
 
     /// The records of batches.
-    async fn records(&self, ids: &[BatchId]) -> Result<Vec<Option<BatchRecord>>> {
+    pub(super) async fn records(&self, ids: &[BatchId]) -> Result<Vec<Option<BatchRecord>>> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
@@ -203,7 +208,7 @@ impl Inner {
 
     /// Recipients of a batch in order of index.
     pub(super) async fn recipients(&self, query: &RecipientQuery) -> Result<Page<RecipientRow>> {
-        let Some(record) = self.home(query.batch).await? else {
+        let Some(record) = self.with_rows(query.batch).await? else {
             return Ok(Page {
                 items: Vec::new(),
                 next: None,
@@ -363,7 +368,7 @@ impl Inner {
 
     /// One message with all its facts.
     pub(super) async fn message(&self, message: MessageId) -> Result<Option<MessageStory>> {
-        let Some(record) = self.home(message.batch).await? else {
+        let Some(record) = self.with_rows(message.batch).await? else {
             return Ok(None);
         };
         let Some(place) = self.place_of(message.batch, message.index).await? else {
@@ -450,7 +455,7 @@ impl Inner {
         email: &str,
         key: LotKey,
     ) -> Result<Vec<(Arc<BatchHead>, RecipientRow)>> {
-        let Some(record) = self.home(key.0).await? else {
+        let Some(record) = self.with_rows(key.0).await? else {
             return Ok(Vec::new());
         };
         let head = self.known_head(key.0).await?;

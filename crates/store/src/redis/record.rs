@@ -74,6 +74,17 @@ fn put_text(to: &mut Vec<u8>, text: &str) {
 
 // ---- batches ----------------------------------------------------------------------------
 
+/// What retention left of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// All of it.
+    Whole,
+    /// Its rows are going: readers find nobody in it.
+    Going,
+    /// What it was, and its counters.
+    Counters,
+}
+
 /// What of a batch can change.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct BatchRecord {
@@ -81,6 +92,7 @@ pub(super) struct BatchRecord {
     pub(super) state: BatchState,
     pub(super) released: bool,
     pub(super) archived: bool,
+    pub(super) kept: Kept,
     pub(super) priority: Priority,
     pub(super) tracking: TrackingMode,
     /// Rises with every change: a copy never goes back.
@@ -90,6 +102,17 @@ pub(super) struct BatchRecord {
     pub(super) completed_at: Option<Timestamp>,
     pub(super) accepted: u64,
     pub(super) rejected: u64,
+}
+
+impl Kept {
+    /// Its bits, beside the one of an archived batch.
+    const fn bits(self) -> u8 {
+        match self {
+            Self::Whole => 0,
+            Self::Going => 1 << 1,
+            Self::Counters => 2 << 1,
+        }
+    }
 }
 
 const NEVER: i64 = i64::MIN;
@@ -106,11 +129,19 @@ impl BatchRecord {
             return None;
         }
         let time = |millis| (millis != NEVER).then(|| Timestamp::from_millis(millis));
+        let (state, released) = (BatchState::from_code(from.byte()?)?, from.bool()?);
+        let flags = from.byte()?;
         Some(Self {
             version,
-            state: BatchState::from_code(from.byte()?)?,
-            released: from.bool()?,
-            archived: from.bool()?,
+            state,
+            released,
+            archived: flags & 1 != 0,
+            kept: match flags >> 1 {
+                0 => Kept::Whole,
+                1 => Kept::Going,
+                2 => Kept::Counters,
+                _ => return None,
+            },
             priority: Priority::from_code(from.byte()?)?,
             tracking: TrackingMode::from_code(from.byte()?)?,
             revision: from.u32()?,
@@ -130,7 +161,7 @@ impl BatchRecord {
             FORM,
             self.state.code(),
             u8::from(self.released),
-            u8::from(self.archived),
+            u8::from(self.archived) | self.kept.bits(),
             self.priority.code(),
             self.tracking.code(),
         ]);
@@ -141,6 +172,11 @@ impl BatchRecord {
         to.extend(self.accepted.to_le_bytes());
         to.extend(self.rejected.to_le_bytes());
         to
+    }
+
+    /// Whether its recipients are there to be read.
+    pub(super) fn has_rows(&self) -> bool {
+        self.kept == Kept::Whole
     }
 
     /// Whether attempts may start.
@@ -372,21 +408,28 @@ pub(super) fn write_lot(queue: &str, overrides: bool, hashes: &[u32], packed: &[
     to
 }
 
+/// The queue, whether some have a tracking mode of their own, and the rows as they are packed.
+fn lot_parts(bytes: &[u8]) -> Option<(&str, bool, &[u8])> {
+    let mut from = Reader(bytes);
+    if from.byte()? != FORM {
+        return None;
+    }
+    let rows = usize::from(u16::from_le_bytes(from.take()?));
+    let overrides = from.bool()?;
+    let (_hashes, rest) = from.0.split_at_checked(rows * 4)?;
+    from.0 = rest;
+    let queue = from.text()?;
+    Some((queue, overrides, from.0))
+}
+
+/// The queue of a lot of which the beginning was read.
+pub(super) fn lot_queue(bytes: &[u8]) -> Option<&str> {
+    lot_parts(bytes).map(|(queue, ..)| queue)
+}
+
 impl Lot {
     pub(super) fn read(bytes: &[u8]) -> Result<Self> {
-        let parse = || {
-            let mut from = Reader(bytes);
-            if from.byte()? != FORM {
-                return None;
-            }
-            let rows = usize::from(u16::from_le_bytes(from.take()?));
-            let overrides = from.bool()?;
-            let (_hashes, rest) = from.0.split_at_checked(rows * 4)?;
-            from.0 = rest;
-            let queue = from.text()?;
-            Some((queue, overrides, from.0))
-        };
-        let (queue, overrides, packed) = parse().ok_or_else(|| damaged("a lot"))?;
+        let (queue, overrides, packed) = lot_parts(bytes).ok_or_else(|| damaged("a lot"))?;
         Ok(Self {
             queue: queue.into(),
             overrides,

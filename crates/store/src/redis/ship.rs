@@ -257,7 +257,7 @@ fn apply(
     shipped: &mut Shipped,
 ) -> Result<bool> {
     let batch = placed.fact.message().batch;
-    let Some(record) = books.batch(batch).cloned() else {
+    let Some(record) = books.batch(batch).filter(|of| of.has_rows()).cloned() else {
         return Ok(false);
     };
     let Some((key, place)) = placed.key().zip(placed.place) else {

@@ -12,7 +12,9 @@ use super::cache::{MAP_CHUNK, MAP_ENTRY};
 use super::commit::{Commit, Outcome};
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{BatchRecord, Cells, Holder, Piece, Range, new_version, write_lot};
+use super::record::{
+    BatchRecord, Cells, Holder, Kept, Piece, Range, lot_queue, new_version, write_lot,
+};
 use crate::{Control, LOT_ROWS, NewBatch, NewLot, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Timestamp, partition_hash};
@@ -24,9 +26,11 @@ const PASS: u32 = 4 << 20;
 /// Pieces of the index map written at once.
 const PIECES: usize = 64;
 /// Lots read or deleted at once.
-const LOTS: usize = 128;
+pub(super) const LOTS: usize = 128;
+/// The last byte of a lot that may belong to what comes before its rows: the name of its queue.
+const LOT_HEAD: usize = 4 + LOT_ROWS * 4 + 2 + 512;
 /// Bytes of an entry in the list of lots: number and count.
-const LIST_ENTRY: usize = 6;
+pub(super) const LIST_ENTRY: usize = 6;
 /// What is staged and was not touched for so long was left by a process that is gone.
 const LEFT: i64 = 6 * 60 * 60 * 1000;
 
@@ -436,27 +440,33 @@ impl Inner {
         self.link.short(&done).await.map(drop)
     }
 
-    async fn forget_lots(
+    /// Removes lots with what happened to their recipients.
+    pub(super) async fn forget_lots(
         &self,
         p: Partition,
         batch: BatchId,
         some: &[(LotNumber, u32)],
     ) -> Result<()> {
-        let keys_of: std::collections::BTreeSet<_> =
-            some.iter().map(|(lot, _)| (batch, *lot)).collect();
-        let read = self.lots(&keys_of).await?;
+        let mut find = Pipeline::new();
+        for (lot, _) in some {
+            find.cmd("GETRANGE")
+                .arg(keys::lot(p, batch, lot.0))
+                .arg(0)
+                .arg(LOT_HEAD);
+        }
+        let heads = self.link.bulk(&find).await?;
         let mut pipeline = Pipeline::new();
-        for ((batch, number), lot) in read {
-            if let Ok(lot) = lot {
+        for ((lot, _), head) in some.iter().zip(heads) {
+            let head = answer::bytes(head).unwrap_or_default();
+            if let Some(queue) = lot_queue(&head) {
                 pipeline
                     .cmd("ZREM")
-                    .arg(keys::lots_of(p, &lot.queue))
-                    .arg(keys::lot_member(batch, number));
+                    .arg(keys::lots_of(p, queue))
+                    .arg(keys::lot_member(batch, *lot));
             }
-        }
-        for (lot, _) in some {
-            pipeline.cmd("UNLINK").arg(keys::lot(p, batch, lot.0));
-            pipeline.cmd("UNLINK").arg(keys::cells(p, batch, lot.0));
+            for key in [keys::lot, keys::cells, keys::facts] {
+                pipeline.cmd("UNLINK").arg(key(p, batch, lot.0));
+            }
         }
         self.link.bulk(&pipeline).await.map(drop)
     }
@@ -494,6 +504,7 @@ fn first_record(batch: &NewBatch, now: Timestamp) -> BatchRecord {
         state,
         released,
         archived: false,
+        kept: Kept::Whole,
         priority: batch.head.priority,
         tracking: batch.head.tracking,
         revision: 1,

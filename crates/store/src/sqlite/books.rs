@@ -438,12 +438,12 @@ fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) ->
         StoredEvent::Batch { batch, .. } => *batch,
         StoredEvent::Address { .. } | StoredEvent::Account { .. } => 0,
     };
-    let first = events.first().map_or(0, of);
-    let batch = if events.iter().all(|event| of(event) == first) {
-        first
-    } else {
-        0
+    let mut batches: BTreeSet<BatchNo> = events.iter().map(of).collect();
+    let batch = match batches.first() {
+        Some(only) if batches.len() == 1 => *only,
+        _ => 0,
     };
+    batches.remove(&0);
     let data = step
         .memory
         .packer
@@ -453,6 +453,12 @@ fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) ->
             "INSERT INTO event (recorded_at, kinds, batch, data) VALUES (?1, ?2, ?3, ?4)",
         )?
         .execute(params![now.millis(), kinds, batch, data])?;
+    let block = step.connection.last_insert_rowid();
+    for no in batches {
+        step.connection
+            .prepare_cached("UPDATE batch SET last_event=?2 WHERE no=?1")?
+            .execute([no, block])?;
+    }
     step.changed.events = true;
     Ok(())
 }

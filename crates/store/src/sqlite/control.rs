@@ -17,7 +17,7 @@ use rusqlite::{Connection, params};
 use serde_json::json;
 
 /// How long the feed is kept, in milliseconds: a node that was away longer starts anew.
-const KEPT: i64 = 24 * 60 * 60 * 1000;
+pub(super) const KEPT: i64 = 24 * 60 * 60 * 1000;
 /// Items between two trimmings.
 const TRIM: i64 = 256;
 /// Items of one page.
@@ -40,7 +40,7 @@ pub(super) fn append(connection: &Connection, item: &Control, now: Timestamp) ->
 
 /// Forgets the items before the first that is not older than `oldest`: clocks of nodes differ, and
 /// a feed with a hole would not show that something is missing.
-fn trim(connection: &Connection, oldest: i64) -> Result<()> {
+pub(super) fn trim(connection: &Connection, oldest: i64) -> Result<()> {
     connection
         .prepare_cached(
             "DELETE FROM control WHERE id < (SELECT COALESCE(MIN(id), 0) FROM control WHERE at>=?1)",

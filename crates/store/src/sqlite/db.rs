@@ -10,7 +10,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The version of the schema, in `user_version`.
-const SCHEMA: i64 = 2;
+const SCHEMA: i64 = 3;
+/// What each version adds to the one before.
+const CHANGES: [&str; 3] = [
+    include_str!("schema.sql"),
+    include_str!("schema-2.sql"),
+    include_str!("schema-3.sql"),
+];
 /// How long a writer waits for the other process; its steps are short, a checkpoint is not.
 const BUSY: Duration = Duration::from_secs(15);
 /// Statements kept prepared per connection: more than there are.
@@ -91,27 +97,25 @@ pub(super) fn open_writer(options: &SqliteOptions) -> Result<Connection> {
 fn make(connection: &mut Connection, options: &SqliteOptions) -> Result<()> {
     let step = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let version: i64 = step.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    match version {
-        SCHEMA => {}
-        1 => {
-            step.execute_batch(include_str!("schema-2.sql"))?;
-            step.pragma_update(None, "user_version", SCHEMA)?;
-        }
-        0 => {
-            step.execute_batch(include_str!("schema.sql"))?;
-            step.execute_batch(include_str!("schema-2.sql"))?;
-            step.pragma_update(None, "user_version", SCHEMA)?;
-            let count = options.partitions;
-            step.execute(
-                "INSERT INTO meta VALUES ('partitions', ?1), ('token', 0)",
-                [count],
-            )?;
-        }
-        other => {
-            return Err(StoreError::Damaged(format!(
-                "schema version {other}, this program knows {SCHEMA}"
-            )));
-        }
+    let Some(missing) = usize::try_from(version)
+        .ok()
+        .and_then(|done| CHANGES.get(done..))
+    else {
+        return Err(StoreError::Damaged(format!(
+            "schema version {version}, this program knows {SCHEMA}"
+        )));
+    };
+    for change in missing {
+        step.execute_batch(change)?;
+    }
+    if version == 0 {
+        step.execute(
+            "INSERT INTO meta VALUES ('partitions', ?1), ('token', 0)",
+            [options.partitions],
+        )?;
+    }
+    if version != SCHEMA {
+        step.pragma_update(None, "user_version", SCHEMA)?;
     }
     step.commit()?;
     Ok(())

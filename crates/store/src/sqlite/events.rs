@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Bits of a sequence number for the place in a block.
-const ORDINAL_BITS: u32 = 20;
-const ORDINALS: i64 = (1 << ORDINAL_BITS) - 1;
+pub(super) const ORDINAL_BITS: u32 = 20;
+pub(super) const ORDINALS: i64 = (1 << ORDINAL_BITS) - 1;
 
 /// Reads a cursor: the sequence number of the last event told. Only what [`write_cursor`] writes.
 pub(super) fn read_cursor(text: &str) -> Result<i64> {

@@ -21,6 +21,7 @@ mod range;
 mod read;
 mod readers;
 mod record;
+mod retire;
 mod shared;
 mod ship;
 mod stage;
@@ -33,8 +34,8 @@ use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
     LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
-    RecipientQuery, RecipientRow, Release, Result, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped, Store,
+    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -403,6 +404,12 @@ impl Store for SqliteStore {
                 news.into_iter().for_each(|of| books.account_event(of));
                 books.close(None).map(drop)
             })
+            .await
+    }
+
+    async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired> {
+        self.writer()?
+            .write(move |step| retire::retire(step, &of, now))
             .await
     }
 
