@@ -24,6 +24,7 @@ use crate::classify::Rules;
 use crate::explain::ask::Explainer;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
+use crate::jobs::Keeping;
 use crate::sending::{self, SendingDeps, SendingHandle};
 
 /// What the daemon gets from whoever starts it; `up` shares it with the tracker.
@@ -128,6 +129,17 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     ));
     let sending = sending.await.context("sending")?;
     end_when_lost(&sending, &deps);
+    let keeping = Keeping {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        node: journal.id(),
+        retention: config.retention.clone(),
+    };
+    drop(
+        deps.tasks
+            .spawn("keeping", keeping.run(deps.shutdown.clone())),
+    );
     let explainer = Explainer {
         store: Arc::clone(&deps.store),
         sending: sending.clone(),

@@ -148,6 +148,8 @@ pub(super) const STORE_UNREADABLE_RANGES: Family = family(
     "Ranges of recipients that were to be sent to and could not be read, since the start",
     &[],
 );
+pub(super) const RETIRED: Family =
+    family("hikyaku_retired_total", "What retention removed", &["kind"]);
 pub(super) const TRACKER_REQUESTS: Family = family(
     "hikyaku_tracker_requests_total",
     "Requests to the tracker",

@@ -200,6 +200,15 @@ labels! {
         /// A click.
         Click = "click",
     }
+    /// What is kept for a time.
+    Kept {
+        /// Events.
+        Events = "events",
+        /// Rows and statuses.
+        Recipients = "recipients",
+        /// Contents, and what else a batch has beside its counters.
+        Batches = "batches",
+    }
     /// What was asked of the tracker.
     TrackerKind {
         /// The pixel.

@@ -21,7 +21,7 @@ use model::{Actor, HitKind};
 
 pub use destinations::{Destination, Destinations, MOST_DESTINATIONS};
 pub use labels::{
-    DroppedKind, DuplicateCause, Label, LimitKind, QueueState, Resolved, Resolved2,
+    DroppedKind, DuplicateCause, Kept, Label, LimitKind, QueueState, Resolved, Resolved2,
     SignatureAlgorithm, SignatureResult, SmtpStage, ThrottleReason, TlsHandshake, TlsResult,
     TrackerKind, TrackerResult,
 };
@@ -68,6 +68,8 @@ pub struct Metrics {
     pub store_up: IntGauge,
     /// `hikyaku_store_unreadable_ranges`: ranges that were to be leased and could not be read.
     pub store_unreadable_ranges: IntGauge,
+    /// `hikyaku_retired_total[kind]`: what retention removed.
+    pub retired: Resolved<Kept, IntCounter>,
     /// `hikyaku_tracker_requests_total[kind,result]`
     pub tracker_requests: Resolved2<TrackerKind, TrackerResult, IntCounter>,
     /// `hikyaku_tracker_seconds[kind]`
@@ -109,6 +111,7 @@ impl Metrics {
             journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),
             store_up: r.int_gauge(&families::STORE_UP),
             store_unreadable_ranges: r.int_gauge(&families::STORE_UNREADABLE_RANGES),
+            retired: Resolved::of(&r.counters(&families::RETIRED)),
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
