@@ -131,11 +131,19 @@ impl Running {
             mta,
             tracker,
         } = self;
-        let reload = || {
-            mta.reload();
-            tracker.reload();
-        };
+        let reload = || reload(&mta, &tracker);
         Ok(supervise(&tasks, &shutdown, signals, DRAIN_PATIENCE, reload).await?)
+    }
+
+    /// Waits for SIGINT or SIGTERM; SIGHUP reads shaping, rules and keys again.
+    pub(crate) async fn stopped(&self) -> Result<()> {
+        let mut signals = Signals::install()?;
+        loop {
+            match signals.next().await {
+                Signal::Terminate => return Ok(()),
+                Signal::Reload => reload(&self.mta, &self.tracker),
+            }
+        }
     }
 
     /// Ends it: no new work, what is open is finished, everything is recorded.
@@ -145,9 +153,7 @@ impl Running {
     }
 }
 
-/// Waits for SIGINT or SIGTERM.
-pub(crate) async fn stopped() -> Result<()> {
-    let mut signals = Signals::install()?;
-    while signals.next().await != Signal::Terminate {}
-    Ok(())
+fn reload(mta: &mta::Mta, tracker: &tracker::Tracker) {
+    mta.reload();
+    tracker.reload();
 }

@@ -30,9 +30,9 @@ pub(super) struct Reading {
     blame: Blame,
     action: &'static str,
     scope: &'static str,
-    /// `slow`, `block` or none.
+    /// `slow`, `fewer_messages`, `block` or none.
     signal: Option<&'static str>,
-    /// How long a `block` holds, when the rule says so.
+    /// How long a `block` holds, as the peer says, else as the rule does.
     pause: Option<String>,
     /// The reason with which the address would be suppressed.
     suppress: Option<SuppressionReason>,
@@ -47,7 +47,7 @@ impl From<Classification> for Reading {
     fn from(read: Classification) -> Self {
         let pause = match read.signal {
             Some(Signal::Block { pause }) => pause,
-            Some(Signal::Slow) | None => None,
+            Some(Signal::Slow | Signal::FewerMessages) | None => None,
         };
         Self {
             class: read.class,

@@ -62,6 +62,8 @@ pub(super) struct RuleForm {
 #[serde(rename_all = "lowercase")]
 enum SignalForm {
     Slow,
+    #[serde(rename = "fewer_messages")]
+    FewerMessages,
     Block,
     /// Whatever the class says.
     None,
@@ -194,6 +196,7 @@ impl RuleForm {
             (Some(SignalForm::Block), pause) => Ok(Some(Some(Signal::Block { pause }))),
             (_, Some(_)) => Err("has a pause without signal = \"block\"".to_owned()),
             (Some(SignalForm::Slow), None) => Ok(Some(Some(Signal::Slow))),
+            (Some(SignalForm::FewerMessages), None) => Ok(Some(Some(Signal::FewerMessages))),
             (Some(SignalForm::None), None) => Ok(Some(None)),
             (None, None) => Ok(None),
         }

@@ -76,9 +76,11 @@ impl Scope {
 pub enum Signal {
     /// The destination wants a lower rate or fewer connections.
     Slow,
+    /// The destination wants fewer messages over one connection; the next may go on.
+    FewerMessages,
     /// The destination refuses the egress source for its reputation.
     Block {
-        /// How long to leave it alone, when the rule says so.
+        /// How long to leave it alone, as the peer says, else as the rule does.
         pause: Option<Duration>,
     },
 }
@@ -88,6 +90,7 @@ impl Signal {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Slow => "slow",
+            Self::FewerMessages => "fewer_messages",
             Self::Block { .. } => "block",
         }
     }
@@ -253,6 +256,12 @@ impl Rules {
             Some(Some(stated)) => stated,
             Some(None) | None => signal_of(class, blame),
         };
+        let signal = match signal {
+            Some(Signal::Block { pause }) => Some(Signal::Block {
+                pause: hint.or(pause),
+            }),
+            Some(Signal::Slow | Signal::FewerMessages) | None => signal,
+        };
         let suppresses = rule.is_none_or(|rule| rule.suppress);
         let is_final = action == Action::Bounce && suppresses && blame == Blame::Recipient;
         Classification {
@@ -353,6 +362,12 @@ mod tests {
                 Some(Signal::Slow),
                 hour,
             ),
+            (
+                "signal = \"fewer_messages\"\nscope = \"session\"",
+                Scope::Session,
+                Some(Signal::FewerMessages),
+                None,
+            ),
             // The channel closes whatever the rule thinks.
             (
                 "signal = \"none\"\nscope = \"message\"",
@@ -374,6 +389,24 @@ mod tests {
             errors[0].to_string().contains("without signal"),
             "{errors:?}"
         );
+    }
+
+    #[test]
+    fn a_block_lasts_as_long_as_the_peer_says_else_as_the_rule_does() {
+        let minutes = |minutes: u64| Some(Duration::from_secs(60 * minutes));
+        let rule = "pause = \"1h\"\nsignal = \"block\"";
+        let table = [
+            ("", 421, "xyz", None),
+            ("", 421, "xyz, try again in 20 minutes", minutes(20)),
+            (rule, 421, "xyz", minutes(60)),
+            (rule, 421, "xyz, try again in 20 minutes", minutes(20)),
+            // Whoever refuses for good does not name the time of a block.
+            (rule, 550, "xyz, try again in 20 minutes", minutes(60)),
+        ];
+        for (more, code, text, pause) in table {
+            let read = rules(more).classify(&Reply::new(code, text), Peer::default());
+            assert_eq!(read.signal, Some(Signal::Block { pause }), "{more} {text}");
+        }
     }
 
     #[test]

@@ -147,6 +147,12 @@ impl Conn {
         self.in_flight < DEPTH && self.has_urgent_room(messages_max)
     }
 
+    /// Messages that it has carried to an end.
+    pub(super) fn carried(&self) -> u32 {
+        let in_flight = u32::try_from(self.in_flight).unwrap_or(u32::MAX);
+        self.sent.saturating_sub(in_flight)
+    }
+
     /// Whether it takes messages.
     pub(super) fn is_ready(&self) -> bool {
         self.security.is_some()

@@ -38,8 +38,8 @@ const FORGOTTEN: Duration = Duration::from_secs(86_400);
 /// The first pause; each further one in a row is twice as long, up to the longest.
 const PAUSE_FIRST: Duration = Duration::from_secs(300);
 const PAUSE_MAX: Duration = Duration::from_secs(4 * 3_600);
-/// A pause that was kept lasts no longer than this: clocks may have been wrong.
-const KEPT_PAUSE_MAX: Duration = Duration::from_secs(7 * 86_400);
+/// No pause lasts longer, whoever asks for it, and none that was kept: clocks may have been wrong.
+const PAUSE_LONGEST: Duration = Duration::from_secs(86_400);
 /// Answers in peace that end the probing after a pause.
 const PROBES: u32 = 10;
 /// What is left of a rate while it is probed, and after.
@@ -57,8 +57,8 @@ pub enum Sign {
     Rate,
     /// Too many connections.
     Connections,
-    /// Too many messages over one connection.
-    MessagesPerConnection,
+    /// Too many messages over one connection, which had carried so many.
+    MessagesPerConnection(u32),
     /// The source or sender is not wanted now; with the wait that the rule or reply names.
     Block(Option<Duration>),
 }
@@ -371,7 +371,7 @@ impl Limiter {
         let left = kept.paused_until.map(|until| now.until(until));
         if let Some(left) = left.filter(|left| !left.is_zero()) {
             self.pause = Some(Pause {
-                until: now.instant + left.min(KEPT_PAUSE_MAX),
+                until: now.instant + left.min(PAUSE_LONGEST),
                 began: now.instant,
             });
             self.because[0].reason = Some(Reason::BlockSignal);
@@ -397,7 +397,7 @@ impl Limiter {
                 | Sign::Deferred
                 | Sign::Rate
                 | Sign::Connections
-                | Sign::MessagesPerConnection => Vec::new(),
+                | Sign::MessagesPerConnection(_) => Vec::new(),
             };
         }
         match heard.sign {
@@ -413,7 +413,7 @@ impl Limiter {
             }
             Sign::Rate => self.rate_signal(Reason::RateSignal, heard, now),
             Sign::Connections => self.connection_signal(heard, open, now),
-            Sign::MessagesPerConnection => self.messages_signal(heard, now),
+            Sign::MessagesPerConnection(carried) => self.messages_signal(carried, heard, now),
             Sign::Block(wait) => self.block(wait, heard, now),
         }
     }
@@ -518,12 +518,13 @@ impl Limiter {
         change.into_iter().collect()
     }
 
-    fn messages_signal(&mut self, heard: &Heard, now: Instant) -> Vec<Change> {
+    fn messages_signal(&mut self, carried: u32, heard: &Heard, now: Instant) -> Vec<Change> {
         let usage = self.usage(now);
         let reason = Some(Reason::MessagesSignal);
         let kind = LimitKind::MessagesPerConnection;
         let change = self.moved(kind, reason, heard.rule.clone(), |me| {
-            let came = me.messages.steady();
+            // The one that was refused is the first beyond what is allowed.
+            let came = f64::from(carried.saturating_add(1));
             me.messages.signal(came, usage, heard.began, now)
         });
         change.into_iter().collect()
@@ -547,7 +548,7 @@ impl Limiter {
             return Vec::new();
         }
         let doubled = PAUSE_FIRST.saturating_mul(1 << self.pauses.min(16));
-        let length = wait.unwrap_or(doubled.min(PAUSE_MAX));
+        let length = wait.unwrap_or(doubled.min(PAUSE_MAX)).min(PAUSE_LONGEST);
         let from = self.value(LimitKind::Rate);
         self.pauses = self.pauses.saturating_add(1);
         self.pause = Some(Pause {

@@ -5,6 +5,8 @@
 
 mod adaptive;
 mod counts;
+#[cfg(test)]
+mod laws;
 mod limiter;
 mod memory;
 mod pacer;

@@ -246,7 +246,7 @@ fn shape(pace: Pace) -> (usize, Duration) {
     let second = Duration::from_secs(1);
     match pace {
         Pace::Configured(Rate::Unlimited) => (0, Duration::ZERO),
-        Pace::Configured(Rate::Limited { count, per }) if per > second => (1, per / count),
+        Pace::Configured(Rate::Limited { count, per }) if per > second => (1, part(per, count)),
         Pace::Configured(Rate::Limited { count, per }) => in_parts(count, per + ON_THE_WAY),
         Pace::Even(rate) if rate.is_infinite() => (0, Duration::ZERO),
         Pace::Even(rate) => {
@@ -259,14 +259,21 @@ fn shape(pace: Pace) -> (usize, Duration) {
 /// k parts of a window, each with the k-th part: any window touches at most k whole ones.
 fn in_parts(count: u32, window: Duration) -> (usize, Duration) {
     let parts = count.div_ceil(LOG_MAX);
-    // Rounded up: a part too short by a nanosecond would let one too many in.
-    let each = window / parts + Duration::from_nanos(u64::from(parts > 1));
-    ((count / parts) as usize, each)
+    ((count / parts) as usize, part(window, parts))
+}
+
+/// One of so many parts of a time, rounded up: one too short by a nanosecond would let one too many
+/// in.
+fn part(of: Duration, parts: u32) -> Duration {
+    let each = of / parts;
+    each + Duration::from_nanos(u64::from(each * parts < of))
 }
 
 /// How long so many take, within what a [`Duration`] can hold.
 fn lasts(count: f64, rate: f64) -> Duration {
-    Duration::from_secs_f64((count / rate.max(f64::MIN_POSITIVE)).clamp(1e-9, 3e9))
+    let nanos = count / rate.max(f64::MIN_POSITIVE) * 1e9;
+    // Rounded up, as above.
+    Duration::from_secs_f64(nanos.ceil().clamp(1.0, 3e18) / 1e9)
 }
 
 /// The next whole number, at least 1.

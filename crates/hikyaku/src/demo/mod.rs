@@ -14,7 +14,7 @@ mod signatures;
 
 use crate::cli::{Failure, Terminal};
 use crate::client::Client;
-use crate::up::{self, Running, stopped};
+use crate::up::{self, Running};
 use anyhow::{Context, Result, ensure};
 use audience::Played;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -58,7 +58,7 @@ async fn play(arguments: &Args, terminal: &mut Terminal<'_>) -> Result<(), Failu
     let agrees = arguments.no_traffic || traffic(&setup, &sandbox, api, terminal).await?;
     if !arguments.exit {
         writeln!(terminal.out, "\nThe service stays up. Ctrl-C ends it.")?;
-        stopped().await?;
+        running.stopped().await?;
     }
     running.drain().await?;
     if agrees { Ok(()) } else { Err(Failure::No) }

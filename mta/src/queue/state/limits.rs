@@ -160,6 +160,7 @@ impl QueueState {
             // Turned away at the door while others are inside: there are too many.
             Signal::Slow if !conn.is_ready() && others => Sign::Connections,
             Signal::Slow => Sign::Rate,
+            Signal::FewerMessages => Sign::MessagesPerConnection(conn.carried()),
         };
         let heard = Heard {
             began: began.unwrap_or(now.instant),
