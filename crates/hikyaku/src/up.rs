@@ -153,6 +153,7 @@ impl Running {
     }
 }
 
+/// What SIGHUP asks for.
 fn reload(mta: &mta::Mta, tracker: &tracker::Tracker) {
     mta.reload();
     tracker.reload();
