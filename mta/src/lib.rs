@@ -10,6 +10,7 @@ pub mod classify;
 pub mod compose;
 pub mod daemon;
 pub mod deliver;
+mod erasure;
 pub mod explain;
 mod intake;
 mod jobs;

@@ -2,6 +2,7 @@
 //!
 //! Pure, and the same for every engine. Must not do I/O.
 
+use crate::erased;
 use crate::transition::{Cell, Engagement};
 use crate::{BatchHead, RecipientQuery, RecipientRow};
 use model::{Attempt, AttemptResult, Fact, Hit, HitKind, Row, Status, TrackingMode};
@@ -81,6 +82,11 @@ pub(crate) fn describe(
     head: &BatchHead,
     facts: &Facts,
 ) -> RecipientRow {
+    let row = if cell.erased() {
+        erased::row(&row)
+    } else {
+        row
+    };
     let status = cell.status(released);
     let last = decisive(status, &facts.attempts);
     // Who expired while waiting was told nothing new: the last reply stands.

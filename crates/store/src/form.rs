@@ -206,16 +206,19 @@ pub(crate) enum StoredEvent {
         /// JSON.
         data: String,
     },
+    /// Of a person who was erased: only the place is kept.
+    Gone,
 }
 
 impl StoredEvent {
-    pub(crate) const fn kind(&self) -> u8 {
+    pub(crate) const fn kind(&self) -> Option<u8> {
         match self {
             Self::Fact { kind, .. }
             | Self::Unsent { kind, .. }
             | Self::Batch { kind, .. }
             | Self::Address { kind, .. }
-            | Self::Account { kind, .. } => *kind,
+            | Self::Account { kind, .. } => Some(*kind),
+            Self::Gone => None,
         }
     }
 }

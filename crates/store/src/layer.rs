@@ -206,6 +206,10 @@ impl<L: Layer> Store for L {
         around(self, "retire", self.inner().retire(of, now)).await
     }
 
+    async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased> {
+        around(self, "erase", self.inner().erase(of, now)).await
+    }
+
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {
         around(self, "batch", self.inner().batch(batch)).await
     }

@@ -19,6 +19,7 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod describe;
+mod erased;
 mod form;
 mod layer;
 mod recent;
@@ -218,6 +219,13 @@ pub trait Store: Send + Sync + 'static {
     /// batches that ended long ago; what a batch was and its counters stay. Never an event that a
     /// consumer group (Redis) or a note of the kind [`EVENT_CURSORS`] says was not read yet.
     async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired>;
+
+    /// Takes one bounded step of erasing a person: rows, variables, facts and events that name them
+    /// go; statuses and counters keep their place. What is not sent yet ends `suppressed`. One
+    /// suppression stays, as a keyed hash. Every step may be taken again, and so may the whole: what
+    /// was written about the person meanwhile goes with it. Facts that come later are counted and
+    /// leave no trace.
+    async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased>;
 
     // ---- reading ------------------------------------------------------------------------
 

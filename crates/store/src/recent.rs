@@ -26,6 +26,10 @@ impl<K: PartialEq, T: Clone> Recent<K, T> {
         Some(entry.2.clone())
     }
 
+    pub(crate) fn forget(&mut self, key: &K) {
+        self.entries.retain(|(at, ..)| at != key);
+    }
+
     pub(crate) fn keep(&mut self, key: K, value: T) {
         if self.entries.len() >= self.limit {
             let oldest = self

@@ -24,6 +24,7 @@ mod flag {
     pub(super) const MAYBE_STARTED: u8 = 1;
     pub(super) const AMBIGUOUS: u8 = 2;
     pub(super) const DELIVERED: u8 = 4;
+    pub(super) const ERASED: u8 = 8;
 }
 
 /// One bit of engagement: set once, counted once.
@@ -113,6 +114,16 @@ impl Cell {
     /// Notes that a holder that is gone may have started it; the next report takes the note away.
     pub const fn mark_maybe_started(&mut self) {
         self.flags |= flag::MAYBE_STARTED;
+    }
+
+    /// Whether the person was erased: what comes is counted, and says nothing of them.
+    pub const fn erased(self) -> bool {
+        self.flags & flag::ERASED != 0
+    }
+
+    /// Notes that the person was erased.
+    pub const fn erase(&mut self) {
+        self.flags |= flag::ERASED;
     }
 
     /// Whether an attempt was ambiguous.

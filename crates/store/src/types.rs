@@ -385,6 +385,24 @@ pub enum Control {
     DestinationResumed(Box<str>),
 }
 
+impl Control {
+    /// Whether it names an address of an account.
+    pub(crate) fn is_about(&self, of: &str, person: &str) -> bool {
+        match self {
+            Self::Suppressed(entry) => entry.account == of && entry.email == person,
+            Self::Unsuppressed { account, email, .. } => account == of && email == person,
+            Self::Work
+            | Self::Paused(_)
+            | Self::Resumed(_)
+            | Self::Cancelled(_)
+            | Self::Archived(_)
+            | Self::Unarchived(_)
+            | Self::DestinationSuspended(_)
+            | Self::DestinationResumed(_) => false,
+        }
+    }
+}
+
 /// The largest [`Note::value`].
 pub const NOTE_BYTES: usize = 64 << 10;
 
@@ -427,6 +445,26 @@ impl Suspension {
 /// The kind of the [`Note`]s by which whoever follows the events says how far it has read: the key is
 /// its name, the value the cursor. No event after the slowest of them is ever retired.
 pub const EVENT_CURSORS: &str = "event-cursor";
+
+/// Whom to erase ([`Store::erase`](crate::Store::erase)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Erase {
+    /// In which account.
+    pub account: String,
+    /// The address, normalised.
+    pub email: String,
+    /// Where the step before this one ended; none: from the beginning.
+    pub after: Option<String>,
+}
+
+/// What a step of an erasure came to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Erased {
+    /// Recipients that say no longer who they were.
+    pub recipients: u64,
+    /// Where to go on; none: that was all.
+    pub next: Option<String>,
+}
 
 /// What is old enough to go ([`Store::retire`](crate::Store::retire)).
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,11 @@
 //! One message with its whole story, and one person with all messages.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 use model::{
     Actor, Attempt, AttemptResult, Blame, Class, DeliveryStatus, EmailAddress, Hit, HitKind,
     MessageId, Status, Timestamp,
@@ -11,11 +13,12 @@ use model::{
 use serde::Serialize;
 use store::{RecipientRow, Suppression};
 
-use super::Api;
-use super::auth::CanRead;
+use super::auth::{CanRead, CanSubmit};
 use super::params::{NoParams, Segment};
 use super::problem::{Answer, Refusal};
 use super::recipients::RowView;
+use super::{Api, suppressions};
+use crate::erasure::Order;
 
 /// `GET /v1/messages/{message_id}`
 #[derive(Serialize)]
@@ -195,6 +198,27 @@ pub(super) async fn person(
         suppressions: story.suppressions,
         messages: messages.collect(),
     }))
+}
+
+/// How long the caller waits for an erasure; what is left is done within minutes.
+const ERASING: Duration = Duration::from_secs(3);
+
+/// `DELETE /v1/recipients/{email}`: 204 when it is done, 202 when a large store goes on with it.
+pub(super) async fn erase(
+    State(api): State<Arc<Api>>,
+    CanSubmit(caller): CanSubmit,
+    Segment(email): Segment,
+    _: NoParams,
+) -> Answer<StatusCode> {
+    let email = suppressions::address(&email)?;
+    let (store, now) = (&*api.store, api.clock.now());
+    let mut order = Order::give(store, &caller.account, &email, now).await?;
+    let done = order.carry_out(store, &api.clock, ERASING).await?;
+    Ok(if done {
+        StatusCode::NO_CONTENT
+    } else {
+        StatusCode::ACCEPTED
+    })
 }
 
 /// What the newest final outcome says of an address (contract, section 6); `messages` newest first.

@@ -115,6 +115,7 @@ fn routes() -> Routes {
         .at(Method::POST, "/v1/messages", batches::submit_one)
         .at(Method::GET, "/v1/messages/{message_id}", messages::message)
         .at(Method::GET, "/v1/recipients/{email}", messages::person)
+        .at(Method::DELETE, "/v1/recipients/{email}", messages::erase)
         .at(Method::GET, "/v1/events", events::list)
         .at(Method::GET, "/v1/suppressions", suppressions::list)
         .at(Method::GET, "/v1/suppressions/{email}", suppressions::one)

@@ -17,7 +17,7 @@ use super::{Api, List};
 use crate::intake::fields::Mistakes;
 
 /// Addresses are compared without case.
-fn address(text: &str) -> Answer<String> {
+pub(super) fn address(text: &str) -> Answer<String> {
     let address: Result<EmailAddress, _> = text.parse();
     address
         .map(|address| address.normalised())

@@ -423,6 +423,7 @@ const ROUTES: &[&str] = &[
     "GET /v1/batches/ID/report",
     "GET /v1/messages/ID.0",
     "GET /v1/recipients/a@x.example",
+    "DELETE /v1/recipients/a@x.example",
     "GET /v1/events",
     "GET /v1/suppressions",
     "GET /v1/suppressions/a@x.example",
@@ -706,4 +707,34 @@ async fn events_are_streamed_until_the_process_ends() {
         2,
         "each page ends with the cursor after it: {text}"
     );
+}
+
+#[tokio::test]
+async fn an_erased_person_is_known_by_the_suppression_alone() {
+    let service = Service::start().await;
+    let id = submitted(&service, 2).await;
+    let path = "/v1/recipients/A1@D1.EXAMPLE";
+    for _ in 0..2 {
+        let erased = service.api.call(Method::DELETE, path, &[], Bytes::new());
+        assert_eq!(erased.await.status, StatusCode::NO_CONTENT);
+    }
+    let person = service.api.get(path).await.json();
+    assert_eq!(
+        (&person["delivery_status"], &person["messages"]),
+        (&json!("unconfirmed"), &json!([]))
+    );
+    let kept = person["suppressions"].as_array().expect("a list");
+    assert_eq!(kept.len(), 1, "{person}");
+    assert_eq!(kept[0]["reason"], "erased");
+    let listed = service.api.get("/v1/suppressions").await.json();
+    assert!(!listed.to_string().contains("a1@"), "{listed}");
+    let batch = service.api.get(&format!("/v1/batches/{id}")).await.json();
+    assert_eq!(batch["counters"]["suppressed"], 1, "{batch}");
+    let rows = format!("/v1/batches/{id}/recipients");
+    let rows = service.api.get(&rows).await.json();
+    assert!(!rows.to_string().contains("a1@"), "{rows}");
+    assert_eq!(items(&rows).len(), 2);
+    let bad = "/v1/recipients/nobody";
+    let refused = service.api.call(Method::DELETE, bad, &[], Bytes::new());
+    assert_eq!(refused.await.problem().0, 422);
 }

@@ -150,6 +150,11 @@ pub(super) const STORE_UNREADABLE_RANGES: Family = family(
 );
 pub(super) const RETIRED: Family =
     family("hikyaku_retired_total", "What retention removed", &["kind"]);
+pub(super) const ERASURE_OLDEST_SECONDS: Family = family(
+    "hikyaku_erasure_oldest_seconds",
+    "How long the oldest order to erase a person has been waiting",
+    &[],
+);
 pub(super) const TRACKER_REQUESTS: Family = family(
     "hikyaku_tracker_requests_total",
     "Requests to the tracker",

@@ -70,6 +70,8 @@ pub struct Metrics {
     pub store_unreadable_ranges: IntGauge,
     /// `hikyaku_retired_total[kind]`: what retention removed.
     pub retired: Resolved<Kept, IntCounter>,
+    /// `hikyaku_erasure_oldest_seconds`: how long somebody has been waiting to be erased.
+    pub erasure_oldest_seconds: Gauge,
     /// `hikyaku_tracker_requests_total[kind,result]`
     pub tracker_requests: Resolved2<TrackerKind, TrackerResult, IntCounter>,
     /// `hikyaku_tracker_seconds[kind]`
@@ -101,6 +103,7 @@ impl Metrics {
             duplicates: Resolved::of(&r.counters(&families::DUPLICATES)),
             queue_recipients: Resolved::of(&r.gauges(&families::QUEUE_RECIPIENTS)),
             queue_oldest_seconds: r.gauge(&families::QUEUE_OLDEST_SECONDS),
+            erasure_oldest_seconds: r.gauge(&families::ERASURE_OLDEST_SECONDS),
             delivery_age_seconds: r.histogram(&families::DELIVERY_AGE_SECONDS),
             smtp_stage_seconds: Resolved::of(&r.histograms(&families::SMTP_STAGE_SECONDS)),
             tls: Resolved::of(&r.counters(&families::TLS)),

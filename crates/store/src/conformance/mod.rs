@@ -121,6 +121,7 @@ macro_rules! conformance_tests {
             announcements_are_events_of_their_account
             deferred_mail_is_made_due
             what_is_old_goes_and_counters_stay
+            an_erased_person_leaves_only_a_suppression
             a_storm_agrees_with_a_simple_model
         }
     };

@@ -150,7 +150,7 @@ impl<'a> Books<'a> {
             pipeline.cmd("GET").arg(keys::suppressions_version(p));
         }
         for (account, email) in &addresses {
-            super::suppress::ask(&mut pipeline, p, account, email);
+            super::suppress::ask(&mut pipeline, self.inner, p, account, email);
         }
         if let Some(journal) = needs.mark_of {
             super::ship::ask_mark(&mut pipeline, p, journal);
@@ -180,7 +180,8 @@ impl<'a> Books<'a> {
             self.suppressions_version = Some(found.and_then(|bytes| bytes.try_into().ok()));
         }
         for key in addresses {
-            let found = super::suppress::read_all(&key.0, next());
+            let found =
+                super::suppress::read_asked(&key.0, &key.1, std::array::from_fn(|_| next()));
             self.known.insert(key, found);
         }
         if needs.mark_of.is_some() {

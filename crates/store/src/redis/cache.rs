@@ -51,6 +51,12 @@ impl Cache {
         lots.find(key)
     }
 
+    /// Forgets the rows of a lot: they were rewritten.
+    pub(super) fn forget_lot(&self, key: &LotKey) {
+        let mut lots = self.lots.lock().unwrap_or_else(PoisonError::into_inner);
+        lots.forget(key);
+    }
+
     pub(super) fn keep_lot(&self, key: LotKey, lot: Arc<Lot>) {
         let mut lots = self.lots.lock().unwrap_or_else(PoisonError::into_inner);
         if lots.find(&key).is_none() {

@@ -45,6 +45,7 @@ pub(super) struct Scripts {
     pub(super) find: Lua,
     pub(super) survey: Lua,
     pub(super) trim: Lua,
+    pub(super) erase: Lua,
 }
 
 impl Scripts {
@@ -55,6 +56,7 @@ impl Scripts {
             find: Lua::new(include_str!("find.lua")),
             survey: Lua::new(include_str!("survey.lua")),
             trim: Lua::new(include_str!("trim.lua")),
+            erase: Lua::new(include_str!("erase.lua")),
         }
     }
 }

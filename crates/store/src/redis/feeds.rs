@@ -45,17 +45,17 @@ fn write_cursor(places: &[u64]) -> String {
 }
 
 /// Names and values of an entry of a stream.
-type Fields = Vec<(Vec<u8>, Vec<u8>)>;
+pub(super) type Fields = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// An entry of a stream: its number and its fields.
-fn read_entry(entry: Value) -> Option<(u64, Fields)> {
+pub(super) fn read_entry(entry: Value) -> Option<(u64, Fields)> {
     let mut parts = answer::list(entry).into_iter();
     let id = answer::bytes(parts.next()?)?;
     let number = std::str::from_utf8(&id).ok()?.split_once('-')?.0;
     Some((number.parse().ok()?, answer::pairs(parts.next()?)))
 }
 
-fn field(fields: &Fields, name: &[u8]) -> Vec<u8> {
+pub(super) fn field(fields: &Fields, name: &[u8]) -> Vec<u8> {
     let found = fields.iter().find(|(key, _)| key == name);
     found.map(|(_, value)| value.clone()).unwrap_or_default()
 }

@@ -683,16 +683,21 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
     }
     let people: Vec<(String, String)> = people.into_iter().collect();
     let mut addresses = BTreeSet::new();
-    for some in people.chunks(2_000) {
+    for some in people.chunks(1_000) {
         let mut ask = Cmd::new();
         ask.arg("SMISMEMBER").arg(keys::suppressed(books.partition));
         for (account, email) in some {
-            ask.arg(&keys::address_hash(account, email)[..]);
+            // Under the address, and under what an erasure left of it.
+            let name = books.inner.eraser.name(account, email);
+            for name in [email, &name] {
+                ask.arg(&keys::address_hash(account, name)[..]);
+            }
         }
         let found = answer::list(books.inner.link.short(&ask).await?);
-        let hits = some.iter().zip(found);
+        let known = |found: &[Value]| found.iter().any(|found| matches!(found, Value::Int(1)));
+        let hits = some.iter().zip(found.chunks(2));
         addresses.extend(
-            hits.filter(|(_, found)| matches!(found, Value::Int(1)))
+            hits.filter(|(_, found)| known(found))
                 .map(|(person, _)| person.clone()),
         );
     }

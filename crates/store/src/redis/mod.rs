@@ -9,6 +9,7 @@ mod books;
 mod cache;
 mod calls;
 mod commit;
+mod erase;
 mod feeds;
 mod keys;
 mod lease;
@@ -27,13 +28,14 @@ mod work;
 pub use server::Standing;
 pub use url::{RedisUrl, Topology};
 
+use crate::erased::Eraser;
 use crate::sqlite::Role;
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
-    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
-    RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped, Store,
-    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, Erase, Erased, EventPage, EventQuery,
+    FeedPlace, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page,
+    RangeRef, RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped,
+    Store, StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -85,6 +87,7 @@ struct Inner {
     clock: Clock,
     scripts: Scripts,
     cache: Cache,
+    eraser: Eraser,
     /// The batch served last, by queue and rank: the next lease begins after it.
     turns: Mutex<HashMap<Turn, BatchId>>,
     unreadable: AtomicU64,
@@ -173,12 +176,14 @@ impl RedisStore {
             standing.must_be_durable()?;
         }
         let partitions = server::partitions(&link, &options).await?;
+        let eraser = server::eraser(&link).await?;
         let inner = Inner {
             link,
             partitions,
             clock: options.clock,
             scripts: Scripts::new(),
             cache: Cache::new(),
+            eraser,
             turns: Mutex::new(HashMap::new()),
             unreadable: AtomicU64::new(0),
             standing: watch::Sender::new(standing),
@@ -354,6 +359,10 @@ impl Store for RedisStore {
 
     async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired> {
         self.inner.retire(&of, now).await
+    }
+
+    async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased> {
+        self.inner.erase(&of, now).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

@@ -435,7 +435,12 @@ impl Inner {
     }
 
     /// Those of some lots that may have an address.
-    async fn lots_with(&self, p: Partition, some: &[LotKey], email: &str) -> Result<Vec<LotKey>> {
+    pub(super) async fn lots_with(
+        &self,
+        p: Partition,
+        some: &[LotKey],
+        email: &str,
+    ) -> Result<Vec<LotKey>> {
         let keys_of: Vec<String> = some
             .iter()
             .map(|(batch, lot)| keys::lot(p, *batch, lot.0))
@@ -470,11 +475,12 @@ impl Inner {
         let cells = self.cells_of(&only).await?;
         let mut found = Vec::new();
         for (position, row) in (0_u16..).zip(&lot.rows) {
-            if row.email.normalised() == email {
+            let cell = cell_at(&cells, key, position)?;
+            if row.email.normalised() == email && !cell.erased() {
                 found.push(Found {
                     key,
                     position,
-                    cell: cell_at(&cells, key, position)?,
+                    cell,
                 });
             }
         }

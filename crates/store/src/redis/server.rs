@@ -5,6 +5,7 @@
 use super::keys::{self, HOME};
 use super::link::{Link, answer};
 use super::{Inner, RedisOptions};
+use crate::erased::{self, Eraser};
 use crate::sqlite::Role;
 use crate::{Result, StoreError};
 use ::redis::{Cmd, Pipeline};
@@ -188,6 +189,23 @@ pub(super) async fn partitions(link: &Link, options: &RedisOptions) -> Result<u1
         )));
     }
     Ok(partitions)
+}
+
+/// The key under which erased addresses are known: whoever comes first makes it.
+pub(super) async fn eraser(link: &Link) -> Result<Eraser> {
+    let key = keys::settings(HOME);
+    let mut pipeline = Pipeline::new();
+    pipeline
+        .cmd("HSETNX")
+        .arg(&key)
+        .arg(erased::SETTING)
+        .arg(Eraser::new_key()?);
+    pipeline.cmd("HGET").arg(&key).arg(erased::SETTING);
+    let kept = link.bulk(&pipeline).await?.into_iter().nth(1);
+    let kept = kept.and_then(answer::bytes);
+    kept.and_then(|kept| String::from_utf8(kept).ok())
+        .map(|kept| Eraser::of(&kept))
+        .ok_or_else(|| StoreError::Damaged("it has lost its erasure key".into()))
 }
 
 impl Inner {

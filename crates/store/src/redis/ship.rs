@@ -303,13 +303,15 @@ fn apply_attempt(
         )
     });
     books.set_cell(key, position, cell);
+    if applied == Applied::Duplicate {
+        shipped.duplicates.push(attempt.message);
+    }
+    if cell.erased() {
+        return Ok(true);
+    }
     books.log(key, position, placed.seq, placed.fact.clone());
-    match applied {
-        Applied::Moved(kind) => {
-            books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
-        }
-        Applied::Duplicate => shipped.duplicates.push(attempt.message),
-        Applied::Stale => {}
+    if let Applied::Moved(kind) = applied {
+        books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
     }
     if let (AttemptResult::TemporaryError { retry_at, .. }, Applied::Moved(_)) =
         (attempt.result, applied)
@@ -377,6 +379,9 @@ fn apply_hit(
     }
     let event = books.count(key.0, |counters| transition::hit(&mut cell, counters, hit));
     books.set_cell(key, position, cell);
+    if cell.erased() {
+        return Ok(true);
+    }
     match mode {
         TrackingMode::Individual => {
             books.log(key, position, placed.seq, placed.fact.clone());

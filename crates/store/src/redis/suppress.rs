@@ -19,9 +19,9 @@ use std::collections::BTreeMap;
 const STEP: usize = 256;
 
 /// Address, list and the rest, in this order, with a zero between: the order of a page.
-fn member(of: &Suppression) -> Vec<u8> {
+fn member(of: &Suppression, name: &str) -> Vec<u8> {
     let list = of.list.as_deref().unwrap_or_default();
-    let mut member = format!("{}\0{list}\0", of.email).into_bytes();
+    let mut member = format!("{name}\0{list}\0").into_bytes();
     member.push(of.reason.code());
     member.extend(of.created_at.millis().to_be_bytes());
     member.extend(of.source.as_bytes());
@@ -44,17 +44,36 @@ fn read(account: &str, member: &[u8]) -> Option<Suppression> {
     })
 }
 
-/// Asks for all suppressions of an address.
-pub(super) fn ask(pipeline: &mut Pipeline, p: Partition, account: &str, email: &str) {
-    pipeline
-        .cmd("ZRANGEBYLEX")
-        .arg(keys::suppressions(p, account))
-        .arg(format!("[{email}\0"))
-        .arg(format!("({email}\u{1}"));
+/// How many answers [`ask`] brings.
+pub(super) const ANSWERS: usize = 2;
+
+/// Asks for all suppressions of an address: those under the address, and what is left of an erasure.
+pub(super) fn ask(pipeline: &mut Pipeline, of: &Inner, p: Partition, account: &str, email: &str) {
+    for name in [email, &of.eraser.name(account, email)] {
+        pipeline
+            .cmd("ZRANGEBYLEX")
+            .arg(keys::suppressions(p, account))
+            .arg(format!("[{name}\0"))
+            .arg(format!("({name}\u{1}"));
+    }
 }
 
-/// Reads the answer to [`ask`].
-pub(super) fn read_all(account: &str, value: Value) -> Vec<Suppression> {
+/// Reads the answers to [`ask`].
+pub(super) fn read_asked(
+    account: &str,
+    email: &str,
+    answers: [Value; ANSWERS],
+) -> Vec<Suppression> {
+    let found = answers.into_iter().flat_map(|of| read_all(account, of));
+    let named = |entry| Suppression {
+        email: email.to_owned(),
+        ..entry
+    };
+    found.map(named).collect()
+}
+
+/// Reads a list of entries.
+fn read_all(account: &str, value: Value) -> Vec<Suppression> {
     answer::list(value)
         .into_iter()
         .filter_map(answer::bytes)
@@ -76,30 +95,46 @@ pub(super) fn add(books: &mut Books<'_>, entry: Suppression, only_stronger: bool
         return;
     }
     let p = books.partition;
-    let kept = |old: &Suppression| old.list != entry.list;
+    let name = books.inner.eraser.kept_under(&entry);
+    let kept_under = |old: &Suppression| books.inner.eraser.kept_under(old);
+    let kept = |old: &Suppression| old.list != entry.list || kept_under(old) != name;
     for old in known.iter().filter(|old| !kept(old)) {
         let index = keys::suppressions(p, &entry.account);
-        books.commit.write("ZREM", index, [member(old)]);
+        books.commit.write("ZREM", index, [member(old, &name)]);
     }
     let index = keys::suppressions(p, &entry.account);
     books
         .commit
-        .write("ZADD", index, [b"0".to_vec(), member(&entry)]);
-    let hash = keys::address_hash(&entry.account, &entry.email);
+        .write("ZADD", index, [b"0".to_vec(), member(&entry, &name)]);
+    let hash = keys::address_hash(&entry.account, &name);
     books.commit.write("SADD", keys::suppressed(p), [hash]);
     touch(books);
-    let data =
-        json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
-    books.address_event(
-        EventKind::SuppressionAdded,
-        &entry.account,
-        &entry.email,
-        data,
-    );
+    if entry.reason != SuppressionReason::Erased {
+        let data =
+            json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
+        books.address_event(
+            EventKind::SuppressionAdded,
+            &entry.account,
+            &entry.email,
+            data,
+        );
+    }
     let mut now: Vec<Suppression> = known.into_iter().filter(kept).collect();
     now.push(entry.clone());
     books.known.insert(key, now);
     books.tell(Control::Suppressed(entry));
+}
+
+/// Removes an entry that was read, and the hash under which its address is known. Of the entries of an
+/// address that stay, the hash must be added again.
+pub(super) fn forget(books: &mut Books<'_>, entry: &Suppression) {
+    let p = books.partition;
+    let name = books.inner.eraser.kept_under(entry);
+    let index = keys::suppressions(p, &entry.account);
+    books.commit.write("ZREM", index, [member(entry, &name)]);
+    let hash = keys::address_hash(&entry.account, &name);
+    books.commit.write("SREM", keys::suppressed(p), [hash]);
+    touch(books);
 }
 
 /// Whoever asked before has to ask again.
@@ -177,16 +212,15 @@ impl Inner {
                 return Ok(0);
             }
             for entry in &gone {
-                let index = keys::suppressions(p, account);
-                books.commit.write("ZREM", index, [member(entry)]);
+                forget(&mut books, entry);
                 let data = json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
                 books.address_event(EventKind::SuppressionRemoved, account, email, data);
             }
-            if kept.is_empty() {
-                let hash = keys::address_hash(account, email);
-                books.commit.write("SREM", keys::suppressed(p), [hash]);
+            for entry in &kept {
+                let name = self.eraser.kept_under(entry);
+                let hash = keys::address_hash(account, &name);
+                books.commit.write("SADD", keys::suppressed(p), [hash]);
             }
-            touch(&mut books);
             books.tell(Control::Unsuppressed {
                 account: account.to_owned(),
                 email: email.to_owned(),
@@ -209,9 +243,10 @@ impl Inner {
     ) -> Result<Vec<Suppression>> {
         let p = Partition::of(account, email, self.partitions);
         let mut pipeline = Pipeline::new();
-        ask(&mut pipeline, p, account, email);
-        let found = self.link.bulk(&pipeline).await?.into_iter().next();
-        Ok(read_all(account, found.unwrap_or_default()))
+        ask(&mut pipeline, self, p, account, email);
+        let mut found = self.link.bulk(&pipeline).await?.into_iter();
+        let answers = std::array::from_fn(|_| found.next().unwrap_or_default());
+        Ok(read_asked(account, email, answers))
     }
 
     /// Suppressions of an account in order of address and list.
@@ -275,7 +310,7 @@ mod tests {
                 source,
                 created_at: Timestamp::from_millis(at),
             };
-            prop_assert_eq!(read("acme", &member(&entry)), Some(entry));
+            prop_assert_eq!(read("acme", &member(&entry, &entry.email)), Some(entry));
         }
 
         #[test]

@@ -259,6 +259,20 @@ impl<'s, 'c> Books<'s, 'c> {
         Ok(true)
     }
 
+    /// Notes that a recipient was erased; one that is open ends as suppressed, and no event tells of
+    /// it, since it would say who.
+    pub(super) fn erase(&mut self, lot: LotId, position: u16) -> Result<()> {
+        let Some(mut cell) = self.cell(lot, position)? else {
+            return Ok(());
+        };
+        let released = self.released(lot)?;
+        self.count(lot, |counters| {
+            transition::end_unsent(&mut cell, counters, released, Status::Suppressed)
+        })?;
+        cell.erase();
+        self.set_cell(lot, position, cell)
+    }
+
     /// Whether the mail of the lot's batch may leave.
     pub(super) fn released(&mut self, lot: LotId) -> Result<bool> {
         let batch = self.batch(ids::split(lot).0)?;
@@ -432,11 +446,12 @@ impl<'s, 'c> Books<'s, 'c> {
 fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) -> Result<()> {
     let kinds = events
         .iter()
-        .fold(0_i64, |mask, event| mask | 1 << event.kind());
+        .filter_map(StoredEvent::kind)
+        .fold(0_i64, |mask, kind| mask | 1 << kind);
     let of = |event: &StoredEvent| match event {
         StoredEvent::Fact { lot, .. } | StoredEvent::Unsent { lot, .. } => ids::split(*lot).0,
         StoredEvent::Batch { batch, .. } => *batch,
-        StoredEvent::Address { .. } | StoredEvent::Account { .. } => 0,
+        StoredEvent::Address { .. } | StoredEvent::Account { .. } | StoredEvent::Gone => 0,
     };
     let mut batches: BTreeSet<BatchNo> = events.iter().map(of).collect();
     let batch = match batches.first() {

@@ -75,6 +75,14 @@ impl Cache {
         Ok(Some(lot))
     }
 
+    /// Forgets the rows of a lot: they are being rewritten.
+    pub(super) fn forget_lot(&self, id: i64) {
+        self.lots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .forget(&id);
+    }
+
     /// The head of a committed batch.
     pub(super) fn head(&self, connection: &Connection, no: i64) -> Result<Arc<BatchHead>> {
         if let Some(head) = self

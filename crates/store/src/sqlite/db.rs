@@ -3,6 +3,7 @@
 //! Must not know a table.
 
 use super::{Role, SqliteOptions};
+use crate::erased::{self, Eraser};
 use crate::{Result, StoreError};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _};
 use std::fs::{File, TryLockError};
@@ -114,6 +115,10 @@ fn make(connection: &mut Connection, options: &SqliteOptions) -> Result<()> {
             [options.partitions],
         )?;
     }
+    step.execute(
+        "INSERT OR IGNORE INTO setting VALUES (?1, ?2)",
+        [erased::SETTING, &Eraser::new_key()?],
+    )?;
     if version != SCHEMA {
         step.pragma_update(None, "user_version", SCHEMA)?;
     }

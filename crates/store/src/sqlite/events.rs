@@ -121,7 +121,10 @@ impl Telling<'_> {
         recorded_at: Timestamp,
         stored: &StoredEvent,
     ) -> Result<Option<Event>> {
-        let Some(kind) = EventKind::from_code(stored.kind()) else {
+        let Some(code) = stored.kind() else {
+            return Ok(None);
+        };
+        let Some(kind) = EventKind::from_code(code) else {
             return Err(StoreError::Damaged(format!(
                 "event {seq} is of an unknown type"
             )));
@@ -136,6 +139,7 @@ impl Telling<'_> {
             data: serde_json::from_str(data).unwrap_or_default(),
         };
         match stored {
+            StoredEvent::Gone => Ok(None),
             StoredEvent::Address {
                 account,
                 email,

@@ -12,6 +12,7 @@ mod control;
 mod damaged;
 mod db;
 mod due;
+mod erase;
 mod events;
 mod feeds;
 mod ids;
@@ -32,10 +33,10 @@ mod writer;
 
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, EventPage, EventQuery, FeedPlace,
-    LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page, RangeRef,
-    RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped, Store,
-    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, Erase, Erased, EventPage, EventQuery,
+    FeedPlace, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page,
+    RangeRef, RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped,
+    Store, StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -410,6 +411,12 @@ impl Store for SqliteStore {
     async fn retire(&self, of: Retire, now: Timestamp) -> Result<Retired> {
         self.writer()?
             .write(move |step| retire::retire(step, &of, now))
+            .await
+    }
+
+    async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased> {
+        self.writer()?
+            .write(move |step| erase::erase(step, &of, now))
             .await
     }
 

@@ -151,11 +151,15 @@ fn apply_attempt(
         attempt.suppress,
         attempt.at,
     );
+    if applied == Applied::Duplicate {
+        shipped.duplicates.push(message);
+    }
+    if cell.erased() {
+        return Ok(true);
+    }
     let entry = books.log(lot, position, seq, Fact::Attempt(Box::new(attempt)))?;
-    match applied {
-        Applied::Moved(kind) => books.fact_event(kind, lot, entry),
-        Applied::Duplicate => shipped.duplicates.push(message),
-        Applied::Stale => {}
+    if let Applied::Moved(kind) = applied {
+        books.fact_event(kind, lot, entry);
     }
     if let (AttemptResult::TemporaryError { retry_at, .. }, Applied::Moved(_)) = (result, applied) {
         if batch.state == BatchState::Cancelled {
@@ -247,6 +251,9 @@ fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit)
     }
     let event = books.count(lot, |counters| transition::hit(&mut cell, counters, &hit))?;
     books.set_cell(lot, place.position, cell)?;
+    if cell.erased() {
+        return Ok(true);
+    }
     let at = hit.at;
     let source = hit
         .method

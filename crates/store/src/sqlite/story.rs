@@ -292,6 +292,9 @@ fn message_at(
         return Ok(None);
     }
     let cell = cell_at(&cells_of(reading, id)?, id, position)?;
+    if cell.erased() {
+        return Ok(None);
+    }
     let found = [Found {
         lot: id,
         position,

@@ -3,6 +3,7 @@
 //! Must not decide whom to suppress.
 
 use super::books::Books;
+use super::erase;
 use super::ids;
 use crate::{BatchHead, Control, Page, Result, StoreError, Suppression, SuppressionQuery};
 use model::{EventKind, Priority, SuppressionReason, Timestamp, partition_hash};
@@ -34,17 +35,28 @@ pub(super) fn any(connection: &Connection, account: &str) -> Result<bool> {
         .query_row([account], |row| row.get(0))?)
 }
 
-/// All suppressions of an address.
+/// All suppressions of an address; one that is left of an erasure is kept under a name.
 pub(super) fn of_address(
     connection: &Connection,
     account: &str,
     email: &str,
 ) -> Result<Vec<Suppression>> {
+    let mut all = kept_under(connection, account, email)?;
+    let name = erase::eraser(connection)?.name(account, email);
+    let erased = kept_under(connection, account, &name)?;
+    all.extend(erased.into_iter().map(|entry| Suppression {
+        email: email.to_owned(),
+        ..entry
+    }));
+    Ok(all)
+}
+
+fn kept_under(connection: &Connection, account: &str, name: &str) -> Result<Vec<Suppression>> {
     let sql = format!(
         "SELECT {COLUMNS} FROM suppression WHERE hash=?1 AND account=?2 AND email=?3 ORDER BY list"
     );
     let mut sql = connection.prepare_cached(&sql)?;
-    let found = sql.query_map(params![hash(account, email), account, email], read)?;
+    let found = sql.query_map(params![hash(account, name), account, name], read)?;
     Ok(found.collect::<rusqlite::Result<_>>()?)
 }
 
@@ -78,6 +90,7 @@ pub(super) fn add(
             return Ok(());
         }
     }
+    let name = erase::eraser(books.step.connection)?.kept_under(&entry);
     books
         .step
         .connection
@@ -86,22 +99,24 @@ pub(super) fn add(
              ON CONFLICT (account, email, list) DO UPDATE SET reason=excluded.reason, source=excluded.source, created_at=excluded.created_at",
         )?
         .execute(params![
-            hash(&entry.account, &entry.email),
+            hash(&entry.account, &name),
             entry.account,
-            entry.email,
+            name,
             list,
             entry.reason.code(),
             entry.source,
             entry.created_at.millis(),
         ])?;
-    let data =
-        json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
-    books.address_event(
-        EventKind::SuppressionAdded,
-        &entry.account,
-        &entry.email,
-        &data,
-    );
+    if entry.reason != SuppressionReason::Erased {
+        let data =
+            json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
+        books.address_event(
+            EventKind::SuppressionAdded,
+            &entry.account,
+            &entry.email,
+            &data,
+        );
+    }
     books.tell(&Control::Suppressed(entry))
 }
 
@@ -113,6 +128,7 @@ pub(super) fn remove(
     list: Option<&str>,
 ) -> Result<u32> {
     let known = of_address(books.step.connection, account, email)?;
+    let eraser = erase::eraser(books.step.connection)?;
     let mut removed = 0;
     for entry in known
         .iter()
@@ -124,7 +140,7 @@ pub(super) fn remove(
             .prepare_cached("DELETE FROM suppression WHERE account=?1 AND email=?2 AND list=?3")?
             .execute(params![
                 account,
-                email,
+                eraser.kept_under(entry),
                 entry.list.as_deref().unwrap_or_default()
             ])?;
         let data =
