@@ -25,7 +25,7 @@ use crate::explain::ask::Explainer;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::Keeping;
-use crate::sending::{self, SendingDeps, SendingHandle};
+use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 
 /// What the daemon gets from whoever starts it; `up` shares it with the tracker.
 #[derive(Clone)]
@@ -54,6 +54,7 @@ pub struct Mta {
     config: Config,
     shared: Shared,
     sending: SendingHandle,
+    metrics: Arc<Metrics>,
     tasks: Tasks,
 }
 
@@ -78,25 +79,39 @@ impl Mta {
         self.addr
     }
 
-    /// Reads shaping, rules for replies and tracking keys again. If one of them has a mistake,
-    /// nothing changes, and the log says why. Blocks on the disk for a moment.
+    /// Reads shaping, rules for replies, tracking keys and the weights of accounts and of sources in
+    /// pools again. If one of them has a mistake, nothing changes, and the log says why. Blocks on
+    /// the disk for a moment.
     pub fn reload(&self) {
-        match Reloaded::read(&self.config) {
-            Ok(read) => self.take(read),
-            Err(error) => tracing::error!(
-                error = format!("{error:#}"),
-                "shaping, rules and keys stay as they were"
-            ),
-        }
+        let read = || anyhow::Ok((Reloaded::read(&self.config)?, self.config.again()?));
+        let is_good = match read() {
+            Ok((read, config)) => {
+                self.take(read, config);
+                true
+            }
+            Err(error) => {
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "shaping, rules, keys and weights stay as they were"
+                );
+                false
+            }
+        };
+        self.metrics.reload_ok.set(i64::from(is_good));
     }
 
-    fn take(&self, read: Reloaded) {
+    fn take(&self, read: Reloaded, config: Config) {
         self.shared.rules.store(Arc::new(read.rules));
         self.shared.tracking.store(Arc::new(read.tracking));
-        let (sending, shaping) = (self.sending.clone(), Arc::new(read.shaping));
+        let sending = self.sending.clone();
+        let reload = Reload {
+            shaping: Arc::new(read.shaping),
+            accounts: config.accounts,
+            pools: config.pools,
+        };
         drop(self.tasks.spawn("reload", async move {
-            sending.reload_shaping(shaping).await;
-            tracing::info!("shaping, rules and keys were read again");
+            sending.reload(reload).await;
+            tracing::info!("shaping, rules, keys and weights were read again");
         }));
     }
 }
@@ -169,6 +184,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         config: config.clone(),
         shared,
         sending,
+        metrics: Arc::clone(&deps.metrics),
         tasks: deps.tasks.clone(),
     })
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use model::units::Rate;
 use model::{LotNumber, Place, Timestamp};
 use service::clock::{Clock as _, SystemClock};
 use service::config::AmbiguousPolicy;
@@ -17,7 +18,7 @@ use super::control::ControlView;
 use super::fixtures::{head, range_ref, row};
 use super::job::{ConnId, Fate, Job};
 use super::pool::{Pool, Pools};
-use super::{Action, ConnEnd, Event, Limited, Now, QueueConfig, QueueState, Remembered};
+use super::{Action, ConnEnd, Event, Limited, Now, QueueConfig, QueueState, Remembered, Shares};
 use crate::classify::{Notice, Signal};
 use crate::resolve::{Host, Route};
 use crate::shaping::{Change, Destination, Heard, Kept, Reason, SharedPacer, Sign};
@@ -49,6 +50,8 @@ struct World {
     judge: Judge,
     /// What the destination takes over one connection; then it ends it.
     per_connection: u32,
+    /// Of the batch.
+    rate: Rate,
     conns: BTreeMap<ConnId, Conn>,
     held: Vec<RangeRef>,
     later: VecDeque<Event>,
@@ -83,6 +86,7 @@ impl World {
             queue: QueueState::new(config, view, 1, start),
             judge,
             per_connection: u32::MAX,
+            rate: Rate::Unlimited,
             conns: BTreeMap::new(),
             held: Vec::new(),
             later: VecDeque::new(),
@@ -317,6 +321,7 @@ impl World {
             batch: Arc::new(BatchHead {
                 release_at: wall(Duration::ZERO),
                 expires_at: Some(Timestamp::from_millis(i64::MAX)),
+                rate: self.rate,
                 ..head(1)
             }),
             queue: DOMAIN.into(),
@@ -441,6 +446,37 @@ fn a_connection_carries_no_more_than_its_peer_wants() {
     let (sent, refused) = (world.begun.len() - before, world.refused - refused);
     assert!(refused * 200 < sent, "{refused} of {sent}");
     assert!(sent > 16_000, "{sent} of 18,000");
+}
+
+#[test]
+fn sources_share_by_weights_that_were_read_again() {
+    let start = SystemClock.instant();
+    let mut world = World::new("[default]\nrate = \"50/s\"\n", 2, start, allows(1_000));
+    // Less than either can carry.
+    world.rate = "20/s".parse().expect("a rate");
+    let counts = |world: &World, since| {
+        [0, 1].map(|source| {
+            world
+                .begun_since(since)
+                .filter(|(of, _)| *of == source)
+                .count()
+        })
+    };
+    world.run(Duration::from_secs(60));
+    let [first, second] = counts(&world, start);
+    assert!(first.abs_diff(second) < 40, "{first} and {second}");
+    world.later.push_back(Event::Shares(Shares {
+        accounts: HashMap::new(),
+        pools: Some(Pools::single(Pool::new(vec![(0, 1), (1, 3)]))),
+    }));
+    world.deliver_events();
+    let changed_at = world.now + Duration::from_secs(10);
+    world.run(Duration::from_secs(130));
+    let [first, second] = counts(&world, changed_at);
+    assert!(
+        (first * 3).abs_diff(second) < second / 10,
+        "{first} and {second}"
+    );
 }
 
 #[test]

@@ -23,6 +23,6 @@ mod state;
 mod target;
 
 pub use state::{
-    Action, ConnEnd, Event, LimitView, Limited, Now, QueueConfig, QueueState, Remembered,
+    Action, ConnEnd, Event, LimitView, Limited, Now, QueueConfig, QueueState, Remembered, Shares,
 };
 pub use target::DEPTH;

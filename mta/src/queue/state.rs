@@ -154,8 +154,19 @@ pub enum Event {
     Control(Control),
     /// `shaping.toml` was read again.
     Shaping(Arc<ShapingFile>),
+    /// Weights were read again.
+    Shares(Shares),
     /// No new transaction; everything is to be handed back.
     Drain,
+}
+
+/// Who gets how much of what is contended.
+#[derive(Debug)]
+pub struct Shares {
+    /// Of a destination, by account; of one that is not here, 1.
+    pub accounts: HashMap<String, u32>,
+    /// Of the mail of a batch, by pool and source; none: as before. No source that was in no pool.
+    pub pools: Option<Pools>,
 }
 
 /// How a connection ended.
@@ -497,6 +508,7 @@ impl QueueState {
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),
             Event::Shaping(shaping) => self.on_shaping(shaping),
+            Event::Shares(shares) => self.on_shares(shares),
             Event::Drain => self.on_drain(out),
         }
     }
@@ -732,6 +744,20 @@ impl QueueState {
                 self.to_resolve.push_back(lane.domain.clone());
             }
         }
+    }
+
+    /// New weights hold from the next message on.
+    fn on_shares(&mut self, shares: Shares) {
+        self.config.weights = shares.accounts;
+        if let Some(pools) = shares.pools {
+            for batch in self.batches.values_mut() {
+                batch.pool = Arc::clone(pools.of(batch.head.pool.as_deref()));
+            }
+            self.config.pools = pools;
+        }
+        let names: Vec<_> = self.lanes.keys().cloned().collect();
+        names.iter().for_each(|name| self.take_turns(name));
+        self.dirty.extend(self.dests.keys().cloned());
     }
 
     fn on_drain(&mut self, out: &mut Vec<Action>) {

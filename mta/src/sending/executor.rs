@@ -61,6 +61,8 @@ pub(super) struct Executor {
     /// What came of carrying out an action at once.
     at_once: Vec<Event>,
     conns: HashMap<ConnId, Wiring>,
+    /// Egress sources as metrics show them.
+    sources: Vec<(usize, bool)>,
     drained: bool,
 }
 
@@ -79,6 +81,7 @@ impl Executor {
             to_compose: Vec::new(),
             at_once: Vec::new(),
             conns: HashMap::new(),
+            sources: Vec::new(),
             drained: false,
         }
     }
@@ -185,6 +188,19 @@ impl Executor {
         let now = self.now();
         let actions = self.parts.state.tick(now);
         self.carry_out(actions);
+        let sources = self.parts.state.sources();
+        if sources != self.sources {
+            self.show_sources(&sources);
+            self.sources = sources;
+        }
+    }
+
+    fn show_sources(&self, sources: &[(usize, bool)]) {
+        for (index, is_up) in sources {
+            if let Some(name) = self.parts.limits.source(*index) {
+                self.parts.metrics.egress_source(name, *is_up);
+            }
+        }
     }
 
     fn wake(&mut self) {

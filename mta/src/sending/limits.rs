@@ -61,6 +61,11 @@ impl LimitNotes {
         }
     }
 
+    /// The name of a source.
+    pub(super) fn source(&self, index: usize) -> Option<&str> {
+        self.sources.get(index).map(|name| &**name)
+    }
+
     /// Announces changes to the accounts that they concern.
     pub(super) fn changed(&self, limited: &Limited, now: Now) {
         for (source, change) in &limited.changes {

@@ -7,6 +7,7 @@ mod asking;
 mod executor;
 mod limits;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +32,7 @@ use crate::jobs::TlsReporting;
 use crate::queue::control::ControlView;
 use crate::queue::pool::Pools;
 use crate::queue::snapshot::{Scope, Snapshot};
-use crate::queue::{Event, QueueConfig, QueueState};
+use crate::queue::{Event, QueueConfig, QueueState, Shares};
 use crate::resolve::{Dns, Resolver, SystemDns};
 use crate::ship::{Recorder, Recovered, ShipCommand, ShipDeps, Shipper, recover};
 use crate::tlspolicy::https::Https;
@@ -110,9 +111,22 @@ pub struct SendingHandle {
     asks: mpsc::Sender<Ask>,
     /// Indices of the egress sources in use.
     pool: Vec<usize>,
+    /// The names of all, by index.
+    sources: Arc<[Box<str>]>,
     shaping: Arc<ArcSwap<ShapingFile>>,
     troubles: Arc<Troubles>,
     traces: Arc<Traces>,
+}
+
+/// What a reload brings.
+#[derive(Debug)]
+pub struct Reload {
+    /// `shaping.toml`.
+    pub shaping: Arc<ShapingFile>,
+    /// `[[accounts]]`: their weights.
+    pub accounts: Vec<Account>,
+    /// `[[pools]]`: the weights of their sources.
+    pub pools: Vec<Pool>,
 }
 
 /// A person's question about the queue.
@@ -161,13 +175,36 @@ impl SendingHandle {
         self.failed.cancelled().await;
     }
 
-    /// Limits and static routes of this file hold from the next message on. Once the queue has
-    /// ended, nothing happens.
-    pub async fn reload_shaping(&self, shaping: Arc<ShapingFile>) {
+    /// Limits, static routes and weights hold from the next message on. Once the queue has ended,
+    /// nothing happens.
+    ///
+    /// A pool with a source that no pool had at the start leaves all pools as they were: connections
+    /// are made from the sources of the start.
+    pub async fn reload(&self, reload: Reload) {
+        let shaping = reload.shaping;
         self.resolver.change_routes(shaping.routes.clone());
         self.shaping.store(Arc::clone(&shaping));
-        if self.queue.send(Event::Shaping(shaping)).await.is_err() {
-            tracing::debug!("the queue has ended before a reload");
+        let pools = pools(&reload.pools, &self.sources);
+        let is_known = |pool: &Pool| {
+            let mut names = pool.sources.iter().map(|member| member.name.as_str());
+            names.all(|name| {
+                self.pool
+                    .iter()
+                    .any(|at| self.sources.get(*at).is_some_and(|of| **of == *name))
+            })
+        };
+        let may_change = reload.pools.iter().all(is_known);
+        if !may_change {
+            tracing::warn!("pools have other sources than at the start, so they stay as they were");
+        }
+        let shares = Shares {
+            accounts: weights(&reload.accounts),
+            pools: may_change.then_some(pools),
+        };
+        for event in [Event::Shares(shares), Event::Shaping(shaping)] {
+            if self.queue.send(event).await.is_err() {
+                tracing::debug!("the queue has ended before a reload");
+            }
         }
     }
 
@@ -235,6 +272,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         queue: queue.clone(),
         asks,
         pool: config(&deps).pools.sources(),
+        sources: limits::names(&deps.smtp.sources),
         shaping: Arc::new(ArcSwap::new(Arc::clone(&deps.shaping))),
         troubles: Arc::clone(&troubles),
         traces,
@@ -341,19 +379,24 @@ fn config(deps: &SendingDeps) -> QueueConfig {
     QueueConfig {
         lease: deps.lease,
         shaping: Arc::clone(&deps.shaping),
-        weights: deps
-            .accounts
-            .iter()
-            .map(|account| (account.id.clone(), account.weight))
-            .collect(),
+        weights: weights(&deps.accounts),
+        pools: pools(&deps.pools, &limits::names(&deps.smtp.sources)),
         source_names: limits::names(&deps.smtp.sources),
-        pools: Pools::configured(&deps.pools, |name| {
-            let sources = &deps.smtp.sources;
-            sources.iter().position(|source| source.name == name)
-        }),
         ambiguous: deps.smtp.ambiguous,
         ambiguous_after: deps.smtp.ambiguous_after,
     }
+}
+
+/// Shares of accounts in a contended destination.
+fn weights(accounts: &[Account]) -> HashMap<String, u32> {
+    let weights = accounts.iter();
+    weights
+        .map(|account| (account.id.clone(), account.weight))
+        .collect()
+}
+
+fn pools(pools: &[Pool], sources: &[Box<str>]) -> Pools {
+    Pools::configured(pools, |name| sources.iter().position(|of| **of == *name))
 }
 
 /// What comes before the first message: the control feed's cursor, the facts of the last run, its

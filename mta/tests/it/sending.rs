@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use model::{Class, Status};
+use mta::sending::Reload;
 use service::config::shaping::ShapingFile;
 use smtp::ServerEvent;
 use store::BatchChange;
@@ -398,7 +399,11 @@ async fn a_reload_moves_mail_to_where_the_operator_says() {
     let file = ShapingFile::parse(std::path::Path::new("shaping.toml"), &text);
     running
         .handle
-        .reload_shaping(Arc::new(file.expect("a shaping file")))
+        .reload(Reload {
+            shaping: Arc::new(file.expect("a shaping file")),
+            accounts: station.config.accounts.clone(),
+            pools: station.config.pools.clone(),
+        })
         .await;
     assert_eq!(station.finished(batch).await.delivered, 3);
     let metrics = station.metrics.render();

@@ -48,7 +48,7 @@ pub(crate) fn people(domain: &str, count: usize) -> Vec<String> {
 /// A place to send from.
 pub(crate) struct Station {
     dir: tempfile::TempDir,
-    config: Config,
+    pub(crate) config: Config,
     shaping: ShapingFile,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) metrics: Arc<Metrics>,

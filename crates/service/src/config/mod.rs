@@ -72,6 +72,14 @@ impl std::fmt::Debug for Environment {
     }
 }
 
+/// Where a configuration was read.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    /// The file that was named; none: the default one.
+    path: Option<PathBuf>,
+    environment: Environment,
+}
+
 /// All that is wrong with a configuration; never empty. `Display` is one line for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistakes(Vec<Mistake>);
@@ -121,6 +129,14 @@ impl Config {
     pub fn load(path: Option<&Path>, environment: &Environment) -> Result<Self, Mistakes> {
         let (config, mistakes) = read(path, environment);
         Mistakes::none_in(mistakes).map(|()| config)
+    }
+
+    /// Reads the same file again, under the same environment.
+    ///
+    /// # Errors
+    /// Every mistake in them.
+    pub fn again(&self) -> Result<Self, Mistakes> {
+        Self::load(self.origin.path.as_deref(), &self.origin.environment)
     }
 
     /// Makes `data_dir`, for its owner alone: names and addresses of people lie in it. One that is
@@ -176,7 +192,11 @@ fn read(path: Option<&Path>, environment: &Environment) -> (Config, Vec<Mistake>
     };
     mistakes.extend(typed.overlay(environment.iter()));
     let reader = Reader::new(typed, mistakes);
-    let config = reader.read(|root| sections::config(root, environment));
+    let mut config = reader.read(|root| sections::config(root, environment));
+    config.origin = Origin {
+        path: path.map(Path::to_owned),
+        environment: environment.clone(),
+    };
     (config, reader.finish())
 }
 

@@ -143,6 +143,16 @@ pub(super) const JOURNAL_DROPPED: Family = family(
     &["kind"],
 );
 pub(super) const STORE_UP: Family = family("hikyaku_store_up", "1 while the store answers", &[]);
+pub(super) const RELOAD_OK: Family = family(
+    "hikyaku_reload_ok",
+    "1 while what SIGHUP asked to be read the last time is in force",
+    &[],
+);
+pub(super) const EGRESS_SOURCE_UP: Family = family(
+    "hikyaku_egress_source_up",
+    "1 while connections can be made from an egress source",
+    &["source"],
+);
 pub(super) const STORE_UNREADABLE_RANGES: Family = family(
     "hikyaku_store_unreadable_ranges",
     "Ranges of recipients that were to be sent to and could not be read, since the start",

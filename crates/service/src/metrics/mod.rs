@@ -66,6 +66,9 @@ pub struct Metrics {
     pub journal_dropped: Resolved<DroppedKind, IntCounter>,
     /// `hikyaku_store_up`: 1 while the store answers.
     pub store_up: IntGauge,
+    /// `hikyaku_reload_ok`: 0 after a reload that was refused, until one is taken.
+    pub reload_ok: IntGauge,
+    egress_source_up: IntGaugeVec,
     /// `hikyaku_store_unreadable_ranges`: ranges that were to be leased and could not be read.
     pub store_unreadable_ranges: IntGauge,
     /// `hikyaku_retired_total[kind]`: what retention removed.
@@ -113,6 +116,8 @@ impl Metrics {
             journal_pending_records: r.int_gauge(&families::JOURNAL_PENDING_RECORDS),
             journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),
             store_up: r.int_gauge(&families::STORE_UP),
+            reload_ok: r.good(&families::RELOAD_OK),
+            egress_source_up: r.gauges(&families::EGRESS_SOURCE_UP),
             store_unreadable_ranges: r.int_gauge(&families::STORE_UNREADABLE_RANGES),
             retired: Resolved::of(&r.counters(&families::RETIRED)),
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
@@ -183,6 +188,12 @@ impl Metrics {
     pub fn throttled(&self, destination: &Destination, reason: ThrottleReason) -> IntCounter {
         let values = [destination.as_str(), reason.text()];
         self.throttled.with_label_values(&values)
+    }
+
+    /// `hikyaku_egress_source_up[source]`, by the name of the configuration.
+    pub fn egress_source(&self, name: &str, is_up: bool) {
+        let gauge = self.egress_source_up.with_label_values(&[name]);
+        gauge.set(i64::from(is_up));
     }
 
     /// `hikyaku_store_seconds`; `op` is a name in our code, never data.
@@ -279,6 +290,13 @@ impl Registration {
     fn int_gauge(&mut self, of: &families::Family) -> IntGauge {
         let gauge = IntGauge::with_opts(of.options()).expect(CONSTANT);
         self.enter(of.name, &gauge);
+        gauge
+    }
+
+    /// One that is 1 from the start.
+    fn good(&mut self, of: &families::Family) -> IntGauge {
+        let gauge = self.int_gauge(of);
+        gauge.set(1);
         gauge
     }
 

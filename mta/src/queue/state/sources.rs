@@ -20,6 +20,12 @@ pub(super) struct Down {
 }
 
 impl QueueState {
+    /// The sources of all pools, and whether connections can be made from each as far as is known.
+    pub fn sources(&self) -> Vec<(usize, bool)> {
+        let is_up = |source: usize| (source, !self.sources_down.contains_key(&source));
+        self.config.pools.sources().into_iter().map(is_up).collect()
+    }
+
     /// Whether a connection may be opened from `source`.
     pub(super) fn source_is_up(&self, source: usize, now: Instant) -> bool {
         let down = self.sources_down.get(&source);

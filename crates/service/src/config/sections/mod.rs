@@ -21,7 +21,7 @@ pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
 
 use super::reader::Section;
 use super::values::{DanePolicy, NameServer, OrOff};
-use super::{Environment, ReadFile};
+use super::{Environment, Origin, ReadFile};
 
 /// What the operator means: every key of `hikyaku.toml` with its default filled in.
 #[derive(Debug, Clone)]
@@ -58,6 +58,8 @@ pub struct Config {
     pub webhooks: Webhooks,
     /// Daily reports to other domains on how TLS with them went.
     pub tls_reports: TlsReports,
+    /// Where it was read.
+    pub origin: Origin,
 }
 
 /// `[tracker]`
@@ -173,6 +175,7 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
         }),
         tls_reports: root.table("tls_reports", |section| tls_reports(section, &account_ids)),
         data_dir,
+        origin: Origin::default(),
     };
     one_listener_per_socket(root, &config);
     config
