@@ -33,6 +33,10 @@ needs=(
   "redis-server /usr/bin/redis-server"
   "unbound /usr/sbin/unbound"
 )
+# Clients of registries, wherever this machine has them from.
+command -v node >/dev/null || needs+=("nodejs /usr/bin/node")
+command -v npm >/dev/null || needs+=("npm /usr/bin/npm")
+python3 -m pip --version >/dev/null 2>&1 || needs+=("python3-pip /usr/lib/python3/dist-packages/pip/__init__.py")
 
 install_missing() {
   local missing=() need
@@ -63,7 +67,7 @@ install_missing() {
 }
 
 command -v cargo >/dev/null || { echo "missing: cargo, the Rust toolchain (rust-version in Cargo.toml)" >&2; exit 1; }
-[ "$check_only" = 1 ] || { install_missing; crates/hikyaku/tests/unpack-peers.sh; }
+[ "$check_only" = 1 ] || { install_missing; crates/hikyaku/tests/unpack-peers.sh; crates/content/tests/corpora/fetch.sh; }
 
 step "format"
 cargo fmt --all --check

@@ -1,5 +1,6 @@
 //! Compiled content: what is done once per batch, and what is left to do per recipient.
 
+use crate::jinja::Tags;
 use crate::rewrite::{LinkReport, Rewriter};
 use crate::scope::{LinkTable, Scope, Tracked};
 use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart};
@@ -342,6 +343,7 @@ impl Compiler {
                 self.invalid(field, &format!("longer than {LONGEST_NAME} bytes"));
             }
         }
+        self.utm(spec);
         let mut templates = Templates::new();
         let mut rewriter = rewriter(spec);
         let track = &spec.tracking;
@@ -391,6 +393,22 @@ impl Compiler {
             report,
             attached: spec.report.clone(),
         })
+    }
+
+    /// What is different for each recipient has no place in the statistics of a site.
+    fn utm(&mut self, spec: &ContentSpec) {
+        for (name, value) in &spec.tracking.utm {
+            if name.is_empty() {
+                self.invalid("tracking.utm", "a parameter without a name");
+            }
+            let has_tags = |text: &String| !Tags::scan(text).is_empty();
+            if has_tags(name) || has_tags(value) {
+                let detail = format!(
+                    "{name}: parameters are taken literally; template tags belong into the URLs"
+                );
+                self.invalid("tracking.utm", &detail);
+            }
+        }
     }
 
     fn add(
@@ -459,6 +477,7 @@ fn rewriter(spec: &ContentSpec) -> Rewriter {
     let rules = Rules {
         utm,
         allowed_targets: spec.tracking.allowed_targets.clone(),
+        base_url: spec.tracking.base_url.clone(),
     };
     Rewriter::new(rules, spec.tracking.clicks)
 }

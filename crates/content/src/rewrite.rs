@@ -1,14 +1,18 @@
 //! Links become placeholders of the template language, once per batch.
 //!
-//! Owns what is a link, which are tracked and why others are not. Changes attribute values of
-//! `a` and `area` only (and takes away the attributes that ask not to track); every other byte
-//! stays. Sees the template as markup through [`Tags::mask`].
+//! Owns which links are tracked and why others are not. Changes values of `href` only (and takes
+//! away the attributes that ask not to track); every other byte stays. Sees the template as markup
+//! through [`Tags::mask`].
 
 use crate::jinja::Tags;
 use crate::url::{Rules, SkipReason, decode_attribute, escape_html, skip_by_prefix};
-use lol_html::{HtmlRewriter, Settings, element};
+use markup::{Anchor, Markup};
+use plain::text_urls;
 use std::collections::HashSet;
 use std::ops::Range;
+
+mod markup;
+mod plain;
 
 /// The names under which a template reaches what is made per recipient. Nothing of a caller's is
 /// looked up under them.
@@ -73,7 +77,7 @@ pub(crate) struct Rewriter {
     pub(crate) clicks: bool,
     pub(crate) links: Vec<Link>,
     pub(crate) report: LinkReport,
-    /// URLs that an attribute opts out, for the text part.
+    /// URLs that an attribute opts out, for the text part and for what only Outlook sees.
     opted_out: HashSet<String>,
 }
 
@@ -106,6 +110,10 @@ impl Rewriter {
         let tags = Tags::scan(source);
         let markup = Markup::read(&tags.mask(source));
         let mut edits = Vec::new();
+        let opted_out = markup.anchors.iter().filter(|a| !a.opt_outs.is_empty());
+        let urls = opted_out.filter_map(|anchor| source.get(anchor.href.clone()?));
+        self.opted_out
+            .extend(urls.map(|url| decode_attribute(url).trim().to_owned()));
         for anchor in &markup.anchors {
             self.anchor(source, &tags, anchor, &mut edits);
         }
@@ -149,21 +157,18 @@ impl Rewriter {
         let Some(value) = source.get(at.clone()) else {
             return;
         };
-        if anchor.opt_outs.is_empty() {
-            self.link(
-                &Place {
-                    source,
-                    tags,
-                    at,
-                    html: true,
-                },
-                edits,
-            );
-        } else {
-            self.opted_out
-                .insert(decode_attribute(value).trim().to_owned());
+        let is_twin = || self.opted_out.contains(decode_attribute(value).trim());
+        if !anchor.opt_outs.is_empty() || anchor.conditional && is_twin() {
             self.skip(value, SkipReason::OptedOut);
+            return;
         }
+        let place = Place {
+            source,
+            tags,
+            at,
+            html: true,
+        };
+        self.link(&place, edits);
     }
 
     fn link(&mut self, place: &Place<'_>, edits: &mut Vec<Edit>) {
@@ -173,6 +178,8 @@ impl Rewriter {
         let value = place.source.get(place.at.clone()).unwrap_or_default();
         let done = if self.links.len() >= MOST_LINKS {
             Err(SkipReason::TooMany)
+        } else if !place.html && self.opted_out.contains(value.trim()) {
+            Err(SkipReason::OptedOut)
         } else if place.tags.touch(&place.at) {
             self.dynamic(value, place.html)
         } else {
@@ -193,9 +200,6 @@ impl Rewriter {
         } else {
             value.into()
         };
-        if !html && self.opted_out.contains(url.trim()) {
-            return Err(SkipReason::OptedOut);
-        }
         let target = self.rules.target(&url)?;
         // Without UTM parameters an untracked link keeps its very bytes.
         let plain = if self.rules.utm.is_empty() {
@@ -283,165 +287,6 @@ fn apply(source: &str, mut edits: Vec<Edit>) -> String {
     }
     out.push_str(source.get(at..).unwrap_or_default());
     out
-}
-
-/// An `a` or `area`.
-struct Anchor {
-    href: Option<Range<usize>>,
-    /// Attributes that ask not to track, with the white space before them.
-    opt_outs: Vec<Range<usize>>,
-}
-
-/// What the rewriter needs to know of a document.
-struct Markup {
-    anchors: Vec<Anchor>,
-    /// Where the pixel goes: before the last `</body>`, or at the end.
-    body_end: usize,
-}
-
-impl Markup {
-    fn read(masked: &[u8]) -> Self {
-        let mut anchors = Vec::new();
-        let mut comment_ranges = Vec::new();
-        let settings = Settings::new()
-            .with_strict(false)
-            .append_element_content_handler(element!("a, area", |el| {
-                anchors.push(anchor(el.attributes(), masked));
-                Ok(())
-            }))
-            .append_document_content_handler(lol_html::doc_comments!(|comment| {
-                comment_ranges.push(comment.source_location().bytes());
-                Ok(())
-            }));
-        let mut rewriter = HtmlRewriter::new(settings, |_: &[u8]| {});
-        // Not strict and without a memory limit, it has no reason to fail; what was not read stays
-        // as it is.
-        if rewriter.write(masked).is_ok() {
-            drop(rewriter.end());
-        } else {
-            drop(rewriter);
-        }
-        let outside = |at: &usize| !comment_ranges.iter().any(|range| range.contains(at));
-        let body_end =
-            memchr::memmem::rfind_iter(&masked.to_ascii_lowercase(), b"</body").find(outside);
-        Self {
-            anchors,
-            body_end: body_end.unwrap_or(masked.len()),
-        }
-    }
-}
-
-fn anchor(attributes: &[lol_html::html_content::Attribute<'_>], masked: &[u8]) -> Anchor {
-    let mut found = Anchor {
-        href: None,
-        opt_outs: Vec::new(),
-    };
-    for attribute in attributes {
-        let Some(name) = attribute
-            .name_source_location()
-            .map(|location| location.bytes())
-        else {
-            continue;
-        };
-        let value = attribute
-            .value_source_location()
-            .map(|location| location.bytes());
-        match attribute.name().as_str() {
-            // Of several, browsers take the first.
-            "href" if found.href.is_none() => found.href = value,
-            other if opts_out(other, &attribute.value()) => {
-                found.opt_outs.push(whole(masked, name, value))
-            }
-            _ => {}
-        }
-    }
-    found
-}
-
-/// The attributes by which the services that people come from are told not to track a link.
-fn opts_out(name: &str, value: &str) -> bool {
-    let off = |words: &[&str]| {
-        words
-            .iter()
-            .any(|word| value.trim().eq_ignore_ascii_case(word))
-    };
-    match name {
-        "data-notrack" | "data-pm-no-track" | "ses:no-track" => !off(&["false"]),
-        "disable-tracking" | "mautic:disable-tracking" => !off(&["false", "0"]),
-        "clicktracking" => off(&["off"]),
-        "data-msys-clicktrack" => off(&["0"]),
-        _ => false,
-    }
-}
-
-/// An attribute with its quotes and the white space before it.
-fn whole(masked: &[u8], name: Range<usize>, value: Option<Range<usize>>) -> Range<usize> {
-    let head = masked.get(..name.start).unwrap_or_default();
-    let start = head
-        .iter()
-        .rposition(|b| !b.is_ascii_whitespace())
-        .map_or(0, |at| at + 1);
-    let Some(value) = value else {
-        return start..name.end;
-    };
-    let quote = value
-        .start
-        .checked_sub(1)
-        .and_then(|at| masked.get(at))
-        .filter(|b| matches!(b, b'"' | b'\''));
-    let quoted = quote.is_some() && masked.get(value.end) == quote;
-    start..value.end + usize::from(quoted)
-}
-
-/// The URLs in plain text: from `http://` or `https://` to white space, a quote, an angle bracket
-/// or what is not ASCII, less the punctuation of the sentence around it.
-fn text_urls(masked: &[u8]) -> Vec<Range<usize>> {
-    let mut found = Vec::new();
-    let mut from = 0;
-    while let Some(at) =
-        memchr::memmem::find(masked.get(from..).unwrap_or_default(), b"://").map(|at| from + at)
-    {
-        let head = masked.get(..at).unwrap_or_default();
-        let letters = head
-            .iter()
-            .rev()
-            .take_while(|b| b.is_ascii_alphanumeric())
-            .count();
-        let scheme = head
-            .get(at - letters..)
-            .unwrap_or_default()
-            .to_ascii_lowercase();
-        let rest = masked.get(at + 3..).unwrap_or_default();
-        let ends = |b: &u8| !b.is_ascii_graphic() || matches!(b, b'<' | b'>' | b'"' | b'\'' | b'`');
-        let len = rest.iter().position(ends).unwrap_or(rest.len());
-        from = at + 3 + len;
-        if matches!(scheme.as_slice(), b"http" | b"https") {
-            let start = at - letters;
-            let end = trim_sentence(masked, start, from);
-            if end > at + 3 {
-                found.push(start..end);
-            }
-        }
-    }
-    found
-}
-
-fn trim_sentence(masked: &[u8], start: usize, mut end: usize) -> usize {
-    while let Some(url) = masked.get(start..end) {
-        let count = |byte: u8| url.iter().filter(|&&b| b == byte).count();
-        let surplus = match url.last() {
-            Some(b'.' | b',' | b';' | b':' | b'!' | b'?' | b'*' | b'_') => true,
-            Some(b')') => count(b')') > count(b'('),
-            Some(b']') => count(b']') > count(b'['),
-            Some(b'}') => count(b'}') > count(b'{'),
-            _ => false,
-        };
-        if !surplus {
-            break;
-        }
-        end -= 1;
-    }
-    end
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use crate::rewrite::{HTML_LINK, Link, PIXEL, PRIVATE, TEXT_LINK};
 use crate::spec::Tracker;
-use crate::url::{Rules, decode_attribute, escape_html};
+use crate::url::{Rules, decode_attribute, escape_html, is_below};
 use links::{Flags, Kind, Token};
 use minijinja::value::Object;
 use minijinja::{Error, ErrorKind, State, Value};
@@ -152,7 +152,7 @@ impl Scope {
         } else {
             rendered.into()
         };
-        if url.trim_start().starts_with(tracked.tracker.base_url()) {
+        if is_below(url.trim(), tracked.tracker.base_url()) {
             return rendered.to_owned();
         }
         let Ok(target) = self.table.rules.target(&url) else {

@@ -80,6 +80,9 @@ pub struct TrackingSpec {
     pub utm: BTreeMap<String, String>,
     /// Hosts that tracked links may lead to: a name, or `*.name` for all below it. Empty: any.
     pub allowed_targets: Vec<String>,
+    /// The base URL of the tracker: what is below it is ours already. Empty: only what is known
+    /// when a message is made counts.
+    pub base_url: String,
 }
 
 impl Default for TrackingSpec {
@@ -91,6 +94,7 @@ impl Default for TrackingSpec {
             text_links: false,
             utm: BTreeMap::new(),
             allowed_targets: Vec::new(),
+            base_url: String::new(),
         }
     }
 }

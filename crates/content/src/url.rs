@@ -55,6 +55,8 @@ impl SkipReason {
 pub(crate) struct Rules {
     pub(crate) utm: Vec<(String, String)>,
     pub(crate) allowed_targets: Vec<String>,
+    /// What our own URLs begin with; empty: there are none.
+    pub(crate) base_url: String,
 }
 
 impl Rules {
@@ -64,6 +66,9 @@ impl Rules {
         let url = clean(url);
         if let Some(reason) = not_http(&url) {
             return Err(reason);
+        }
+        if is_below(&url, &self.base_url) {
+            return Err(SkipReason::Own);
         }
         if !self.allows(host(&url)) {
             return Err(SkipReason::TargetHost);
@@ -121,6 +126,16 @@ impl Rules {
         out.push_str(fragment);
         out
     }
+}
+
+/// Whether `url` is `base` or a place below it. Nothing is below an empty base.
+pub(crate) fn is_below(url: &str, base: &str) -> bool {
+    let base = base.trim_end_matches('/');
+    let Some((head, rest)) = url.split_at_checked(base.len()) else {
+        return false;
+    };
+    let ends = rest.is_empty() || rest.starts_with(['/', '?', '#']);
+    !base.is_empty() && ends && head.eq_ignore_ascii_case(base)
 }
 
 /// What a browser does to an attribute before it reads the URL (WHATWG URL, basic URL parser).
@@ -232,7 +247,7 @@ mod tests {
         ];
         Rules {
             utm,
-            allowed_targets: Vec::new(),
+            ..Rules::default()
         }
     }
 
@@ -298,8 +313,8 @@ mod tests {
     fn targets_can_be_limited_to_hosts() {
         let allowed_targets = vec!["Shop.example".to_owned(), "*.cdn.example".to_owned()];
         let rules = Rules {
-            utm: Vec::new(),
             allowed_targets,
+            ..Rules::default()
         };
         for url in [
             "https://shop.EXAMPLE/",
@@ -317,6 +332,28 @@ mod tests {
             "https://[::1]/",
         ] {
             assert_eq!(rules.target(url), Err(SkipReason::TargetHost), "{url}");
+        }
+    }
+
+    #[test]
+    fn our_own_urls_are_not_tracked_again() {
+        let rules = Rules {
+            base_url: "https://t.example/x/".to_owned(),
+            ..Rules::default()
+        };
+        for url in [
+            "https://t.example/x",
+            "HTTPS://T.example/x/u/abc",
+            "https://t.example/x?y",
+        ] {
+            assert_eq!(rules.target(url), Err(SkipReason::Own), "{url}");
+        }
+        for url in [
+            "https://t.example/xy",
+            "https://t.example/",
+            "https://t.example.x/x/",
+        ] {
+            assert!(rules.target(url).is_ok(), "{url}");
         }
     }
 

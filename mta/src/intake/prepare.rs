@@ -154,6 +154,7 @@ fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
             text_links: request.tracking.text_links,
             utm: request.tracking.utm.clone(),
             allowed_targets: account.tracking.allowed_targets.clone(),
+            base_url: account.tracking.base_url.clone(),
         },
         list_unsubscribe: request.list_unsubscribe,
         feedback_id: Some(feedback_id(request, account)),

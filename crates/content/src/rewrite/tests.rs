@@ -61,6 +61,48 @@ fn only_the_attribute_value_changes() {
 }
 
 #[test]
+fn what_only_outlook_reads_is_rewritten_too() {
+    for (source, expected) in [
+        (
+            r#"<!--[if mso]><v:roundrect xmlns:v="urn:x" href="https://a/?x&amp;y" arcsize="4%"><center>B</center></v:roundrect><![endif]-->"#,
+            r#"<!--[if mso]><v:roundrect xmlns:v="urn:x" href="{{ __hk_0 }}" arcsize="4%"><center>B</center></v:roundrect><![endif]-->"#,
+        ),
+        (
+            "é<!-- [IF (gte mso 9)|(IE)]>\n<V:Rect HREF=https://a/ /><![endif]-->",
+            "é<!-- [IF (gte mso 9)|(IE)]>\n<V:Rect HREF={{ __hk_0 }} /><![endif]-->",
+        ),
+        (
+            r#"<!--[if !mso]><!--><a href="https://a/">A</a><!--<![endif]-->"#,
+            r#"<!--[if !mso]><!--><a href="{{ __hk_0 }}">A</a><!--<![endif]-->"#,
+        ),
+        (
+            r#"<!--[if mso]><a data-notrack href="https://b/"><a href="https://a/"><!-->"#,
+            r#"<!--[if mso]><a href="https://b/"><a href="{{ __hk_0 }}"><!-->"#,
+        ),
+    ] {
+        assert_eq!(only_link(source), expected);
+    }
+    for source in [
+        r#"<!--[if mso]<a href="https://a/">-->"#,
+        r#"<!--[if mso]><!-- <a href="https://a/"> --><![endif]-->"#,
+        r#"<!--[if mso]><![endif]<a href="https://a/"-->"#,
+        "<!--[if mso]>",
+    ] {
+        assert_eq!(rewritten(source).0, source);
+    }
+}
+
+/// Both are the same button: the author says it once.
+#[test]
+fn a_link_opted_out_is_opted_out_where_only_outlook_looks() {
+    let source = r#"<!--[if mso]><v:rect href="https://a/?x&amp;y"><![endif]--><a href="https://a/?x&y" data-notrack>A</a><a href="https://a/?x&y">B</a>"#;
+    assert_eq!(
+        only_link(source),
+        r#"<!--[if mso]><v:rect href="https://a/?x&amp;y"><![endif]--><a href="https://a/?x&y">A</a><a href="{{ __hk_0 }}">B</a>"#
+    );
+}
+
+#[test]
 fn what_is_not_a_link_stays() {
     for source in [
         r#"<link href="https://a/"><img src="https://a/"><base href="https://a/">"#,
@@ -123,6 +165,7 @@ fn attributes_that_opt_out_are_obeyed_and_taken_away() {
         "clicktracking='OFF'",
         r#"disable-tracking="true""#,
         "mautic:disable-tracking",
+        "mc:disable-tracking",
         r#"data-msys-clicktrack="0""#,
     ] {
         for (before, after) in [
@@ -150,6 +193,8 @@ fn a_url_opted_out_in_html_is_opted_out_in_text() {
         rewriter.text("https://a/?x=1&y=2 https://b/"),
         "https://a/?x=1&y=2 {{ __hk_0 }}"
     );
+    rewriter.html(r#"<a ses:no-track href="https://a/{{ id }}">"#, false);
+    assert_eq!(rewriter.text("https://a/{{ id }}."), "https://a/{{ id }}.");
 }
 
 #[test]
@@ -176,7 +221,7 @@ fn the_pixel_goes_before_the_last_body_end() {
 fn utm_parameters_are_encoded_once() {
     let rules = Rules {
         utm: vec![("utm_source".into(), "mail".into())],
-        allowed_targets: Vec::new(),
+        ..Rules::default()
     };
     let mut rewriter = Rewriter::new(rules.clone(), false);
     let out = rewriter.html(r#"<a href="https://a/?x=1&amp;y=2#f">"#, false);
@@ -260,7 +305,7 @@ proptest! {
     /// Whatever the document: with the links put back it is itself, byte for byte.
     #[test]
     fn every_other_byte_stays(
-        source in "(<a href=\"https://a/\\?x&amp;y\">|<a href='http://b'|<a\\nhref=https://c/ x>|<|>|\"|'|=| |\n|é|</a>|<!--|-->|<script>|</script>|<body>|</body>|[a-z]|&lt;|/){0,40}"
+        source in "(<a href=\"https://a/\\?x&amp;y\">|<a href='http://b'|<a\\nhref=https://c/ x>|<|>|\"|'|=| |\n|é|</a>|<!--|<!--\\[if mso\\]>|<v:rect href=\"https://d/\"|<!\\[endif\\]-->|-->|<script>|</script>|<body>|</body>|[a-z]|&lt;|/){0,40}"
     ) {
         let (out, rewriter) = rewritten(&source);
         for link in &rewriter.links {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// The zone `brand.example`, as a cache that knows everything.
-struct Zone(HashMap<Box<str>, Txt>);
+pub(crate) struct Zone(HashMap<Box<str>, Txt>);
 
 impl ResolverCache<Box<str>, Txt> for Zone {
     fn get<Q>(&self, name: &Q) -> Option<Txt>
@@ -37,7 +37,7 @@ impl ResolverCache<Box<str>, Txt> for Zone {
     fn insert(&self, _: Box<str>, _: Txt, _: Instant) {}
 }
 
-fn keys() -> (Vec<Key>, Zone) {
+pub(crate) fn keys() -> (Vec<Key>, Zone) {
     let mut zone = HashMap::new();
     let mut keys = Vec::new();
     for (selector, algorithm) in [("s1", Algorithm::Rsa2048), ("s2", Algorithm::Ed25519)] {
@@ -65,7 +65,7 @@ fn signed(content: &Content, keys: &[Key]) -> Message {
 }
 
 /// Whether each signature holds.
-async fn verdicts(wire: &[u8], zone: &Zone) -> Vec<bool> {
+pub(crate) async fn verdicts(wire: &[u8], zone: &Zone) -> Vec<bool> {
     let resolver = MessageAuthenticator::new_cloudflare().expect("a resolver that is never asked");
     let message = AuthenticatedMessage::parse(wire).expect("a message");
     let parameters = Parameters::new(&message).with_txt_cache(zone);

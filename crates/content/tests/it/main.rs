@@ -2,5 +2,6 @@
 
 mod common;
 mod compile;
+mod corpora;
 mod dkim;
 mod render;
