@@ -5,6 +5,7 @@
 //! several hits tell (bursts, link order, the moment of the final dot) joins it later and revises.
 #![forbid(unsafe_code)]
 
+pub mod abtest;
 mod agents;
 mod judge;
 
