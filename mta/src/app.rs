@@ -22,6 +22,7 @@ use crate::admin::auth::Keys;
 use crate::admin::{Api, Probe, router, server};
 use crate::classify::Rules;
 use crate::explain::ask::Explainer;
+use crate::intake::parts::Filling;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::Keeping;
@@ -350,6 +351,7 @@ fn api(
             stream: config.api.max_stream,
         },
         limits: Limits::default(),
+        filling: Filling::default(),
     };
     Api {
         store: Arc::clone(&deps.store),

@@ -23,6 +23,9 @@ pub struct Released {
     pub tracker_base_url: String,
     /// The tracking key that signs links, by its id at release.
     pub tracking_key: u16,
+    /// An address may be there twice: what parts that follow are judged by.
+    #[serde(default)]
+    pub allow_duplicates: bool,
 }
 
 /// Why stored bytes are not a content that can be sent.
@@ -79,6 +82,7 @@ mod tests {
             dkim_selectors: vec!["s1".into()],
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: 1,
+            allow_duplicates: false,
         }
     }
 

@@ -46,6 +46,26 @@ words! {
     }
 }
 
+/// Hours of the day in which mail may leave, in the recipient's own time zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendWindow {
+    /// From this minute of the day on (0 to 1,439) …
+    pub from: u16,
+    /// … and until before this one (1 to 1,440); at or before `from`: of the next day.
+    pub to: u16,
+}
+
+/// When a batch is paused by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Guardrails {
+    /// When more than this share of what was delivered or bounced did bounce (0 to 1).
+    pub bounce_rate: Option<f64>,
+    /// When more than this share of the delivered complained (0 to 1).
+    pub complaint_rate: Option<f64>,
+    /// Not before so many were delivered or bounced.
+    pub min_delivered: u64,
+}
+
 /// One recipient as submitted: immutable from intake on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {

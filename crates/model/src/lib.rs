@@ -14,7 +14,7 @@ mod time;
 pub mod units;
 
 pub use address::{AddressError, Domain, EmailAddress};
-pub use batch::{BatchState, Counters, Priority, Row, TrackingMode};
+pub use batch::{BatchState, Counters, Guardrails, Priority, Row, SendWindow, TrackingMode};
 pub use event::{Event, EventKind, EventRecipient};
 pub use fact::{
     Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, Hit, HitKind, Place, RuleRef,

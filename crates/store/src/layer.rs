@@ -76,6 +76,37 @@ impl<L: Layer> Store for L {
         around(self, "abandon_batch", self.inner().abandon_batch(batch)).await
     }
 
+    async fn begin_part(&self, part: NewPart, now: Timestamp, ttl: Duration) -> Result<PartTurn> {
+        around(self, "begin_part", self.inner().begin_part(part, now, ttl)).await
+    }
+
+    async fn stage_part(
+        &self,
+        part: NewPart,
+        lots: Vec<NewLot>,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<bool> {
+        let answer = self.inner().stage_part(part, lots, now, ttl);
+        around(self, "stage_part", answer).await
+    }
+
+    async fn commit_part(&self, part: EndedPart, now: Timestamp) -> Result<PartEnd> {
+        around(self, "commit_part", self.inner().commit_part(part, now)).await
+    }
+
+    async fn drop_part(&self, part: NewPart, now: Timestamp) -> Result<()> {
+        around(self, "drop_part", self.inner().drop_part(part, now)).await
+    }
+
+    async fn part_hashes(&self, batch: BatchId, from: u32) -> Result<Vec<LotHashes>> {
+        around(self, "part_hashes", self.inner().part_hashes(batch, from)).await
+    }
+
+    async fn lot_rows(&self, batch: BatchId, lot: model::LotNumber) -> Result<Vec<model::Row>> {
+        around(self, "lot_rows", self.inner().lot_rows(batch, lot)).await
+    }
+
     async fn backlog(
         &self,
         now: Timestamp,

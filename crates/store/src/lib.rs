@@ -88,6 +88,42 @@ pub trait Store: Send + Sync + 'static {
     /// Throws away what was staged; also done for leftovers when the engine is opened by an MTA.
     async fn abandon_batch(&self, batch: BatchId) -> Result<()>;
 
+    // ---- parts of an open batch ---------------------------------------------------------
+
+    /// Takes the turn of adding a part to an open batch, until nothing is staged for `ttl`: one at
+    /// a time, so that indices have no holes and duplicates are found. What a part before it left
+    /// is thrown away.
+    async fn begin_part(
+        &self,
+        part: NewPart,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<PartTurn>;
+
+    /// Writes lots of the part whose turn it is, numbered from [`PartTurn::Begun`]'s `first_lot`;
+    /// nothing of it is visible. False: it is not its turn any more, and nothing was written.
+    async fn stage_part(
+        &self,
+        part: NewPart,
+        lots: Vec<NewLot>,
+        now: Timestamp,
+        ttl: std::time::Duration,
+    ) -> Result<bool>;
+
+    /// Makes the recipients of a part belong to the batch, as `scheduled`, with an event
+    /// `batch.accepted`, and ends its turn and its call. Durable when it returns.
+    async fn commit_part(&self, part: EndedPart, now: Timestamp) -> Result<PartEnd>;
+
+    /// Ends the turn of a part that comes to nothing, and throws away what it staged.
+    async fn drop_part(&self, part: NewPart, now: Timestamp) -> Result<()>;
+
+    /// The addresses of an open batch: of its lots with a running number from `from` on, those of
+    /// committed parts alone.
+    async fn part_hashes(&self, batch: BatchId, from: u32) -> Result<Vec<LotHashes>>;
+
+    /// The rows of a lot of an open batch; none when there is no such lot.
+    async fn lot_rows(&self, batch: BatchId, lot: model::LotNumber) -> Result<Vec<model::Row>>;
+
     // ---- leases -------------------------------------------------------------------------
 
     /// Due, unleased work by queue, after the queue `after` in order of name, at most `limit`
@@ -139,7 +175,7 @@ pub trait Store: Send + Sync + 'static {
 
     // ---- control ------------------------------------------------------------------------
 
-    /// Pauses, resumes, cancels, archives or unarchives a batch, with its event.
+    /// Pauses, resumes, starts, cancels, archives or unarchives a batch, with its event.
     async fn change_batch(
         &self,
         batch: BatchId,

@@ -120,6 +120,85 @@ pub struct BatchHead {
     pub tracking: TrackingMode,
     /// Echoed in events: a JSON object.
     pub metadata: serde_json::Value,
+    /// Open: parts may still come, and `release_at` is not decided before its start.
+    #[serde(default)]
+    pub held: bool,
+    /// The hours of the recipient's day in which its mail may leave.
+    #[serde(default)]
+    pub window: Option<model::SendWindow>,
+    /// What pauses it.
+    #[serde(default)]
+    pub guardrails: Option<model::Guardrails>,
+}
+
+/// A part of an open batch that asks for its turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewPart {
+    /// Of this batch.
+    pub batch: BatchId,
+    /// Tells one try from another.
+    pub part: BatchId,
+    /// How many lots it may need: so many numbers are set aside.
+    pub lots: u32,
+}
+
+/// Whether a part may be added now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PartTurn {
+    /// It is its turn, until it ends or does nothing for as long as was asked.
+    Begun {
+        /// The index of its first recipient.
+        first_index: u32,
+        /// The running number of its first lot, the same in every partition.
+        first_lot: u32,
+    },
+    /// Another part is being added.
+    Busy,
+    /// The batch takes no parts (any more).
+    Impossible(BatchState),
+    /// No such batch.
+    Unknown,
+}
+
+/// A part that takes effect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedPart {
+    /// Of this batch.
+    pub batch: BatchId,
+    /// Which try.
+    pub part: BatchId,
+    /// Recipients accepted: the sum of the rows staged.
+    pub accepted: u64,
+    /// Recipients rejected; they have indices too.
+    pub rejected: u64,
+    /// The call that adds it, when that must take effect once: ended in the same step.
+    pub call: Option<EndedCall>,
+}
+
+/// What the end of a part came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PartEnd {
+    /// Its recipients belong to the batch.
+    Done,
+    /// It was not its turn any more: nothing was done.
+    Lost,
+    /// The batch was started or ended meanwhile: nothing was done.
+    Impossible(BatchState),
+}
+
+/// The addresses of a lot: four bytes of hash for each, and the rows to be sure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LotHashes {
+    /// Which lot.
+    pub lot: LotNumber,
+    /// [`address_hash`] of each recipient, in order.
+    pub hashes: Vec<u32>,
+}
+
+/// Four bytes that find an address among those of a batch; the address is to be compared, too.
+pub fn address_hash(normalised: &str) -> u32 {
+    let [a, b, c, d, ..] = model::partition_hash("", normalised).to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 /// A batch as it is read.
@@ -300,6 +379,8 @@ pub enum BatchChange {
     Pause,
     /// Goes on.
     Resume,
+    /// Takes no more parts; its mail may leave.
+    Start,
     /// Ends what was not started.
     Cancel,
     /// Switches tracking off.

@@ -49,6 +49,34 @@ pub(super) async fn submit_one(
     Ok(accepted(api.intake.submit(body, by).await?))
 }
 
+/// `POST /v1/batches/{id}/recipients`: a part of a held batch.
+pub(super) async fn add_part(
+    State(api): State<Arc<Api>>,
+    caller: Answer<CanSubmit>,
+    Segment(id): Segment,
+    params: Params,
+    request: Request,
+) -> Answer<Response> {
+    let allowed = match caller {
+        Ok(CanSubmit(caller)) => match visible(&api, &caller, &id).await {
+            Ok(batch) if batch.state == BatchState::Open => Ok((CanSubmit(caller), batch)),
+            Ok(batch) => {
+                let detail = format!("the batch takes no parts: it is {}", batch.state);
+                Err(Refusal::new(Code::InvalidState, detail))
+            }
+            Err(refusal) => Err(refusal),
+        },
+        Err(refusal) => Err(refusal),
+    };
+    let (caller, batch) = match allowed {
+        Ok((caller, batch)) => (Ok(caller), Some(batch)),
+        Err(refusal) => (Err(refusal), None),
+    };
+    let (by, body) = submitter(caller, params, request, form_of_part).await?;
+    let batch = batch.ok_or_else(|| Refusal::not_found("batch"))?;
+    Ok(accepted(api.intake.add_part(batch, body, by).await?))
+}
+
 /// Who submits what, once it is known that they may.
 async fn submitter(
     caller: Answer<CanSubmit>,
@@ -94,20 +122,46 @@ fn accepted(submitted: Submitted) -> Response {
     response
 }
 
-/// How the body is written, if that is one that is taken.
-fn form(headers: &HeaderMap) -> Answer<Form> {
+/// The type of the body, without its parameters, and how it was compressed.
+fn media_type(headers: &HeaderMap) -> Answer<(String, Encoding)> {
     let encoding = Encoding::of(headers)?;
     let text = headers.get(header::CONTENT_TYPE);
     let text = text.map_or("", |value| value.to_str().unwrap_or("?"));
     let media = text.split(';').next().unwrap_or_default().trim();
-    let media = match media.to_ascii_lowercase().as_str() {
+    Ok((media.to_ascii_lowercase(), encoding))
+}
+
+fn unsupported(found: &str, expected: &str) -> Refusal {
+    let detail = format!("the body is {found:.80?}, expected {expected}");
+    Refusal::new(Code::UnsupportedMedia, detail)
+}
+
+/// How the body is written, if that is one that is taken.
+fn form(headers: &HeaderMap) -> Answer<Form> {
+    let (media, encoding) = media_type(headers)?;
+    let media = match media.as_str() {
         "application/json" => Media::Json,
         "application/x-ndjson" => Media::Lines,
         other => {
-            let detail = format!(
-                "the body is {other:.80?}, expected application/json or application/x-ndjson"
-            );
-            return Err(Refusal::new(Code::UnsupportedMedia, detail));
+            return Err(unsupported(
+                other,
+                "application/json or application/x-ndjson",
+            ));
+        }
+    };
+    Ok(Form { media, encoding })
+}
+
+/// The same for a part of a batch.
+fn form_of_part(headers: &HeaderMap) -> Answer<Form> {
+    let (media, encoding) = media_type(headers)?;
+    let media = match media.as_str() {
+        "application/json" => Media::Part,
+        "application/x-ndjson" => Media::PartLines,
+        "text/csv" => Media::PartCsv,
+        other => {
+            let expected = "application/json, application/x-ndjson or text/csv";
+            return Err(unsupported(other, expected));
         }
     };
     Ok(Form { media, encoding })
@@ -116,16 +170,13 @@ fn form(headers: &HeaderMap) -> Answer<Form> {
 /// The same for one message.
 fn form_of_one(headers: &HeaderMap) -> Answer<Form> {
     let form = form(headers)?;
-    match form.media {
-        Media::Json | Media::Message => Ok(Form {
-            media: Media::Message,
-            ..form
-        }),
-        Media::Lines => {
-            let detail = "one message is application/json";
-            Err(Refusal::new(Code::UnsupportedMedia, detail))
-        }
+    if form.media == Media::Lines {
+        return Err(unsupported("application/x-ndjson", "application/json"));
     }
+    Ok(Form {
+        media: Media::Message,
+        ..form
+    })
 }
 
 /// A batch as the contract shows it.

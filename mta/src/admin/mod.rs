@@ -105,6 +105,12 @@ fn routes() -> Routes {
         .at(Method::POST, "/v1/batches", batches::submit)
         .at(Method::GET, "/v1/batches", batches::list)
         .at(Method::GET, "/v1/batches/{id}", batches::one)
+        .at(
+            Method::POST,
+            "/v1/batches/{id}/recipients",
+            batches::add_part,
+        )
+        .change("/v1/batches/{id}/start", BatchChange::Start)
         .change("/v1/batches/{id}/pause", BatchChange::Pause)
         .change("/v1/batches/{id}/resume", BatchChange::Resume)
         .change("/v1/batches/{id}/cancel", BatchChange::Cancel)

@@ -44,6 +44,8 @@ pub(crate) struct BatchRequest {
     pub(crate) rate: Rate,
     pub(crate) metadata: Value,
     pub(crate) allow_duplicates: bool,
+    /// Parts follow.
+    pub(crate) hold: bool,
 }
 
 /// `tracking`
@@ -79,7 +81,8 @@ pub(crate) fn read(
     let from = sender(&mut fields);
     let subject = fields.required("subject", string);
     let (html, text) = bodies(&mut fields);
-    recipients(&mut fields, recipient_count);
+    let hold = fields.flag("hold", false);
+    recipients(&mut fields, recipient_count, hold);
     unsupported(&mut fields);
     let send_at = fields.time("send_at");
     let expires_at = expires_at(&mut fields, send_at.unwrap_or(now).max(now));
@@ -117,6 +120,7 @@ pub(crate) fn read(
         rate,
         metadata,
         allow_duplicates,
+        hold,
     })
 }
 
@@ -154,10 +158,10 @@ fn bodies(fields: &mut Fields<'_>) -> (Option<String>, Option<String>) {
 }
 
 /// The splitter left an empty array where recipients were taken out.
-fn recipients(fields: &mut Fields<'_>, count: u32) {
-    let elsewhere = fields.has("recipients_from") || fields.has("hold");
+fn recipients(fields: &mut Fields<'_>, count: u32, hold: bool) {
+    let elsewhere = fields.has("recipients_from") || hold;
     match fields.take("recipients") {
-        Some(Value::Array(_)) if count > 0 => {}
+        Some(Value::Array(_)) if count > 0 || hold => {}
         Some(Value::Array(_)) => fields.mistake("recipients", "is empty"),
         Some(other) => fields.mistake("recipients", expected(&other, "an array")),
         None if elsewhere => {}
@@ -172,7 +176,6 @@ fn unsupported(fields: &mut Fields<'_>) {
     }
     fields.unsupported("attachments", &[Value::Array(Vec::new())]);
     fields.unsupported("variants", &[Value::Array(Vec::new())]);
-    fields.unsupported("hold", &[Value::Bool(false)]);
 }
 
 fn expires_at(fields: &mut Fields<'_>, release: Timestamp) -> Option<Timestamp> {
@@ -336,7 +339,6 @@ mod tests {
             ("recipients_from", json!({})),
             ("attachments", json!([{}])),
             ("variants", json!([{}])),
-            ("hold", json!(true)),
         ] {
             let expected = vec![format!("/{key} invalid_field")];
             assert_eq!(mistakes_of(with(key, value)), expected, "{key}");

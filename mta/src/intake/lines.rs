@@ -41,6 +41,14 @@ impl Lines {
         }
     }
 
+    /// Splits lines that are all recipients.
+    pub(crate) fn without_head() -> Self {
+        Self {
+            state: State::Between,
+            ..Self::new(0)
+        }
+    }
+
     /// How large the head is so far, in bytes.
     pub(crate) fn head_len(&self) -> usize {
         self.head.len()

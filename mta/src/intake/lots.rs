@@ -58,14 +58,14 @@ pub(crate) struct LotBuilder {
 }
 
 impl LotBuilder {
-    /// No recipients yet.
-    pub(crate) fn new(bounds: Bounds) -> Self {
+    /// No recipients yet; the first lot gets the running number `first`.
+    pub(crate) fn new(bounds: Bounds, first: u32) -> Self {
         Self {
             bounds,
             groups: HashMap::new(),
             rows: 0,
             bytes: 0,
-            next: 0,
+            next: first,
             sealed: Vec::new(),
         }
     }
@@ -222,7 +222,7 @@ mod tests {
     }
 
     fn build(bounds: Bounds, rows: &[(u8, u32)]) -> (Vec<NewLot>, usize) {
-        let mut builder = LotBuilder::new(bounds);
+        let mut builder = LotBuilder::new(bounds, 0);
         let (mut lots, mut most) = (Vec::new(), 0);
         for (index, &(partition, domain)) in (0..).zip(rows) {
             builder

@@ -4,12 +4,14 @@
 //! and every recipient, grouping recipients into lots, and the commit. Nothing of a batch is
 //! visible before its commit, and memory does not grow with it. Must not send anything.
 
+mod csv_rows;
 pub(crate) mod decode;
 pub(crate) mod fields;
 mod head;
 mod lines;
 pub(crate) mod lots;
 pub(crate) mod once;
+pub(crate) mod parts;
 mod prepare;
 pub(crate) mod receive;
 mod recipients;

@@ -79,6 +79,7 @@ pub(crate) fn prepare(
             dkim_selectors,
             tracker_base_url: account.tracking.base_url.clone(),
             tracking_key: against.tracking_key,
+            allow_duplicates: request.allow_duplicates,
         },
         content,
         allow_duplicates: request.allow_duplicates,
@@ -251,5 +252,8 @@ fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Acc
         // The most restrictive wins, and it is the least.
         tracking: request.tracking.mode.map_or(mode, |own| own.min(mode)),
         metadata: request.metadata.clone(),
+        held: request.hold,
+        window: None,
+        guardrails: None,
     }
 }

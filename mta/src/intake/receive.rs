@@ -14,6 +14,7 @@ use http_body_util::BodyExt as _;
 use service::clock::SharedClock;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::csv_rows::CsvRows;
 use super::decode::Encoding;
 use super::lines::Lines;
 use super::recipients::malformed;
@@ -23,6 +24,8 @@ use crate::admin::problem::{Answer, Code, Refusal};
 
 /// The largest head: subject, templates, variables of a batch.
 const HEAD_MAX: usize = 32 << 20;
+/// The same of a part, which has no other field.
+const PART_HEAD_MAX: usize = 64 << 10;
 /// Memory for the heads of all calls together, in pieces of [`PIECE`].
 const HEADS_MEMORY: usize = 256 << 20;
 const PIECE: usize = 1 << 20;
@@ -82,17 +85,27 @@ pub(crate) enum Media {
     Lines,
     /// One document with the one recipient in `to`.
     Message,
+    /// A part of a batch: one document with `recipients` alone.
+    Part,
+    /// A part of a batch: each recipient in a line.
+    PartLines,
+    /// A part of a batch: a table whose first line names the columns.
+    PartCsv,
 }
 
 impl Media {
     /// The beginning of a fingerprint: the same bytes mean another thing in another form.
     fn fingerprint(self) -> digest::Context {
         let mut context = digest::Context::new(&digest::SHA256);
-        context.update(match self {
+        let form: &[u8] = match self {
             Self::Json => b"json ",
             Self::Lines => b"lines ",
             Self::Message => b"message ",
-        });
+            Self::Part => b"part ",
+            Self::PartLines => b"part lines ",
+            Self::PartCsv => b"part csv ",
+        };
+        context.update(form);
         context
     }
 }
@@ -118,8 +131,8 @@ impl Sizes {
     /// The limit on a body of `media`, and the key that sets it.
     fn of(self, media: Media) -> (u64, &'static str) {
         match media {
-            Media::Json | Media::Message => (self.document, "api.max_body"),
-            Media::Lines => (self.stream, "api.max_stream"),
+            Media::Json | Media::Message | Media::Part => (self.document, "api.max_body"),
+            Media::Lines | Media::PartLines | Media::PartCsv => (self.stream, "api.max_stream"),
         }
     }
 }
@@ -175,7 +188,7 @@ impl Receiver<'_> {
             permits,
             ..
         } = intake;
-        let head = document.finish(&mut spool).map_err(split_refusal)?;
+        let head = document.finish(&mut spool)?;
         Ok(Received {
             head,
             spool,
@@ -196,10 +209,7 @@ impl Receiver<'_> {
             if let Some(fingerprint) = &mut intake.fingerprint {
                 fingerprint.update(&bytes);
             }
-            intake
-                .document
-                .push(&bytes, &mut intake.spool)
-                .map_err(split_refusal)?;
+            intake.document.push(&bytes, &mut intake.spool)?;
             self.reserve(intake)?;
             if intake.spool.must_write() {
                 self.write(intake).await?;
@@ -258,13 +268,17 @@ impl Receiver<'_> {
 enum Document {
     Json(Splitter),
     Lines(Lines),
+    Csv(Box<CsvRows>),
 }
 
 impl Document {
     fn new(media: Media) -> Self {
         match media {
             Media::Json | Media::Message => Self::Json(Splitter::new(HEAD_MAX)),
+            Media::Part => Self::Json(Splitter::new(PART_HEAD_MAX)),
             Media::Lines => Self::Lines(Lines::new(HEAD_MAX)),
+            Media::PartLines => Self::Lines(Lines::without_head()),
+            Media::PartCsv => Self::Csv(Box::default()),
         }
     }
 
@@ -272,20 +286,23 @@ impl Document {
         match self {
             Self::Json(splitter) => splitter.head_len(),
             Self::Lines(lines) => lines.head_len(),
+            Self::Csv(_) => 0,
         }
     }
 
-    fn push(&mut self, bytes: &[u8], spool: &mut Spool) -> Result<(), SplitError> {
+    fn push(&mut self, bytes: &[u8], spool: &mut Spool) -> Answer<()> {
         match self {
-            Self::Json(splitter) => splitter.push(bytes, spool),
-            Self::Lines(lines) => lines.push(bytes, spool),
+            Self::Json(splitter) => splitter.push(bytes, spool).map_err(split_refusal),
+            Self::Lines(lines) => lines.push(bytes, spool).map_err(split_refusal),
+            Self::Csv(rows) => rows.push(bytes, spool),
         }
     }
 
-    fn finish(self, spool: &mut Spool) -> Result<Head, SplitError> {
+    fn finish(self, spool: &mut Spool) -> Answer<Head> {
         match self {
-            Self::Json(splitter) => splitter.finish(),
+            Self::Json(splitter) => splitter.finish().map_err(split_refusal),
             Self::Lines(lines) => Ok(lines.finish(spool)),
+            Self::Csv(rows) => rows.finish(spool).map(|()| Head::default()),
         }
     }
 }

@@ -42,8 +42,15 @@ pub(crate) struct Judge<'c> {
     account: &'c str,
     partitions: u16,
     seen: Option<Seen>,
+    /// The addresses of the parts before, when this is one of several.
+    earlier: Option<Earlier<'c>>,
+    /// Where the batch goes on: the first index, and the running number of the first lot.
+    first: (u32, u32),
     sorted: Sorted,
 }
+
+/// Says whether an address belongs to the batch already. May block.
+pub(crate) type Earlier<'c> = &'c (dyn Fn(&str) -> Answer<bool> + Send + Sync);
 
 impl<'c> Judge<'c> {
     pub(crate) fn new(
@@ -57,7 +64,18 @@ impl<'c> Judge<'c> {
             account,
             partitions,
             seen: (!allow_duplicates).then(Seen::default),
+            earlier: None,
+            first: (0, 0),
             sorted: Sorted::default(),
+        }
+    }
+
+    /// Goes on where the parts of the batch before ended.
+    pub(crate) fn after(self, first: (u32, u32), earlier: Earlier<'c>) -> Self {
+        Self {
+            earlier: self.seen.is_some().then_some(earlier),
+            first,
+            ..self
         }
     }
 
@@ -67,11 +85,11 @@ impl<'c> Judge<'c> {
     /// The refusal of the whole call; lots that went out are for nothing then.
     pub(crate) fn sort(
         mut self,
-        mut spool: SpoolReader,
+        spool: &mut SpoolReader,
         out: Option<&mpsc::Sender<Vec<NewLot>>>,
     ) -> Answer<Sorted> {
         let mut mistakes = Mistakes::default();
-        let mut lots = LotBuilder::new(Bounds::default());
+        let mut lots = LotBuilder::new(Bounds::default(), self.first.1);
         let mut index = 0;
         while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
             let parsed = match spooled.json {
@@ -79,7 +97,7 @@ impl<'c> Judge<'c> {
                 Some(json) => row::parse(json, index, &mut mistakes)
                     .map_err(|error| broken(&error, spooled.at, index))?,
             };
-            let accepted = self.judge(parsed);
+            let accepted = self.judge(parsed)?;
             if mistakes.is_full() {
                 break;
             }
@@ -103,15 +121,15 @@ impl<'c> Judge<'c> {
         Ok(self.sorted)
     }
 
-    fn judge(&mut self, parsed: Parsed) -> Option<(Partition, Row)> {
+    fn judge(&mut self, parsed: Parsed) -> Answer<Option<(Partition, Row)>> {
         match parsed {
-            Parsed::Refused => None,
+            Parsed::Refused => Ok(None),
             Parsed::Rejected(rejection) => {
                 self.reject(rejection);
-                None
+                Ok(None)
             }
-            Parsed::Good(row) => match self.against_others(&row) {
-                Ok(partition) => Some((partition, *row)),
+            Parsed::Good(row) => match self.against_others(&row)? {
+                Ok(partition) => Ok(Some((partition, self.placed(*row)))),
                 Err((code, detail)) => {
                     let detail = format!("/recipients/{}/{detail}", row.index);
                     let email = Some(row.email.to_string());
@@ -121,41 +139,78 @@ impl<'c> Judge<'c> {
                         code,
                         detail,
                     });
-                    None
+                    Ok(None)
                 }
             },
         }
     }
 
-    fn against_others(&mut self, row: &Row) -> Result<Partition, (RejectionCode, String)> {
+    /// With its index in the batch in place of that in the document.
+    fn placed(&self, row: Row) -> Row {
+        Row {
+            index: self.first.0.saturating_add(row.index),
+            ..row
+        }
+    }
+
+    fn against_others(&mut self, row: &Row) -> Answer<Result<Partition, (RejectionCode, String)>> {
         let address = row.email.normalised();
-        if self
+        let is_here = self
             .seen
             .as_ref()
-            .is_some_and(|seen| seen.contains(&address))
-        {
+            .is_some_and(|seen| seen.contains(&address));
+        let is_earlier = || self.earlier.map_or(Ok(false), |earlier| earlier(&address));
+        if is_here || is_earlier()? {
             let detail = "email is there already; allow_duplicates would take it".to_owned();
-            return Err((RejectionCode::Duplicate, detail));
+            return Ok(Err((RejectionCode::Duplicate, detail)));
         }
-        self.content.check(row).map_err(|error| {
+        let checked = self.content.check(row);
+        if let Err(error) = checked {
             let code = match error {
                 content::RecipientError::MissingVariable { .. } => RejectionCode::MissingVariable,
                 content::RecipientError::InvalidVars { .. } => RejectionCode::InvalidVars,
             };
-            (code, format!("vars {error}"))
-        })?;
+            return Ok(Err((code, format!("vars {error}"))));
+        }
         if let Some(seen) = &mut self.seen {
             seen.insert(&address);
         }
-        Ok(Partition::of(self.account, &address, self.partitions))
+        Ok(Ok(Partition::of(self.account, &address, self.partitions)))
     }
 
     fn reject(&mut self, rejection: Rejection) {
         self.sorted.rejected_count += 1;
         if self.sorted.rejected.len() < REJECTIONS_MAX {
-            self.sorted.rejected.push(rejection);
+            self.sorted.rejected.push(Rejection {
+                index: self.first.0.saturating_add(rejection.index),
+                ..rejection
+            });
         }
     }
+}
+
+/// Looks for what refuses a call as a whole, before anything is done about it: a part that is
+/// refused must not have taken indices. Blocks.
+///
+/// # Errors
+/// The refusal.
+pub(crate) fn check(spool: &mut SpoolReader) -> Answer<()> {
+    let mut mistakes = Mistakes::default();
+    let mut index = 0;
+    while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
+        if let Some(json) = spooled.json {
+            row::parse(json, index, &mut mistakes)
+                .map_err(|error| broken(&error, spooled.at, index))?;
+        }
+        if mistakes.is_full() {
+            break;
+        }
+        index += 1;
+    }
+    if !mistakes.is_empty() {
+        return Err(Refusal::of_mistakes(mistakes.into_vec()));
+    }
+    spool.rewind().map_err(|error| Refusal::disk(&error))
 }
 
 /// Addresses of the batch, as 128 bits each: enough that no two are ever taken for one, and a

@@ -6,7 +6,7 @@
 //! writing blocks.
 
 use std::fs::File;
-use std::io::{self, BufReader, Cursor, Read, Seek as _, Write as _};
+use std::io::{self, BufReader, Cursor, Read, Seek, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::splitter::{Position, Rows};
@@ -80,7 +80,7 @@ impl Spool {
         if self.file.is_some() {
             self.write()?;
         }
-        let from: Box<dyn Read + Send> = match self.file {
+        let from: Box<dyn ReadAgain> = match self.file {
             None => Box::new(Cursor::new(self.pending)),
             Some(mut file) => {
                 file.rewind()?;
@@ -91,6 +91,7 @@ impl Spool {
             from,
             row: Vec::new(),
             left: self.rows,
+            rows: self.rows,
         })
     }
 
@@ -134,11 +135,17 @@ impl Rows for Spool {
     }
 }
 
-/// Reads a spool once.
+/// What can be read from its beginning as often as is wanted.
+trait ReadAgain: Read + Seek + Send {}
+
+impl<T: Read + Seek + Send> ReadAgain for T {}
+
+/// Reads a spool.
 pub(crate) struct SpoolReader {
-    from: Box<dyn Read + Send>,
+    from: Box<dyn ReadAgain>,
     row: Vec<u8>,
     left: u32,
+    rows: u32,
 }
 
 impl std::fmt::Debug for SpoolReader {
@@ -159,6 +166,20 @@ pub(crate) struct SpooledRow<'s> {
 }
 
 impl SpoolReader {
+    /// How many recipients there are.
+    pub(crate) fn rows(&self) -> u32 {
+        self.rows
+    }
+
+    /// Goes back to the first recipient. Blocks.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub(crate) fn rewind(&mut self) -> io::Result<()> {
+        self.left = self.rows;
+        self.from.rewind()
+    }
+
     /// The next recipient. Blocks.
     ///
     /// # Errors

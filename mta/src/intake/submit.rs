@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::once::Call;
+use super::parts::Filling;
 use super::prepare::{Against, Prepared, prepare};
 use super::receive::{Form, Limits, Media, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
@@ -45,6 +46,8 @@ pub(crate) struct Intake {
     pub(crate) data_dir: PathBuf,
     pub(crate) sizes: Sizes,
     pub(crate) limits: Limits,
+    /// Open batches that are being filled.
+    pub(crate) filling: Filling,
 }
 
 /// Who submits.
@@ -138,11 +141,9 @@ impl Intake {
         blocking(move || {
             let prepared = prepare(&received.head, count, id, now, &intake.against(&by))?;
             let judge = intake.judge(&prepared);
-            let spool = received
-                .spool
-                .read()
-                .map_err(|error| Refusal::disk(&error))?;
-            let sorted = judge.sort(spool, None)?;
+            let spool = received.spool.read();
+            let mut spool = spool.map_err(|error| Refusal::disk(&error))?;
+            let sorted = judge.sort(&mut spool, None)?;
             let account = intake.account(&prepared.head.account);
             let first = sorted.first.as_ref().zip(account);
             let rendered = first
@@ -185,11 +186,11 @@ impl Intake {
             .unwrap_or_else(|error| Err(Refusal::internal("intake", &error)));
         match media {
             Media::Message => submitted.map_err(single::as_written),
-            Media::Json | Media::Lines => submitted,
+            _ => submitted,
         }
     }
 
-    async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
+    pub(super) async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
         let receiver = Receiver {
             limits: &self.limits,
             clock: &self.clock,
@@ -291,8 +292,8 @@ impl Intake {
         let (out, mut groups) = mpsc::channel(1);
         let (intake, judged) = (Arc::clone(&self), Arc::clone(&prepared));
         let sorting = blocking(move || {
-            let spool = spool.read().map_err(|error| Refusal::disk(&error))?;
-            intake.judge(&judged).sort(spool, Some(&out))
+            let mut spool = spool.read().map_err(|error| Refusal::disk(&error))?;
+            intake.judge(&judged).sort(&mut spool, Some(&out))
         });
         let (sorted, staged) = tokio::join!(sorting, self.stage(id, &mut groups, gone));
         // A store that failed is the cause; that the sorting was then stopped follows from it.
@@ -380,7 +381,7 @@ impl Intake {
         }
     }
 
-    fn new_id(&self) -> Answer<BatchId> {
+    pub(super) fn new_id(&self) -> Answer<BatchId> {
         let mut random = [0_u8; 16];
         rand::fill(&mut random).map_err(|error| Refusal::internal("random", &error))?;
         Ok(BatchId::new(self.clock.now(), u128::from_be_bytes(random)))
@@ -388,7 +389,7 @@ impl Intake {
 }
 
 impl Submitted {
-    fn now(answer: Arc<[u8]>) -> Self {
+    pub(super) fn now(answer: Arc<[u8]>) -> Self {
         Self {
             answer,
             is_replayed: false,
@@ -399,7 +400,9 @@ impl Submitted {
 /// The answer, as JSON, to what is about to be committed.
 fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> Answer<Vec<u8>> {
     let id = prepared.head.id;
-    let state = if sorted.accepted == 0 {
+    let state = if prepared.head.held {
+        BatchState::Open
+    } else if sorted.accepted == 0 {
         BatchState::Completed
     } else if prepared.head.release_at > now {
         BatchState::Scheduled
@@ -409,7 +412,7 @@ fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> 
     let json = match (media, sorted.rejected.first()) {
         (Media::Message, Some(rejection)) => return Err(single::rejected(rejection)),
         (Media::Message, None) => serde_json::to_vec(&Taken::new(id, state)),
-        (Media::Json | Media::Lines, _) => serde_json::to_vec(&Accepted {
+        _ => serde_json::to_vec(&Accepted {
             id,
             state,
             accepted: sorted.accepted,
@@ -422,7 +425,7 @@ fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> 
     json.map_err(|error| Refusal::internal("answer", &error))
 }
 
-fn caller_gone() -> Refusal {
+pub(super) fn caller_gone() -> Refusal {
     Refusal::new(
         Code::RequestTimeout,
         "the caller went away before the commit",
@@ -430,7 +433,7 @@ fn caller_gone() -> Refusal {
 }
 
 /// Runs what blocks or computes for long beside the threads that serve connections.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     run: impl FnOnce() -> Answer<T> + Send + 'static,
 ) -> Answer<T> {
     let ran = tokio::task::spawn_blocking(run).await;

@@ -211,10 +211,11 @@ impl TlsReporting {
             // Nothing in it is tracked; a batch names its key all the same.
             tracker_base_url: "http://localhost".to_owned(),
             tracking_key: self.ring.load().ids().next().unwrap_or_default(),
+            allow_duplicates: false,
         };
         let content = released.to_bytes().map_err(|error| made(&error))?;
         let (accepted, partitions) = (to.len() as u64, self.store.partitions());
-        let mut lots = LotBuilder::new(Bounds::default());
+        let mut lots = LotBuilder::new(Bounds::default(), 0);
         for (index, email) in (0_u32..).zip(to) {
             let at = Partition::of(&self.account, &email.normalised(), partitions);
             lots.push(at, row(index, email))
@@ -290,6 +291,9 @@ impl TlsReporting {
             expires_at: Some(now + EXPIRE),
             tracking: TrackingMode::Off,
             metadata: serde_json::Value::Object(serde_json::Map::new()),
+            held: false,
+            window: None,
+            guardrails: None,
         }
     }
 }

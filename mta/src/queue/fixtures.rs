@@ -25,6 +25,9 @@ pub(crate) fn head(batch: u8) -> BatchHead {
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::Value::Null,
+        held: false,
+        window: None,
+        guardrails: None,
     }
 }
 

@@ -6,6 +6,7 @@ mod fair;
 mod harness;
 mod intake;
 mod outage;
+mod parts;
 mod peers;
 mod reading;
 mod sending;

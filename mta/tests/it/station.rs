@@ -199,6 +199,7 @@ impl Station {
             dkim_selectors: vec!["s1".into()],
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: self.ring.load().ids().next().expect("a key"),
+            allow_duplicates: false,
         };
         released.to_bytes().expect("bytes")
     }
@@ -373,5 +374,8 @@ fn head(id: BatchId, now: Timestamp) -> BatchHead {
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::Value::Null,
+        held: false,
+        window: None,
+        guardrails: None,
     }
 }

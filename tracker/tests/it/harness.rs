@@ -186,6 +186,9 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::Value::Null,
+        held: false,
+        window: None,
+        guardrails: None,
     };
     let batch = NewBatch {
         head,

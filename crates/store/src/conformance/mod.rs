@@ -12,6 +12,7 @@ mod facts;
 mod intake;
 mod keeping;
 mod leases;
+mod parts;
 mod reading;
 mod shared;
 mod simulation;
@@ -22,6 +23,7 @@ pub use facts::*;
 pub use intake::*;
 pub use keeping::*;
 pub use leases::*;
+pub use parts::*;
 pub use reading::*;
 pub use shared::*;
 pub use simulation::*;
@@ -64,6 +66,11 @@ macro_rules! conformance_tests {
             a_call_is_kept_until_its_batch_has_ended
             a_call_that_ends_in_nothing_makes_room
             mail_waits_for_its_release_time
+            an_open_batch_is_filled_and_started
+            a_part_that_comes_to_nothing_leaves_nothing
+            a_part_comes_before_the_start_or_not_at_all
+            an_open_batch_ends_by_a_cancel_or_its_start
+            addresses_of_earlier_parts_are_found
             a_range_is_split_as_wanted
             transactional_mail_goes_first_and_batches_take_turns
             no_batch_is_lost_among_many

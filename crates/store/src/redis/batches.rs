@@ -185,7 +185,17 @@ impl Inner {
                 _ => 0,
             };
             let ended = matches!(before.state, BatchState::Completed | BatchState::Cancelled);
+            let open = before.state == BatchState::Open;
+            if open {
+                self.file_pending(batch, now).await?;
+            }
             match change {
+                BatchChange::Start if ended => {
+                    return Ok(ChangeOutcome::Impossible(before.state));
+                }
+                BatchChange::Pause | BatchChange::Resume if open => {
+                    return Ok(ChangeOutcome::Impossible(before.state));
+                }
                 BatchChange::Cancel if before.state == BatchState::Cancelled => {}
                 BatchChange::Pause | BatchChange::Resume | BatchChange::Cancel if ended => {
                     return Ok(ChangeOutcome::Impossible(before.state));
@@ -195,6 +205,9 @@ impl Inner {
                         continue;
                     }
                 }
+            }
+            if open && matches!(change, BatchChange::Start | BatchChange::Cancel) {
+                self.forget_parts(batch).await?;
             }
             if change == BatchChange::Cancel {
                 self.cancel_all(batch, now).await?;
@@ -232,6 +245,12 @@ impl Inner {
         change: BatchChange,
         now: Timestamp,
     ) -> Result<bool> {
+        if change == BatchChange::Start {
+            return match before.state {
+                BatchState::Open => self.start_open(batch, before, now).await,
+                _ => Ok(true),
+            };
+        }
         let head = self.known_head(batch).await?;
         let mut books = Books::open(self, HOME, now);
         let mut after = before.clone();
@@ -273,12 +292,53 @@ impl Inner {
                 after.archived = false;
                 vec![Control::Unarchived(batch)]
             }
-            BatchChange::Pause
+            BatchChange::Start
+            | BatchChange::Pause
             | BatchChange::Resume
             | BatchChange::Archive
             | BatchChange::Unarchive => return Ok(true),
         };
         control.into_iter().for_each(|item| books.tell(item));
+        self.write_home(books, batch, before, &after, 0).await
+    }
+
+    /// The start of an open batch; false when it was changed meanwhile.
+    async fn start_open(
+        &self,
+        batch: BatchId,
+        before: &BatchRecord,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let mut head = self.known_head(batch).await?.as_ref().clone();
+        if head.held {
+            head.held = false;
+            head.release_at = head.release_at.max(now);
+            let text = serde_json::to_vec(&head)
+                .map_err(|error| StoreError::Refused(format!("a head: {error}")))?;
+            let mut set = Cmd::new();
+            set.arg("SET").arg(keys::of_batch(batch, "head")).arg(text);
+            self.link.short(&set).await?;
+        }
+        // Else a start before this one came to no end; others may know its time already.
+        let mut after = before.clone();
+        after.revision += 1;
+        after.release_at = head.release_at;
+        let mut books = Books::open(self, HOME, now);
+        let kind = if before.accepted == 0 {
+            after.state = BatchState::Completed;
+            after.completed_at = Some(now);
+            Some(EventKind::BatchCompleted)
+        } else if head.release_at > now {
+            after.state = BatchState::Scheduled;
+            None
+        } else {
+            start(&mut after, now);
+            Some(EventKind::BatchStarted)
+        };
+        if let Some(kind) = kind {
+            books.batch_event(kind, &head, after.revision, json!({}));
+        }
+        books.tell(Control::Work);
         self.write_home(books, batch, before, &after, 0).await
     }
 
@@ -331,7 +391,8 @@ impl Inner {
             let Some(before) = self.home(batch).await? else {
                 return Ok(false);
             };
-            if before.completed_at.is_some() || self.counters(batch).await?.open() > 0 {
+            let over = before.state == BatchState::Open || before.completed_at.is_some();
+            if over || self.counters(batch).await?.open() > 0 {
                 return Ok(false);
             }
             let mut after = before.clone();

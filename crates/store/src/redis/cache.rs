@@ -95,6 +95,10 @@ impl Inner {
         let head: BatchHead = serde_json::from_slice(&text)
             .map_err(|error| StoreError::Damaged(format!("the head of {batch}: {error}")))?;
         let head = Arc::new(head);
+        if head.held {
+            // Its start decides when it was released.
+            return Ok(Some(head));
+        }
         let mut heads = self
             .cache
             .heads
@@ -134,12 +138,17 @@ impl Inner {
         if let Some(known) = find(&self.cache) {
             return Ok(Some(known));
         }
+        // Asked first: what is read after the start of the batch does not change any more.
+        let grows = self.head(batch).await?.is_none_or(|head| head.held);
         let mut get = Cmd::new();
         get.arg("HGET").arg(keys::of_batch(batch, "map")).arg(chunk);
         let Some(bytes) = answer::bytes(self.link.short(&get).await?) else {
             return Ok(None);
         };
         let bytes: Arc<[u8]> = bytes.into();
+        if grows {
+            return Ok(Some(bytes));
+        }
         let mut maps = self
             .cache
             .maps

@@ -46,6 +46,7 @@ pub(super) struct Scripts {
     pub(super) survey: Lua,
     pub(super) trim: Lua,
     pub(super) erase: Lua,
+    pub(super) patch: Lua,
 }
 
 impl Scripts {
@@ -57,6 +58,7 @@ impl Scripts {
             survey: Lua::new(include_str!("survey.lua")),
             trim: Lua::new(include_str!("trim.lua")),
             erase: Lua::new(include_str!("erase.lua")),
+            patch: Lua::new(include_str!("patch.lua")),
         }
     }
 }

@@ -70,6 +70,10 @@ keys! {
     scheduled() = "sched";
     /// Those whose copies may be behind.
     unsettled() = "unsettled";
+    /// How the parts of an open batch stand.
+    parts(batch: BatchId) = "op:{}";
+    /// Through which piece of which part an open batch was filed.
+    filed(batch: BatchId) = "of:{}";
     /// Those that are not committed, by when something was last staged.
     staged() = "staged";
     /// A call that takes effect once.

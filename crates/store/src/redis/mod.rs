@@ -14,6 +14,7 @@ mod feeds;
 mod keys;
 mod lease;
 mod link;
+mod parts;
 mod read;
 mod record;
 mod retire;
@@ -32,10 +33,11 @@ use crate::erased::Eraser;
 use crate::sqlite::Role;
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, Erase, Erased, EventPage, EventQuery,
-    FeedPlace, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page,
-    RangeRef, RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped,
-    Store, StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
+    EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
+    NewLot, NewPart, Note, Page, PartEnd, PartTurn, RangeRef, RecipientQuery, RecipientRow,
+    Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
+    SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -229,6 +231,36 @@ impl Store for RedisStore {
     async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
         let now = Timestamp::from_millis(self.inner.wall().await?);
         self.inner.abandon(batch, now).await
+    }
+
+    async fn begin_part(&self, part: NewPart, now: Timestamp, ttl: Duration) -> Result<PartTurn> {
+        self.inner.begin_part(part, now, ttl).await
+    }
+
+    async fn stage_part(
+        &self,
+        part: NewPart,
+        lots: Vec<NewLot>,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<bool> {
+        self.inner.stage_part(part, lots, now, ttl).await
+    }
+
+    async fn commit_part(&self, part: EndedPart, now: Timestamp) -> Result<PartEnd> {
+        self.inner.commit_part(part, now).await
+    }
+
+    async fn drop_part(&self, part: NewPart, _now: Timestamp) -> Result<()> {
+        self.inner.drop_part(part).await
+    }
+
+    async fn part_hashes(&self, batch: BatchId, from: u32) -> Result<Vec<LotHashes>> {
+        self.inner.part_hashes(batch, from).await
+    }
+
+    async fn lot_rows(&self, batch: BatchId, lot: model::LotNumber) -> Result<Vec<model::Row>> {
+        self.inner.lot_rows(batch, lot).await
     }
 
     async fn backlog(

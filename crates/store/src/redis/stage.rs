@@ -17,7 +17,7 @@ use super::record::{
 };
 use crate::{Control, LOT_ROWS, NewBatch, NewLot, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
-use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Timestamp, partition_hash};
+use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Timestamp};
 use serde_json::json;
 use std::collections::BTreeMap;
 
@@ -37,20 +37,19 @@ const LEFT: i64 = 6 * 60 * 60 * 1000;
 /// The low half of the hash of an address: what finds it in a lot. Without its account, which is
 /// known only at the commit.
 pub(super) fn short_hash(email: &str) -> u32 {
-    let [a, b, c, d, ..] = partition_hash("", email).to_le_bytes();
-    u32::from_le_bytes([a, b, c, d])
+    crate::address_hash(email)
 }
 
 /// A lot in its stored form.
-struct PackedLot {
-    number: LotNumber,
+pub(super) struct PackedLot {
+    pub(super) number: LotNumber,
     queue: Box<str>,
-    rows: usize,
-    indices: Vec<u8>,
-    bytes: Vec<u8>,
+    pub(super) rows: usize,
+    pub(super) indices: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
 }
 
-fn pack(lot: &NewLot) -> Result<PackedLot> {
+pub(super) fn pack(lot: &NewLot) -> Result<PackedLot> {
     if lot.rows.is_empty() || lot.rows.len() > LOT_ROWS {
         return Err(StoreError::Refused(format!(
             "a lot of {} recipients",
@@ -236,7 +235,7 @@ impl Inner {
         Ok(())
     }
 
-    async fn place_lots(
+    pub(super) async fn place_lots(
         &self,
         p: Partition,
         batch: BatchId,
@@ -493,8 +492,9 @@ impl Inner {
 }
 
 fn first_record(batch: &NewBatch, now: Timestamp) -> BatchRecord {
-    let released = batch.head.release_at <= now;
+    let released = batch.head.release_at <= now && !batch.head.held;
     let state = match (batch.accepted, released) {
+        _ if batch.head.held => BatchState::Open,
         (0, _) => BatchState::Completed,
         (_, true) => BatchState::InProgress,
         (_, false) => BatchState::Scheduled,

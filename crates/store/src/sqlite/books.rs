@@ -381,7 +381,10 @@ impl<'s, 'c> Books<'s, 'c> {
             let Some(mut batch) = self.batch(no)? else {
                 continue;
             };
-            if batch.completed_at.is_some() || read_counters(self.step.connection, no)?.open() > 0 {
+            if batch.state == BatchState::Open
+                || batch.completed_at.is_some()
+                || read_counters(self.step.connection, no)?.open() > 0
+            {
                 continue;
             }
             batch.completed_at = Some(self.now);

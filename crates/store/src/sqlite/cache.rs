@@ -99,6 +99,10 @@ impl Cache {
         let head: BatchHead = serde_json::from_str(&text)
             .map_err(|error| StoreError::Damaged(format!("the head of batch {no}: {error}")))?;
         let head = Arc::new(head);
+        if head.held {
+            // Its start decides when it was released.
+            return Ok(head);
+        }
         self.heads
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

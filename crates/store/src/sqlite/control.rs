@@ -6,6 +6,7 @@ use super::books::Books;
 use super::feeds::{self, Feed};
 use super::ids::{self, BatchNo};
 use super::lease;
+use super::parts;
 use super::range::{cancel_range, ranges};
 use super::record::{BatchRecord, By, read_counters, record};
 use super::writer::{Step, Writer};
@@ -115,7 +116,7 @@ pub(super) fn release_due(step: &mut Step<'_>, now: Timestamp) -> Result<()> {
 }
 
 /// Its mail begins to leave.
-fn start(books: &mut Books<'_, '_>, mut batch: BatchRecord) -> Result<()> {
+pub(super) fn start(books: &mut Books<'_, '_>, mut batch: BatchRecord) -> Result<()> {
     let no = batch.no;
     batch.state = BatchState::InProgress;
     batch.started_at = Some(books.now);
@@ -254,6 +255,12 @@ fn begin(step: &mut Step<'_>, id: BatchId, change: BatchChange, now: Timestamp) 
             return answer(ChangeOutcome::Impossible(batch.state));
         }
         BatchChange::Cancel => {}
+        BatchChange::Start if ended => return answer(ChangeOutcome::Impossible(batch.state)),
+        BatchChange::Start if batch.state == BatchState::Open => parts::start(step, batch, now)?,
+        BatchChange::Start => {}
+        BatchChange::Pause | BatchChange::Resume if batch.state == BatchState::Open => {
+            return answer(ChangeOutcome::Impossible(batch.state));
+        }
         BatchChange::Pause => pause(step, batch, now)?,
         BatchChange::Resume => resume(step, batch, now)?,
         BatchChange::Archive => archive(step, batch, true, now)?,

@@ -18,6 +18,7 @@ mod feeds;
 mod ids;
 mod lease;
 mod map;
+mod parts;
 mod range;
 mod read;
 mod readers;
@@ -33,10 +34,11 @@ mod writer;
 
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, Erase, Erased, EventPage, EventQuery,
-    FeedPlace, LeaseRequest, LeasedRange, MessageStory, NewBatch, NewCall, NewLot, Note, Page,
-    RangeRef, RecipientQuery, RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped,
-    Store, StoreError, Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
+    EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
+    NewLot, NewPart, Note, Page, PartEnd, PartTurn, RangeRef, RecipientQuery, RecipientRow,
+    Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
+    SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -181,15 +183,7 @@ impl Store for SqliteStore {
     }
 
     async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
-        let pack = move || {
-            lots.into_iter()
-                .map(stage::pack)
-                .collect::<Result<Vec<_>>>()
-        };
-        let packed = tokio::task::spawn_blocking(pack);
-        let lots = packed
-            .await
-            .map_err(|error| StoreError::Unavailable(error.to_string()))??;
+        let lots = stage::pack_all(lots).await?;
         self.writer()?
             .write_soft(move |step| stage::stage(step, batch, lots))
             .await
@@ -213,6 +207,46 @@ impl Store for SqliteStore {
 
     async fn abandon_batch(&self, batch: BatchId) -> Result<()> {
         stage::abandon(self.writer()?, batch).await
+    }
+
+    async fn begin_part(&self, part: NewPart, now: Timestamp, ttl: Duration) -> Result<PartTurn> {
+        parts::begin(self.writer()?, part, now, ttl).await
+    }
+
+    async fn stage_part(
+        &self,
+        part: NewPart,
+        lots: Vec<NewLot>,
+        now: Timestamp,
+        ttl: Duration,
+    ) -> Result<bool> {
+        let lots = stage::pack_all(lots).await?;
+        let until = (now + ttl).millis();
+        self.writer()?
+            .write_soft(move |step| parts::stage(step, part, lots, until))
+            .await
+    }
+
+    async fn commit_part(&self, part: EndedPart, now: Timestamp) -> Result<PartEnd> {
+        self.writer()?
+            .write(move |step| parts::commit(step, &part, now))
+            .await
+    }
+
+    async fn drop_part(&self, part: NewPart, _now: Timestamp) -> Result<()> {
+        parts::drop_part(self.writer()?, part).await
+    }
+
+    async fn part_hashes(&self, batch: BatchId, from: u32) -> Result<Vec<LotHashes>> {
+        self.readers
+            .read(move |reading| parts::hashes(reading, batch, from))
+            .await
+    }
+
+    async fn lot_rows(&self, batch: BatchId, lot: model::LotNumber) -> Result<Vec<model::Row>> {
+        self.readers
+            .read(move |reading| parts::rows(reading, batch, lot))
+            .await
     }
 
     async fn backlog(
@@ -566,6 +600,9 @@ mod tests {
             expires_at: None,
             tracking: TrackingMode::Individual,
             metadata: serde_json::json!({}),
+            held: false,
+            window: None,
+            guardrails: None,
         };
         NewBatch {
             head,

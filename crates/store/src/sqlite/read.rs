@@ -85,12 +85,13 @@ pub(super) struct Survey {
 
 fn standings(reading: &Reading<'_>) -> Result<HashMap<BatchNo, Standing>> {
     let mut sql = reading.connection.prepare_cached(
-        "SELECT no, state, id, release_at FROM batch WHERE state IN (?1, ?2, ?3, 99)",
+        "SELECT no, state, id, release_at FROM batch WHERE state IN (?1, ?2, ?3, ?4, 99)",
     )?;
     let states = [
         BatchState::InProgress,
         BatchState::Scheduled,
         BatchState::Paused,
+        BatchState::Open,
     ]
     .map(BatchState::code);
     let mut rows = sql.query(states)?;

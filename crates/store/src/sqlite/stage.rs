@@ -11,8 +11,8 @@ use super::calls;
 use super::ids::{self, BatchNo};
 use super::range::TRANSACTIONAL;
 use super::writer::{Step, Writer};
-use crate::{Control, LOT_ROWS, MIXED, NewBatch, NewLot, Result, StoreError, form};
-use model::{BatchId, BatchState, Counters, EventKind, Timestamp, partition_hash};
+use crate::{Control, LOT_ROWS, MIXED, NewBatch, NewLot, Result, StoreError, address_hash, form};
+use model::{BatchId, BatchState, Counters, EventKind, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::json;
 
@@ -53,33 +53,49 @@ pub(super) fn pack(lot: NewLot) -> Result<PackedLot> {
     })
 }
 
-/// The low half of the hash of an address: what finds it in a lot.
-pub(super) fn short_hash(account: &str, email: &str) -> u32 {
-    let [a, b, c, d, ..] = partition_hash(account, email).to_le_bytes();
-    u32::from_le_bytes([a, b, c, d])
+/// Packs lots beside the threads that serve others.
+pub(super) async fn pack_all(lots: Vec<NewLot>) -> Result<Vec<PackedLot>> {
+    let pack = move || lots.into_iter().map(pack).collect::<Result<Vec<_>>>();
+    let packed = tokio::task::spawn_blocking(pack);
+    packed
+        .await
+        .map_err(|error| StoreError::Unavailable(error.to_string()))?
 }
 
 /// Writes lots of a batch that is not committed.
 pub(super) fn stage(step: &Step<'_>, batch: BatchId, lots: Vec<PackedLot>) -> Result<()> {
     let no = staged_no(step.connection, batch)?;
+    write_lots(step.connection, no, lots, true)
+}
+
+/// Writes lots, those that are there already left as they are; `ranged`: with their ranges.
+pub(super) fn write_lots(
+    connection: &Connection,
+    no: BatchNo,
+    lots: Vec<PackedLot>,
+    ranged: bool,
+) -> Result<()> {
     for lot in lots {
         let id = ids::lot_id(no, lot.number);
-        if is_staged(step.connection, id, &lot)? {
+        if is_staged(connection, id, &lot)? {
             continue;
         }
-        step.connection
+        connection
             .prepare_cached("INSERT INTO lot (id, queue, count, overrides, hashes, packed) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
             .execute(params![id, lot.queue, lot.count, lot.overrides, hashes(&lot.emails), lot.packed])?;
-        step.connection
+        connection
             .prepare_cached("INSERT INTO staged VALUES (?1, ?2)")?
             .execute(params![id, lot.indices])?;
         let cells = crate::transition::Cell::NEW
             .to_bytes()
             .repeat(lot.emails.len());
-        step.connection
+        connection
             .prepare_cached("INSERT INTO cell VALUES (?1, ?2)")?
             .execute(params![id, cells])?;
-        step.connection
+        if !ranged {
+            continue;
+        }
+        connection
             .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, lot, first) VALUES (?1, ?2, ?3, 0, ?4, ?5, 0)")?
             .execute(params![no, lot.number.partition().0, lot.queue, lot.count, lot.number.0])?;
     }
@@ -104,7 +120,7 @@ fn is_staged(connection: &Connection, id: ids::LotId, lot: &PackedLot) -> Result
 
 /// Addresses are hashed without their account, which is known only at the commit.
 fn hashes(emails: &[String]) -> Vec<u8> {
-    form::pack_u32s(emails.iter().map(|email| short_hash("", email)))
+    form::pack_u32s(emails.iter().map(|email| address_hash(email)))
 }
 
 fn staged_no(connection: &Connection, batch: BatchId) -> Result<BatchNo> {
@@ -168,7 +184,12 @@ fn begin(connection: &Connection, id: BatchId) -> Result<Option<BatchNo>> {
 }
 
 /// Where the indices from `from` until `until` stand, in the pieces in which that is kept.
-fn map(connection: &Connection, no: BatchNo, from: u32, until: u32) -> Result<Vec<(i64, Vec<u8>)>> {
+pub(super) fn map(
+    connection: &Connection,
+    no: BatchNo,
+    from: u32,
+    until: u32,
+) -> Result<Vec<(i64, Vec<u8>)>> {
     let (first, last) = ids::lot_range(no);
     let mut sql =
         connection.prepare_cached("SELECT lot, indices FROM staged WHERE lot BETWEEN ?1 AND ?2")?;
@@ -195,7 +216,7 @@ fn map(connection: &Connection, no: BatchNo, from: u32, until: u32) -> Result<Ve
     Ok((ids::map_id(no, from)..).zip(pieces).collect())
 }
 
-fn write_map(connection: &Connection, pieces: &[(i64, Vec<u8>)]) -> Result<()> {
+pub(super) fn write_map(connection: &Connection, pieces: &[(i64, Vec<u8>)]) -> Result<()> {
     // A commit that failed may have left pieces: they are the same.
     let mut sql = connection.prepare_cached("INSERT OR REPLACE INTO index_map VALUES (?1, ?2)")?;
     for (id, data) in pieces {
@@ -213,8 +234,9 @@ fn finish(step: &mut Step<'_>, no: BatchNo, batch: &NewBatch, now: Timestamp) ->
     step.connection
         .prepare_cached("DELETE FROM staged WHERE lot BETWEEN ?1 AND ?2")?
         .execute([first, last])?;
-    let released = batch.head.release_at <= now;
+    let released = batch.head.release_at <= now && !batch.head.held;
     let state = match (batch.accepted, released) {
+        _ if batch.head.held => BatchState::Open,
         (0, _) => BatchState::Completed,
         (_, true) => BatchState::InProgress,
         (_, false) => BatchState::Scheduled,
@@ -331,7 +353,7 @@ pub(super) async fn abandon(writer: &Writer, batch: BatchId) -> Result<()> {
 pub(super) fn abandon_leftovers(connection: &mut Connection) -> Result<()> {
     loop {
         let step = connection.transaction()?;
-        let more = throw(&step, None)?;
+        let more = throw(&step, None)? || super::parts::throw_any(&step)?;
         step.commit()?;
         if !more {
             return Ok(());

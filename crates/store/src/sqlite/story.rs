@@ -7,14 +7,14 @@ use super::ids::{self, BatchNo, LotId, MAP_CHUNK, MAP_ENTRY};
 use super::map::{place_of, read_place};
 use super::readers::Reading;
 use super::record::{BatchRecord, By, record};
-use super::stage::{is_mixed, short_hash};
+use super::stage::is_mixed;
 use super::suppress;
 use crate::describe::{self, Facts, describe};
 use crate::form::{self, LogBlock, version};
 use crate::transition::Cell;
 use crate::{
     AddressStory, BatchHead, MIXED, MessageStory, Page, RecipientQuery, RecipientRow, Result,
-    StoreError,
+    StoreError, address_hash,
 };
 use model::{MessageId, Place};
 use rusqlite::{OptionalExtension as _, params};
@@ -250,9 +250,9 @@ pub(super) fn address(reading: &Reading<'_>, account: &str, email: &str) -> Resu
     let email = email.to_lowercase();
     let suppressions = suppress::of_address(reading.connection, account, &email)?;
     let domain = email.rsplit_once('@').map_or("", |(_, domain)| domain);
-    let hash = short_hash("", &email);
+    let hash = address_hash(&email);
     let mut sql = reading.connection.prepare_cached(
-        "SELECT id, hashes FROM lot WHERE queue IN (?1, ?2) ORDER BY id DESC LIMIT ?3",
+        "SELECT id, hashes FROM lot WHERE queue IN (?1, ?2) AND id NOT IN (SELECT lot FROM staged) ORDER BY id DESC LIMIT ?3",
     )?;
     let mut lots = sql.query(params![domain, MIXED, LOTS])?;
     let mut messages = Vec::new();

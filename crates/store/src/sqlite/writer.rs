@@ -35,6 +35,8 @@ pub(super) struct Memory {
     pub(super) packer: Packer,
     /// The batch served last, by queue and rank: the next lease begins after it.
     pub(super) turns: HashMap<(Box<str>, u8), i64>,
+    /// Which part of an open batch is being added.
+    pub(super) parts: HashMap<i64, super::parts::Turn>,
 }
 
 /// How the answer is given once the commit is known.
@@ -73,6 +75,7 @@ pub(super) fn start(
     let memory = Memory {
         packer: Packer::new()?,
         turns: HashMap::new(),
+        parts: HashMap::new(),
     };
     let run = move || Loop::new(connection, cache, changes, memory).run(requests);
     let thread = std::thread::Builder::new()

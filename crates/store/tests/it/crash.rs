@@ -164,6 +164,9 @@ async fn submit(store: &SqliteStore, id: BatchId) {
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::json!({}),
+        held: false,
+        window: None,
+        guardrails: None,
     };
     let batch = NewBatch {
         head,

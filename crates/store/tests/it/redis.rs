@@ -80,6 +80,9 @@ async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<Bat
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::json!({}),
+        held: false,
+        window: None,
+        guardrails: None,
         pool: None,
         rate: model::units::Rate::Unlimited,
     };
