@@ -6,7 +6,6 @@
 
 use super::books::Books;
 use super::ids::{self, LotId};
-use super::stage::short_hash;
 use super::suppress;
 use super::writer::Step;
 use crate::erased::{self, Eraser};
@@ -133,7 +132,7 @@ fn erase_lots(
     now: Timestamp,
 ) -> Result<(u64, Option<Stage>)> {
     let domain = of.email.rsplit_once('@').map_or("", |(_, domain)| domain);
-    let hash = short_hash("", &of.email);
+    let hash = crate::address_hash(&of.email);
     let (mut looked, mut last) = (0_u32, below);
     let mut found: Vec<LotId> = Vec::new();
     {
