@@ -32,6 +32,8 @@ needs=(
   "openssl /usr/bin/openssl"
   "redis-server /usr/bin/redis-server"
   "unbound /usr/sbin/unbound"
+  "systemd /usr/bin/systemd-analyze"
+  "python3-yaml /usr/lib/python3/dist-packages/yaml/__init__.py"
 )
 # Clients of registries, wherever this machine has them from.
 command -v node >/dev/null || needs+=("nodejs /usr/bin/node")

@@ -53,12 +53,20 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
 /// # Errors
 /// When it cannot be opened: [`store::StoreError`] says why.
 pub async fn open_store(config: &config::Store) -> anyhow::Result<Arc<dyn Store>> {
+    open_store_as(config, Role::Mta).await
+}
+
+/// Opens the store that the configuration names, for a tool or in the place of an MTA.
+///
+/// # Errors
+/// As [`open_store`].
+pub async fn open_store_as(config: &config::Store, role: Role) -> anyhow::Result<Arc<dyn Store>> {
     match &config.url {
         StoreUrl::Sqlite(path) => {
             let options = SqliteOptions {
                 path: path.clone(),
                 partitions: config.partitions,
-                role: Role::Mta,
+                role,
             };
             let store = SqliteStore::open(options)
                 .await
@@ -69,7 +77,7 @@ pub async fn open_store(config: &config::Store) -> anyhow::Result<Arc<dyn Store>
             let options = RedisOptions {
                 url: RedisUrl::parse(redis.url.reveal())?,
                 partitions: config.partitions,
-                role: Role::Mta,
+                role,
                 require_durable: config.require_durable,
                 clock: Clock::Server,
             };

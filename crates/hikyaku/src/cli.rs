@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
-use crate::{check_config, demo, dkim, doctor, top, trace, up, why};
+use crate::{check_config, demo, dkim, doctor, journal_ship, store_file, top, trace, up, why};
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
 #[derive(Debug, Parser)]
@@ -31,6 +31,12 @@ enum Command {
     Tracker(up::Args),
     /// Report every mistake in a configuration and the files it names; needs no network
     CheckConfig(check_config::Args),
+    /// Move a store to another engine, or keep a copy of it
+    #[command(subcommand)]
+    Store(store_file::Command),
+    /// Hand in the journal of a node that is lost
+    #[command(subcommand)]
+    Journal(journal_ship::Command),
     /// Make DKIM keys, and compare DNS with them
     #[command(subcommand)]
     Dkim(dkim::Command),
@@ -128,6 +134,8 @@ fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
         Command::Mta(arguments) => up::mta(&arguments, terminal),
         Command::Tracker(arguments) => up::tracker(&arguments, terminal),
         Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
+        Command::Store(command) => store_file::run(&command, terminal),
+        Command::Journal(command) => journal_ship::run(&command, terminal),
         Command::Dkim(command) => dkim::run(command, terminal),
         Command::Doctor(arguments) => doctor::run(&arguments, terminal),
         Command::Why(arguments) => why::run(&arguments, terminal),

@@ -208,6 +208,16 @@ pub(crate) enum StoredEvent {
     },
     /// Of a person who was erased: only the place is kept.
     Gone,
+    /// As it was told by another store: JSON. Its block has the bit [`TOLD_BIT`].
+    Told(String),
+}
+
+/// The bit of a block, among those for types of events, that says that some came from another store.
+pub(crate) const TOLD_BIT: u32 = 62;
+
+/// An event as it goes from store to store.
+pub(crate) fn event_json(event: &model::Event) -> Result<String> {
+    serde_json::to_string(event).map_err(|error| damaged(&error.to_string()))
 }
 
 impl StoredEvent {
@@ -218,7 +228,7 @@ impl StoredEvent {
             | Self::Batch { kind, .. }
             | Self::Address { kind, .. }
             | Self::Account { kind, .. } => Some(*kind),
-            Self::Gone => None,
+            Self::Gone | Self::Told(_) => None,
         }
     }
 }

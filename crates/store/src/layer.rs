@@ -13,7 +13,7 @@ use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
     reason = "every type of the trait passes through here"
 )]
 use crate::types::*;
-use crate::{EventPage, Result, Store};
+use crate::{EventPage, Piece, Result, Store};
 
 /// What stands in front of a store: a network that fails, a watch that measures.
 ///
@@ -239,6 +239,14 @@ impl<L: Layer> Store for L {
 
     async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased> {
         around(self, "erase", self.inner().erase(of, now)).await
+    }
+
+    async fn export(&self, to: tokio::sync::mpsc::Sender<Piece>, now: Timestamp) -> Result<()> {
+        around(self, "export", self.inner().export(to, now)).await
+    }
+
+    async fn import(&self, piece: Piece, now: Timestamp) -> Result<()> {
+        around(self, "import", self.inner().import(piece, now)).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

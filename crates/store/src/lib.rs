@@ -16,6 +16,7 @@
 //! - `accepted` is the sum of the status counters at every read.
 #![forbid(unsafe_code)]
 
+pub mod backup;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod describe;
@@ -29,6 +30,7 @@ mod tell;
 pub mod transition;
 mod types;
 
+pub use backup::Piece;
 pub use layer::Layer;
 pub use types::*;
 
@@ -262,6 +264,15 @@ pub trait Store: Send + Sync + 'static {
     /// was written about the person meanwhile goes with it. Facts that come later are counted and
     /// leave no trace.
     async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased>;
+
+    /// Gives away everything that the store holds, to be taken in by [`Store::import`] elsewhere,
+    /// while others go on. Every recipient is given as it was at one moment; whom a node held and may
+    /// have started says so. As slow as `to` is.
+    async fn export(&self, to: tokio::sync::mpsc::Sender<Piece>, now: Timestamp) -> Result<()>;
+
+    /// Takes in a piece of another store. The first is refused unless this one is empty and of as many
+    /// partitions; until the last has come nobody else opens it. What was not ended is paused.
+    async fn import(&self, piece: Piece, now: Timestamp) -> Result<()>;
 
     // ---- reading ------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ pub(super) struct Scripts {
     pub(super) trim: Lua,
     pub(super) erase: Lua,
     pub(super) patch: Lua,
+    pub(super) scan: Lua,
 }
 
 impl Scripts {
@@ -59,6 +60,7 @@ impl Scripts {
             trim: Lua::new(include_str!("trim.lua")),
             erase: Lua::new(include_str!("erase.lua")),
             patch: Lua::new(include_str!("patch.lua")),
+            scan: Lua::new(include_str!("scan.lua")),
         }
     }
 }

@@ -688,7 +688,7 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
         ask.arg("SMISMEMBER").arg(keys::suppressed(books.partition));
         for (account, email) in some {
             // Under the address, and under what an erasure left of it.
-            let name = books.inner.eraser.name(account, email);
+            let name = books.inner.eraser().name(account, email);
             for name in [email, &name] {
                 ask.arg(&keys::address_hash(account, name)[..]);
             }

@@ -10,7 +10,9 @@ mod cache;
 mod calls;
 mod commit;
 mod erase;
+mod export;
 mod feeds;
+mod import;
 mod keys;
 mod lease;
 mod link;
@@ -35,7 +37,7 @@ use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
-    NewLot, NewPart, Note, Page, PartEnd, PartTurn, RangeRef, RecipientQuery, RecipientRow,
+    NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
     Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
     SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
@@ -47,10 +49,10 @@ use link::Link;
 use model::{BatchId, JournalId, MessageId, Partition, Seq, Timestamp};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// How often another process's changes are looked for.
 const POLL: Duration = Duration::from_millis(100);
@@ -89,7 +91,8 @@ struct Inner {
     clock: Clock,
     scripts: Scripts,
     cache: Cache,
-    eraser: Eraser,
+    /// Another one after an import, which brings its own.
+    eraser: RwLock<Arc<Eraser>>,
     /// The batch served last, by queue and rank: the next lease begins after it.
     turns: Mutex<HashMap<Turn, BatchId>>,
     unreadable: AtomicU64,
@@ -120,6 +123,11 @@ impl Inner {
     /// Wakes those who wait in this process.
     fn wrote(&self) {
         self.written.send_modify(|count| *count += 1);
+    }
+
+    fn eraser(&self) -> Arc<Eraser> {
+        let eraser = self.eraser.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&eraser)
     }
 
     fn tries(&self) -> Tries {
@@ -178,6 +186,7 @@ impl RedisStore {
             standing.must_be_durable()?;
         }
         let partitions = server::partitions(&link, &options).await?;
+        import::must_be_whole(&link).await?;
         let eraser = server::eraser(&link).await?;
         let inner = Inner {
             link,
@@ -185,7 +194,7 @@ impl RedisStore {
             clock: options.clock,
             scripts: Scripts::new(),
             cache: Cache::new(),
-            eraser,
+            eraser: RwLock::new(Arc::new(eraser)),
             turns: Mutex::new(HashMap::new()),
             unreadable: AtomicU64::new(0),
             standing: watch::Sender::new(standing),
@@ -395,6 +404,14 @@ impl Store for RedisStore {
 
     async fn erase(&self, of: Erase, now: Timestamp) -> Result<Erased> {
         self.inner.erase(&of, now).await
+    }
+
+    async fn export(&self, to: mpsc::Sender<Piece>, now: Timestamp) -> Result<()> {
+        self.inner.export(&to, now).await
+    }
+
+    async fn import(&self, piece: Piece, now: Timestamp) -> Result<()> {
+        self.inner.import(piece, now).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

@@ -409,7 +409,7 @@ pub(super) fn write_lot(queue: &str, overrides: bool, hashes: &[u32], packed: &[
 }
 
 /// The queue, whether some have a tracking mode of their own, and the rows as they are packed.
-fn lot_parts(bytes: &[u8]) -> Option<(&str, bool, &[u8])> {
+pub(super) fn lot_parts(bytes: &[u8]) -> Option<(&str, bool, &[u8])> {
     let mut from = Reader(bytes);
     if from.byte()? != FORM {
         return None;

@@ -211,7 +211,7 @@ impl Inner {
     }
 
     /// The index map, in passes so that memory does not grow with the batch.
-    async fn write_maps(
+    pub(super) async fn write_maps(
         &self,
         batch: BatchId,
         lots: &BTreeMap<Partition, Vec<(LotNumber, u32)>>,
@@ -300,7 +300,7 @@ impl Inner {
     }
 
     /// Staged ranges are of list mail; those of a batch that goes first are moved.
-    async fn raise(&self, batch: BatchId, now: Timestamp) -> Result<()> {
+    pub(super) async fn raise(&self, batch: BatchId, now: Timestamp) -> Result<()> {
         for p in self.all_partitions() {
             let ids = self.ranges_of(p, batch).await?;
             for some in ids.chunks(LOTS) {

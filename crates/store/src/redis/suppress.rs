@@ -5,10 +5,11 @@
 
 use super::Inner;
 use super::books::{Books, Needs};
-use super::commit::Outcome;
+use super::commit::{Commit, Outcome};
 use super::keys;
 use super::link::answer;
 use super::record::new_version;
+use crate::erased;
 use crate::{Control, Page, Result, StoreError, Suppression, SuppressionQuery};
 use ::redis::{Cmd, Pipeline, Value};
 use model::{EventKind, Partition, Priority, SuppressionReason, Timestamp};
@@ -49,7 +50,7 @@ pub(super) const ANSWERS: usize = 2;
 
 /// Asks for all suppressions of an address: those under the address, and what is left of an erasure.
 pub(super) fn ask(pipeline: &mut Pipeline, of: &Inner, p: Partition, account: &str, email: &str) {
-    for name in [email, &of.eraser.name(account, email)] {
+    for name in [email, &of.eraser().name(account, email)] {
         pipeline
             .cmd("ZRANGEBYLEX")
             .arg(keys::suppressions(p, account))
@@ -73,7 +74,7 @@ pub(super) fn read_asked(
 }
 
 /// Reads a list of entries.
-fn read_all(account: &str, value: Value) -> Vec<Suppression> {
+pub(super) fn read_all(account: &str, value: Value) -> Vec<Suppression> {
     answer::list(value)
         .into_iter()
         .filter_map(answer::bytes)
@@ -95,8 +96,8 @@ pub(super) fn add(books: &mut Books<'_>, entry: Suppression, only_stronger: bool
         return;
     }
     let p = books.partition;
-    let name = books.inner.eraser.kept_under(&entry);
-    let kept_under = |old: &Suppression| books.inner.eraser.kept_under(old);
+    let name = books.inner.eraser().kept_under(&entry);
+    let kept_under = |old: &Suppression| books.inner.eraser().kept_under(old);
     let kept = |old: &Suppression| old.list != entry.list || kept_under(old) != name;
     for old in known.iter().filter(|old| !kept(old)) {
         let index = keys::suppressions(p, &entry.account);
@@ -129,7 +130,7 @@ pub(super) fn add(books: &mut Books<'_>, entry: Suppression, only_stronger: bool
 /// address that stay, the hash must be added again.
 pub(super) fn forget(books: &mut Books<'_>, entry: &Suppression) {
     let p = books.partition;
-    let name = books.inner.eraser.kept_under(entry);
+    let name = books.inner.eraser().kept_under(entry);
     let index = keys::suppressions(p, &entry.account);
     books.commit.write("ZREM", index, [member(entry, &name)]);
     let hash = keys::address_hash(&entry.account, &name);
@@ -186,6 +187,25 @@ impl Inner {
         Ok(())
     }
 
+    /// Writes a suppression of another store as it was kept there; nobody is told.
+    pub(super) async fn restore_suppression(&self, entry: &Suppression) -> Result<()> {
+        let own = Partition::of(&entry.account, &entry.email, self.partitions);
+        for p in self.all_partitions() {
+            // Whose address a name stands for nobody knows, so it is known wherever it may be.
+            if p != own && !erased::is_name(&entry.email) {
+                continue;
+            }
+            let mut commit = Commit::new(p);
+            let index = keys::suppressions(p, &entry.account);
+            commit.write("ZADD", index, [b"0".to_vec(), member(entry, &entry.email)]);
+            let hash = keys::address_hash(&entry.account, &entry.email);
+            commit.write("SADD", keys::suppressed(p), [hash]);
+            commit.write("SET", keys::suppressions_version(p), [new_version()]);
+            commit.run(self, false).await?;
+        }
+        Ok(())
+    }
+
     /// Removes those of an address: of one list, or all.
     pub(super) async fn unsuppress(
         &self,
@@ -217,7 +237,7 @@ impl Inner {
                 books.address_event(EventKind::SuppressionRemoved, account, email, data);
             }
             for entry in &kept {
-                let name = self.eraser.kept_under(entry);
+                let name = self.eraser().kept_under(entry);
                 let hash = keys::address_hash(account, &name);
                 books.commit.write("SADD", keys::suppressed(p), [hash]);
             }
@@ -281,6 +301,8 @@ impl Inner {
             items.extend(read_all(&query.account, self.link.short(&page).await?));
         }
         items.sort_by(|a, b| (&a.email, &a.list).cmp(&(&b.email, &b.list)));
+        // What came from another store may stand in several partitions.
+        items.dedup_by(|a, b| (&a.email, &a.list) == (&b.email, &b.list));
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         items.truncate(limit);
         let next = items.last().filter(|_| items.len() == limit).map(|last| {

@@ -454,7 +454,10 @@ fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) ->
     let of = |event: &StoredEvent| match event {
         StoredEvent::Fact { lot, .. } | StoredEvent::Unsent { lot, .. } => ids::split(*lot).0,
         StoredEvent::Batch { batch, .. } => *batch,
-        StoredEvent::Address { .. } | StoredEvent::Account { .. } | StoredEvent::Gone => 0,
+        StoredEvent::Address { .. }
+        | StoredEvent::Account { .. }
+        | StoredEvent::Gone
+        | StoredEvent::Told(_) => 0,
     };
     let mut batches: BTreeSet<BatchNo> = events.iter().map(of).collect();
     let batch = match batches.first() {

@@ -11,7 +11,7 @@ use super::writer::Step;
 use crate::erased::{self, Eraser};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::{Control, Erase, Erased, MIXED, Result, StoreError, Suppression};
-use model::{EventKind, SuppressionReason, Timestamp};
+use model::{Event, EventKind, SuppressionReason, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::time::Duration;
 
@@ -246,7 +246,9 @@ fn erase_events(
         EventKind::EmailCancelled,
     ]
     .iter()
-    .fold(0_i64, |mask, kind| mask | 1 << kind.code());
+    .fold(1_i64 << form::TOLD_BIT, |mask, kind| {
+        mask | 1 << kind.code()
+    });
     let blocks: Vec<(i64, i64, Vec<u8>)> = {
         let mut sql = step.connection.prepare_cached(
             "SELECT id, kinds & ?2, data FROM event WHERE id>?1 ORDER BY id LIMIT ?3",
@@ -272,6 +274,13 @@ fn erase_events(
                 StoredEvent::Unsent { lot, position, .. } => books
                     .cell(*lot, *position)?
                     .is_some_and(|cell| cell.erased()),
+                StoredEvent::Told(text) => {
+                    let event: Event = crate::backup::json(text)?;
+                    event.account == of.account
+                        && event
+                            .recipient
+                            .is_some_and(|person| person.email.to_lowercase() == of.email)
+                }
                 StoredEvent::Fact { .. }
                 | StoredEvent::Batch { .. }
                 | StoredEvent::Account { .. }

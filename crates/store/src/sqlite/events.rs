@@ -121,6 +121,9 @@ impl Telling<'_> {
         recorded_at: Timestamp,
         stored: &StoredEvent,
     ) -> Result<Option<Event>> {
+        if let StoredEvent::Told(text) = stored {
+            return self.told_before(seq, text);
+        }
         let Some(code) = stored.kind() else {
             return Ok(None);
         };
@@ -139,7 +142,7 @@ impl Telling<'_> {
             data: serde_json::from_str(data).unwrap_or_default(),
         };
         match stored {
-            StoredEvent::Gone => Ok(None),
+            StoredEvent::Gone | StoredEvent::Told(_) => Ok(None),
             StoredEvent::Address {
                 account,
                 email,
@@ -200,6 +203,17 @@ impl Telling<'_> {
                 Ok(self.of_recipient(told, seq, recorded_at, &head, *lot, logged.position)?)
             }
         }
+    }
+
+    /// An event of another store, under its number in this one.
+    fn told_before(&self, seq: i64, text: &str) -> Result<Option<Event>> {
+        let event: Event = crate::backup::json(text)?;
+        let query = self.query;
+        let wanted = query.account.as_ref().is_none_or(|of| *of == event.account)
+            && (query.kinds.is_empty() || query.kinds.contains(&event.kind))
+            && query.batch.is_none_or(|of| event.batch_id == Some(of));
+        let seq = ids::nat(seq);
+        Ok(wanted.then_some(Event { seq, ..event }))
     }
 
     /// Whether the query wants the events of this account that belong to no batch.

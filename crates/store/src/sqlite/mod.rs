@@ -14,8 +14,10 @@ mod db;
 mod due;
 mod erase;
 mod events;
+mod export;
 mod feeds;
 mod ids;
+mod import;
 mod lease;
 mod map;
 mod parts;
@@ -36,7 +38,7 @@ use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
-    NewLot, NewPart, Note, Page, PartEnd, PartTurn, RangeRef, RecipientQuery, RecipientRow,
+    NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
     Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
     SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
@@ -49,7 +51,7 @@ use rusqlite::OptionalExtension as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use writer::Writer;
 
 /// How often another process's changes are looked for.
@@ -130,6 +132,7 @@ impl SqliteStore {
         }
         let lock = db::lock(options)?;
         let mut connection = db::open_writer(options)?;
+        import::must_be_whole(&connection)?;
         let partitions = db::partitions(&connection)?;
         if options.role == Role::Mta {
             if partitions != options.partitions {
@@ -452,6 +455,17 @@ impl Store for SqliteStore {
         self.writer()?
             .write(move |step| erase::erase(step, &of, now))
             .await
+    }
+
+    async fn export(&self, to: mpsc::Sender<Piece>, now: Timestamp) -> Result<()> {
+        let partitions = self.partitions;
+        self.readers
+            .read(move |reading| export::export(reading, partitions, &to, now))
+            .await
+    }
+
+    async fn import(&self, piece: Piece, now: Timestamp) -> Result<()> {
+        import::import(self.writer()?, self.partitions, piece, now).await
     }
 
     async fn batch(&self, batch: BatchId) -> Result<Option<Batch>> {

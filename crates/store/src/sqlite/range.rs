@@ -9,7 +9,7 @@ use super::writer::Step;
 use crate::form::{self, Ref};
 use crate::{RangeRef, Result, StoreError};
 use model::{LotNumber, Partition, Status};
-use rusqlite::{Row, params};
+use rusqlite::{Connection, Row, params};
 use serde_json::json;
 
 /// The rank of what goes first.
@@ -88,6 +88,25 @@ pub(super) fn ranges(
             Ok(range)
         })
         .collect()
+}
+
+/// Looks at every range of a batch, one at a time.
+pub(super) fn parse(
+    connection: &Connection,
+    batch: BatchNo,
+    mut each: impl FnMut(&Range),
+) -> Result<()> {
+    let sql = format!("SELECT {COLUMNS} FROM work WHERE batch=?1");
+    let mut sql = connection.prepare_cached(&sql)?;
+    let mut rows = sql.query([batch])?;
+    while let Some(row) = rows.next()? {
+        let (mut range, refs) = read_range(row)?;
+        if let (Piece::Refs(all), Some(packed)) = (&mut range.piece, refs) {
+            *all = form::unpack_refs(&packed)?;
+        }
+        each(&range);
+    }
+    Ok(())
 }
 
 impl Range {

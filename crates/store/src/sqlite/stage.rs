@@ -123,7 +123,7 @@ fn hashes(emails: &[String]) -> Vec<u8> {
     form::pack_u32s(emails.iter().map(|email| address_hash(email)))
 }
 
-fn staged_no(connection: &Connection, batch: BatchId) -> Result<BatchNo> {
+pub(super) fn staged_no(connection: &Connection, batch: BatchId) -> Result<BatchNo> {
     let found: Option<(BatchNo, i64)> = connection
         .prepare_cached("SELECT no, state FROM batch WHERE id=?1")?
         .query_row([batch.to_bytes()], |row| Ok((row.get(0)?, row.get(1)?)))
@@ -151,6 +151,14 @@ pub(super) async fn commit(writer: &Writer, batch: NewBatch, now: Timestamp) -> 
     else {
         return Ok(());
     };
+    write_maps(writer, no, total).await?;
+    writer
+        .write(move |step| finish(step, no, &batch, now))
+        .await
+}
+
+/// Makes the index map of a staged batch, in short steps.
+pub(super) async fn write_maps(writer: &Writer, no: BatchNo, total: u32) -> Result<()> {
     let mut from = 0;
     while from < total {
         let until = total.min(from.saturating_add(PASS));
@@ -166,9 +174,7 @@ pub(super) async fn commit(writer: &Writer, batch: NewBatch, now: Timestamp) -> 
         }
         from = until;
     }
-    writer
-        .write(move |step| finish(step, no, &batch, now))
-        .await
+    Ok(())
 }
 
 /// The number of the staged batch; `None` when it is committed already.

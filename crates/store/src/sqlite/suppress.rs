@@ -120,6 +120,38 @@ pub(super) fn add(
     books.tell(&Control::Suppressed(entry))
 }
 
+/// Looks at every suppression, under the name under which it is kept.
+pub(super) fn each(
+    connection: &Connection,
+    mut each: impl FnMut(Suppression) -> Result<()>,
+) -> Result<()> {
+    let sql = format!("SELECT {COLUMNS} FROM suppression ORDER BY id");
+    let mut sql = connection.prepare(&sql)?;
+    let mut rows = sql.query([])?;
+    while let Some(row) = rows.next()? {
+        each(read(row)?)?;
+    }
+    Ok(())
+}
+
+/// Writes a suppression of another store as it was kept there; nobody is told.
+pub(super) fn restore(connection: &Connection, entry: &Suppression) -> Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT OR IGNORE INTO suppression (hash, account, email, list, reason, source, created_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            hash(&entry.account, &entry.email),
+            entry.account,
+            entry.email,
+            entry.list.as_deref().unwrap_or_default(),
+            entry.reason.code(),
+            entry.source,
+            entry.created_at.millis(),
+        ])?;
+    Ok(())
+}
+
 /// Removes those of an address: of one list, or all.
 pub(super) fn remove(
     books: &mut Books<'_, '_>,

@@ -3,6 +3,7 @@
 mod crash;
 mod engine;
 mod fixture;
+mod moving;
 mod redis;
 
 mod one_partition {
