@@ -119,6 +119,9 @@ async fn submit(store: &SqliteStore, recipients: u32) -> Result<()> {
         expires_at: None,
         tracking: TrackingMode::Individual,
         metadata: serde_json::json!({}),
+        held: false,
+        window: None,
+        guardrails: None,
     };
     let batch = NewBatch {
         head,
