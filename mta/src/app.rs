@@ -303,6 +303,7 @@ fn journal(config: &Config, fresh_id: JournalId) -> anyhow::Result<Journal> {
     let settings = JournalConfig {
         sync_interval: Some(config.journal.sync),
         max_bytes: config.journal.max_bytes,
+        retain: config.store.journal_retained(),
         ..JournalConfig::new(&config.journal.dir, "mta", fresh_id)
     };
     Journal::open(&settings, Arc::new(RealDisk)).context("the journal")

@@ -265,6 +265,7 @@ async fn open_journal(config: &Config, deps: &Deps) -> Result<Journal, StartErro
     let settings = JournalConfig {
         sync_interval: Some(config.journal.sync),
         max_bytes: config.journal.max_bytes,
+        retain: config.store.journal_retained(),
         ..JournalConfig::new(directory, "tracker", fresh_id)
     };
     Ok(blocking(move || Journal::open(&settings, Arc::new(RealDisk))).await??)

@@ -20,6 +20,8 @@ const BATCH: usize = 4_000;
 const LINGER: Duration = Duration::from_millis(50);
 /// How often the gauges are set while nothing happens.
 const IDLE: Duration = Duration::from_secs(1);
+/// How often it is asked whether the store may have forgotten something.
+const LOOK_BACK: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -59,8 +61,14 @@ impl<S: Store + ?Sized> Shipper<S> {
             return;
         };
         let mut pause = FIRST_PAUSE;
+        let mut seen = 0;
+        let mut looked = self.clock.instant();
         loop {
             self.measure();
+            if self.clock.instant() >= looked + LOOK_BACK {
+                looked = self.clock.instant();
+                after = self.look_back(after, &mut seen).await;
+            }
             let phase = self.wait(after).await;
             if phase == Phase::Ending && !self.has_more(after) {
                 break;
@@ -91,6 +99,7 @@ impl<S: Store + ?Sized> Shipper<S> {
             self.note_store(mark.as_ref().err());
             match mark {
                 Ok(mark) => {
+                    self.note_lost(mark);
                     self.journal.resume(mark, self.clock.instant());
                     return Some(mark);
                 }
@@ -173,6 +182,9 @@ impl<S: Store + ?Sized> Shipper<S> {
             .observe(took.as_secs_f64());
         self.note_store(shipped.as_ref().err());
         let shipped = shipped?;
+        if let Some(mark) = shipped.behind {
+            return Ok(self.rewind(after, mark));
+        }
         if shipped.unknown > 0 {
             tracing::info!(
                 hits = shipped.unknown,
@@ -181,6 +193,59 @@ impl<S: Store + ?Sized> Shipper<S> {
         }
         self.journal.shipped(through, self.clock.instant());
         Ok(through)
+    }
+
+    /// Finds out whether the store may have forgotten what it acknowledged; says after which record
+    /// to go on.
+    async fn look_back(&self, after: Seq, seen: &mut u64) -> Seq {
+        let upheavals = self.store.upheavals().await;
+        let Some(count) = upheavals.ok().filter(|count| count != seen) else {
+            return after;
+        };
+        let gauge = i64::try_from(count).unwrap_or(i64::MAX);
+        self.metrics.store_upheavals.set(gauge);
+        match self.store.high_water(self.journal.id()).await {
+            Ok(mark) => {
+                *seen = count;
+                if mark < after {
+                    self.rewind(after, mark)
+                } else {
+                    after
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the store does not tell how far it has the journal");
+                after
+            }
+        }
+    }
+
+    /// The store has this journal only through `mark`: what came after goes once more.
+    fn rewind(&self, after: Seq, mark: Seq) -> Seq {
+        tracing::error!(
+            mark,
+            shipped = after,
+            "the store has forgotten hits: they are shipped again"
+        );
+        let again = after.saturating_sub(mark);
+        self.metrics.facts_shipped_again.inc_by(again);
+        self.note_lost(mark);
+        self.journal.rewind(mark);
+        mark
+    }
+
+    /// Tells what a store that has the journal only through `mark` has lost for good.
+    fn note_lost(&self, mark: Seq) {
+        let lost = self.journal.missing_after(mark);
+        if lost > 0 {
+            tracing::error!(
+                lost,
+                mark,
+                "THE STORE LACKS HITS THAT IT HAD ACKNOWLEDGED, and the journal no longer has them: \
+                 is it an older copy, or has it lost data?"
+            );
+            self.metrics.facts_lost.inc_by(lost);
+        }
     }
 
     fn shipment(&self, pending: Pending) -> Shipment {

@@ -317,6 +317,12 @@ impl Journal {
         oldest.unwrap_or_else(|| lock(&self.shared.buffer).next_seq)
     }
 
+    /// Records after `mark` that are no longer here: what a store that has only those through `mark`
+    /// has lost for good.
+    pub fn missing_after(&self, mark: Seq) -> u64 {
+        self.oldest().saturating_sub(mark.saturating_add(1))
+    }
+
     /// Everything through `seq` is in the store: whole segments of such records are unlinked once
     /// that is `retain` ago. To be called from time to time even if nothing new was shipped.
     pub fn shipped(&self, seq: Seq, now: Instant) {

@@ -298,6 +298,18 @@ impl<L: Layer> Store for L {
         around(self, "setting", self.inner().setting(key, default)).await
     }
 
+    fn is_shared(&self) -> bool {
+        self.inner().is_shared()
+    }
+
+    async fn shares(&self, request: ShareRequest) -> Result<Vec<Share>> {
+        around(self, "shares", self.inner().shares(request)).await
+    }
+
+    async fn upheavals(&self) -> Result<u64> {
+        around(self, "upheavals", self.inner().upheavals()).await
+    }
+
     async fn check(&self) -> Result<()> {
         around(self, "check", self.inner().check()).await
     }

@@ -251,6 +251,23 @@ pub trait Store: Send + Sync + 'static {
     /// Puts events that belong to no recipient into the event stream, as one step.
     async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()>;
 
+    /// Whether several nodes may send out of this store, so that they have to share limits.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    /// Takes, renews or gives up shares of limits, in the order of the claims. The shares of all
+    /// nodes are never more than the whole: whoever comes has nothing until the others, at their
+    /// next claim, are content with less. One round trip.
+    async fn shares(&self, request: ShareRequest) -> Result<Vec<Share>> {
+        let whole = |claim: &ShareClaim| Share {
+            rate: f64::from(u8::from(claim.wanted)),
+            connections: if claim.wanted { claim.connections } else { 0 },
+            nodes: 1,
+        };
+        Ok(request.claims.iter().map(whole).collect())
+    }
+
     // ---- keeping ------------------------------------------------------------------------
 
     /// Takes one bounded step of retention: removes old events, then rows, statuses and contents of
@@ -323,6 +340,13 @@ pub trait Store: Send + Sync + 'static {
 
     /// Proves that a durable write is possible now (health).
     async fn check(&self) -> Result<()>;
+
+    /// How often the store was seen to change hands, or to come back without what it had, since it
+    /// was opened. After each rise what was acknowledged may be missing: whoever ships asks
+    /// [`Store::high_water`] again. To be asked every few seconds.
+    async fn upheavals(&self) -> Result<u64> {
+        Ok(0)
+    }
 
     /// What an answered write may be lost by, where that is more than a disk that lies: in an
     /// operator's words, as it was at the last [`Store::check`]. `None`: it is synced.

@@ -370,6 +370,44 @@ pub struct Shipped {
     pub lost: Vec<RangeRef>,
     /// Batches completed by it.
     pub completed: Vec<BatchId>,
+    /// The store has forgotten what it had acknowledged of this journal after this sequence: the
+    /// journal is to be shipped again from there. What had to do with it was not done.
+    pub behind: Option<Seq>,
+}
+
+/// What a node asks of limits that all nodes keep together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareRequest {
+    /// Who asks.
+    pub node: JournalId,
+    /// By the clock of the node.
+    pub now: Timestamp,
+    /// For how long it has what it gets; it asks again long before.
+    pub ttl: Duration,
+    /// Of which limits.
+    pub claims: Vec<ShareClaim>,
+}
+
+/// A wish for a share of a limit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareClaim {
+    /// Which limit.
+    pub key: Box<str>,
+    /// How many connections it allows, over all nodes.
+    pub connections: u32,
+    /// False: the node gives up what it has.
+    pub wanted: bool,
+}
+
+/// What a node has of a limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    /// Of the rate, from 0 to 1.
+    pub rate: f64,
+    /// How many of the connections.
+    pub connections: u32,
+    /// How many nodes want some of it.
+    pub nodes: u32,
 }
 
 /// A change of a batch by its owner.

@@ -110,6 +110,11 @@ impl RedisServer {
         self.port
     }
 
+    /// Where it keeps what it keeps.
+    pub fn directory(&self) -> &std::path::Path {
+        &self.directory
+    }
+
     /// Its address as a store's.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)

@@ -23,6 +23,7 @@ mod state;
 mod target;
 
 pub use state::{
-    Action, ConnEnd, Event, LimitView, Limited, Now, QueueConfig, QueueState, Remembered, Shares,
+    Action, Claim, ConnEnd, Event, LimitView, Limited, Now, QueueConfig, QueueState, Remembered,
+    Shares,
 };
 pub use target::DEPTH;

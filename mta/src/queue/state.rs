@@ -8,10 +8,12 @@ mod holds;
 mod leasing;
 mod limits;
 mod ranges;
+mod shares;
 mod snapshot;
 mod sources;
 
 pub use limits::{LimitView, Limited, Remembered};
+pub use shares::Claim;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -121,6 +123,13 @@ pub enum Event {
         /// Ranges that are no longer held.
         lost: Vec<RangeRef>,
     },
+    /// The store's answer to [`Action::Claim`].
+    LimitShares {
+        /// What was asked.
+        claims: Vec<Claim>,
+        /// In their order; none: the store did not answer.
+        answers: Option<Vec<store::Share>>,
+    },
     /// The store has these ranges back.
     HandedBack(Vec<RangeRef>),
     /// DNS has answered, or has not.
@@ -193,6 +202,8 @@ pub enum Action {
     Ask(Vec<Want>),
     /// Renew all leases.
     Renew,
+    /// Take, renew or give up shares of limits.
+    Claim(Vec<Claim>),
     /// Tell shipping of a range before anything of it is sent.
     Register {
         /// The range.
@@ -351,6 +362,10 @@ pub struct QueueState {
     look_at: Instant,
     renew_at: Instant,
     renewing: bool,
+    /// What the store has for this node and nobody here knows of.
+    strays: HashSet<RangeRef>,
+    /// None: limits are kept by this node alone.
+    shares: Option<shares::LimitShares>,
     /// The store had more than was leased.
     more: bool,
     /// Leased rows at which to ask again.
@@ -395,6 +410,8 @@ impl QueueState {
             look_at: now,
             renew_at: now,
             renewing: false,
+            strays: HashSet::new(),
+            shares: None,
             more: false,
             low_water: 0,
             draining: false,
@@ -509,6 +526,7 @@ impl QueueState {
             Event::Control(control) => self.on_control(&control, now, out),
             Event::Shaping(shaping) => self.on_shaping(shaping),
             Event::Shares(shares) => self.on_shares(shares),
+            Event::LimitShares { claims, answers } => self.on_limit_shares(&claims, answers, out),
             Event::Drain => self.on_drain(out),
         }
     }
@@ -520,6 +538,7 @@ impl QueueState {
         }
         self.start_resolves(now.instant, out);
         self.ask_store(now, out);
+        self.ask_shares(now, out);
         if self.draining && self.jobs.is_empty() && self.conns.is_empty() && self.ranges.is_empty()
         {
             out.push(Action::Drained);
@@ -575,11 +594,19 @@ impl QueueState {
                     remembered,
                     config,
                     started,
+                    shares,
                     ..
                 } = self;
                 let dest = dests.entry(destination.clone()).or_insert_with(|| {
                     let sources = config.pools.sources();
-                    let mut dest = Dest::new(Arc::clone(&policy), &sources, *started, now.instant);
+                    if let Some(shares) = shares.as_mut() {
+                        shares.hurry(now.instant);
+                    }
+                    let part = |source| {
+                        shares::first_part(shares.as_ref(), &(destination.clone(), source))
+                    };
+                    let mut dest =
+                        Dest::new(Arc::clone(&policy), &sources, part, *started, now.instant);
                     dest.warm_up(|source| config.warm_up(source, destination.as_str()), now);
                     dest.recall(
                         |source| remembered.remove(&(destination.clone(), source)),

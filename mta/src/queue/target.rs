@@ -12,7 +12,7 @@ use super::job::{ConnId, Policy, Trouble};
 use super::pace::Pace;
 use super::state::Appetite;
 use crate::resolve::Route;
-use crate::shaping::{self, InForce, Kept, Limiter, Pacer, SharedPacer, Warming};
+use crate::shaping::{self, InForce, Kept, Limiter, Pacer, Part, SharedPacer, Warming};
 use crate::tlspolicy::Security;
 
 /// Messages that a connection has at a time: one whose reply is awaited, one whose envelope went
@@ -64,6 +64,8 @@ pub(super) struct Target {
     pub(super) source: usize,
     /// What moves its limits, and those in force.
     pub(super) limiter: Limiter,
+    /// What of them is this node's.
+    part: Part,
     pub(super) in_force: InForce,
     /// When the next messages may start: a plan, which the permits enforce.
     pub(super) plan: Pacer,
@@ -169,6 +171,7 @@ impl Dest {
     pub(super) fn new(
         policy: Arc<Policy>,
         sources: &[usize],
+        part: impl Fn(usize) -> Part,
         started: Instant,
         now: Instant,
     ) -> Self {
@@ -176,7 +179,8 @@ impl Dest {
         let target = |&source: &usize| Target {
             source,
             limiter: Limiter::new(limits, now),
-            in_force: InForce::base(limits),
+            part: part(source),
+            in_force: part(source).of(InForce::base(limits)),
             plan: Pacer::exhausted(limits.rate, started),
             permits: Arc::new(Mutex::new(Pacer::exhausted(limits.rate, started))),
             opens: Pacer::exhausted(opening(limits), started),
@@ -375,11 +379,27 @@ impl Target {
 
     /// The limits of its limiter hold from now on.
     pub(super) fn take_over(&mut self) {
-        self.in_force = self.limiter.in_force();
         self.is_news = true;
-        if self.warm_rate < self.in_force.pace.per_second() {
-            self.in_force.pace = shaping::Pace::Even(self.warm_rate);
+        self.enforce();
+    }
+
+    /// This much of its limits is this node's from now on.
+    pub(super) fn set_part(&mut self, part: Part) {
+        self.part = part;
+        self.enforce();
+    }
+
+    /// What of its limits is this node's.
+    pub(super) fn part(&self) -> Part {
+        self.part
+    }
+
+    fn enforce(&mut self) {
+        let mut whole = self.limiter.in_force();
+        if self.warm_rate < whole.pace.per_second() {
+            whole.pace = shaping::Pace::Even(self.warm_rate);
         }
+        self.in_force = self.part.of(whole);
         let pace = self.in_force.pace;
         if self.plan.pace() != pace {
             self.plan.change(pace);

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::Ask;
 use super::asking::{Asking, Question};
 use super::limits::LimitNotes;
+use super::shares::Sharing;
 use crate::compose::{Composed, Composer, Contents, LoadError, Request};
 use crate::deliver::{Deliver, Plan};
 use crate::explain::troubles::Troubles;
@@ -38,6 +39,7 @@ pub(super) struct Parts {
     pub(super) ship: mpsc::Sender<ShipCommand>,
     pub(super) asking: Asking,
     pub(super) limits: LimitNotes,
+    pub(super) sharing: Sharing,
     pub(super) resolver: Arc<Resolver>,
     pub(super) policies: Arc<Policies>,
     pub(super) contents: Arc<Contents>,
@@ -309,6 +311,12 @@ impl Executor {
             Action::Throttled(destination, reason) => {
                 let label = self.parts.metrics.destination(destination.as_str());
                 self.parts.metrics.throttled(&label, reason).inc();
+            }
+            Action::Claim(claims) => {
+                if let Err(claims) = self.parts.sharing.ask(claims) {
+                    let answers = None;
+                    self.at_once.push(Event::LimitShares { claims, answers });
+                }
             }
             Action::Keep(limits) => self.parts.limits.keep(limits, self.now()),
             Action::Drained => self.drained = true,

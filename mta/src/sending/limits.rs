@@ -92,7 +92,7 @@ impl LimitNotes {
             let value = kept.map(|kept| kept.to_note()).unwrap_or_default();
             self.send(News::Note(Note {
                 kind: KIND.into(),
-                key: format!("{destination}{BETWEEN}{source}").into(),
+                key: key(&destination, source),
                 value: value.into(),
                 expires_at: Some(now.wall + KEPT_FOR),
             }));
@@ -104,6 +104,11 @@ impl LimitNotes {
             tracing::debug!("the store is behind with what became of limits");
         }
     }
+}
+
+/// A destination as one source sees it, as a key in the store.
+pub(super) fn key(destination: &Destination, source: &str) -> Box<str> {
+    format!("{destination}{BETWEEN}{source}").into()
 }
 
 /// What was kept by former runs, and by other nodes with the same sources.

@@ -6,6 +6,7 @@
 mod asking;
 mod executor;
 mod limits;
+mod shares;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -277,7 +278,10 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         troubles: Arc::clone(&troubles),
         traces,
     };
-    let state = QueueState::new(config(&deps), Arc::clone(&view), fastrand::u64(..), now);
+    let mut state = QueueState::new(config(&deps), Arc::clone(&view), fastrand::u64(..), now);
+    if deps.store.is_shared() {
+        state.share_limits();
+    }
     let executor = Executor::new(Parts {
         state,
         events,
@@ -292,6 +296,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
             &deps.tasks,
             deps.shutdown.clone(),
         ),
+        sharing: shares::Sharing::start(&deps, &queue),
         queue: queue.clone(),
         resolver,
         policies,

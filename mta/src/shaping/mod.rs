@@ -10,6 +10,7 @@ mod laws;
 mod limiter;
 mod memory;
 mod pacer;
+mod part;
 #[cfg(test)]
 mod sample;
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod warmup;
 pub use limiter::{Because, Change, Heard, InForce, Limiter, Reason, Sign};
 pub use memory::{Kept, Moment};
 pub use pacer::{Pace, Pacer};
+pub use part::Part;
 pub use spread::Spread;
 pub use warmup::{HeldDays, Warming};
 

@@ -108,6 +108,14 @@ impl Ledger {
         }
     }
 
+    /// The store may have forgotten how far windows went: all of them are told again.
+    pub(super) fn repeat(&mut self) {
+        for (id, entry) in &mut self.ranges {
+            entry.window = 0;
+            self.moved.insert(*id);
+        }
+    }
+
     /// The range is another's, or was handed back.
     pub(super) fn forget(&mut self, range: RangeRef) {
         let Some(entry) = self.ranges.remove(&range) else {

@@ -30,6 +30,9 @@ const RELEASES_MAX: usize = 200;
 /// How often what needs no new fact is looked after.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// How often it is asked whether the store may have forgotten something.
+const LOOK_BACK: Duration = Duration::from_secs(2);
+
 /// What the queue asks of shipping.
 #[derive(Debug)]
 pub enum ShipCommand {
@@ -78,6 +81,11 @@ pub struct Shipper {
     /// Everything through here is in the store.
     shipped: Seq,
     starts: Recovered,
+    /// The ledger has the reports through here.
+    reported: Seq,
+    /// As many upheavals of the store are dealt with.
+    upheavals: u64,
+    looked_back: Option<Instant>,
     releases: Vec<(Seq, Release)>,
     backoff: Duration,
     /// When the last shipment began.
@@ -100,12 +108,16 @@ impl Shipper {
     /// A shipper that goes on after `mark`, the store's high-water mark for this journal.
     /// `starts` is what the journal knows of transactions in flight.
     pub fn new(deps: ShipDeps<dyn Store>, mark: Seq, starts: Recovered) -> Self {
+        note_lost(&deps.journal, &deps.metrics, mark);
         deps.journal.resume(mark, deps.clock.instant());
         Self {
             deps,
             ledger: Ledger::default(),
             shipped: mark,
             starts,
+            reported: mark,
+            upheavals: 0,
+            looked_back: None,
             releases: Vec::new(),
             backoff: BACKOFF.0,
             began: None,
@@ -173,6 +185,7 @@ impl Shipper {
             if self.finishing && self.is_done() {
                 break;
             }
+            self.look_back().await;
             if let Err(error) = self.ship_some(true).await {
                 tracing::error!(%error, "the journal cannot be read, nothing is shipped");
                 tokio::time::sleep(BACKOFF.1).await;
@@ -304,6 +317,10 @@ impl Shipper {
             .metrics
             .store_seconds("ship")
             .observe(took.as_secs_f64());
+        if let Some(mark) = shipped.behind {
+            self.rewind(mark);
+            return Ok(());
+        }
         self.arrived(pending.through, &moves, shipped, tells_queue)
             .await;
         Ok(())
@@ -318,7 +335,10 @@ impl Shipper {
             }
             match Fact::from_bytes(&record.payload) {
                 Ok(fact) => {
-                    if let Fact::Attempt(attempt) = &fact {
+                    // What is shipped again may be about a recipient that was leased anew since.
+                    if let Fact::Attempt(attempt) = &fact
+                        && record.seq > self.reported
+                    {
                         self.ledger.report(attempt.message.batch, attempt.place);
                     }
                     facts.push((record.seq, fact));
@@ -328,7 +348,57 @@ impl Shipper {
                 }
             }
         }
+        let last = records.last().map_or(0, |record| record.seq);
+        self.reported = self.reported.max(last);
         facts
+    }
+
+    /// Finds out whether the store may have forgotten what it acknowledged, and ships it again.
+    async fn look_back(&mut self) {
+        let now = self.deps.clock.instant();
+        if self.looked_back.is_some_and(|at| now < at + LOOK_BACK) {
+            return;
+        }
+        self.looked_back = Some(now);
+        let seen = match self.deps.store.upheavals().await {
+            Ok(seen) => seen,
+            Err(error) => {
+                tracing::debug!(%error, "the store does not tell its past");
+                return;
+            }
+        };
+        let gauge = i64::try_from(seen).unwrap_or(i64::MAX);
+        self.deps.metrics.store_upheavals.set(gauge);
+        if seen == self.upheavals {
+            return;
+        }
+        match self.deps.store.high_water(self.deps.journal.id()).await {
+            Ok(mark) => {
+                self.upheavals = seen;
+                self.ledger.repeat();
+                if mark < self.shipped {
+                    self.rewind(mark);
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the store does not tell how far it has the journal")
+            }
+        }
+    }
+
+    /// The store has this journal only through `mark`: what came after goes once more.
+    fn rewind(&mut self, mark: Seq) {
+        let again = self.shipped.saturating_sub(mark);
+        tracing::error!(
+            mark,
+            shipped = self.shipped,
+            "the store has forgotten facts: they are shipped again"
+        );
+        self.deps.metrics.facts_shipped_again.inc_by(again);
+        note_lost(&self.deps.journal, &self.deps.metrics, mark);
+        self.deps.journal.rewind(mark);
+        self.shipped = mark;
+        self.ledger.repeat();
     }
 
     async fn arrived(&mut self, through: Seq, moves: &Moves, shipped: Shipped, tells_queue: bool) {
@@ -426,6 +496,20 @@ impl Shipper {
         self.deps.metrics.store_up.set(0);
         tokio::time::sleep(self.backoff).await;
         self.backoff = (self.backoff * 2).min(BACKOFF.1);
+    }
+}
+
+/// Tells what a store that has a journal only through `mark` has lost for good.
+fn note_lost(journal: &Journal, metrics: &Metrics, mark: Seq) {
+    let lost = journal.missing_after(mark);
+    if lost > 0 {
+        tracing::error!(
+            lost,
+            mark,
+            "THE STORE LACKS FACTS THAT IT HAD ACKNOWLEDGED, and the journal no longer has them: \
+             is it an older copy, or has it lost data?"
+        );
+        metrics.facts_lost.inc_by(lost);
     }
 }
 

@@ -165,6 +165,21 @@ pub(super) const ERASURE_OLDEST_SECONDS: Family = family(
     "How long the oldest order to erase a person has been waiting",
     &[],
 );
+pub(super) const STORE_UPHEAVALS: Family = family(
+    "hikyaku_store_upheavals",
+    "How often the store was seen to change hands or to come back without what it had, since the start",
+    &[],
+);
+pub(super) const FACTS_SHIPPED_AGAIN: Family = family(
+    "hikyaku_facts_shipped_again_total",
+    "Records shipped once more, to a store that had forgotten them",
+    &[],
+);
+pub(super) const FACTS_LOST: Family = family(
+    "hikyaku_facts_lost_total",
+    "Records that the store has forgotten and the journal no longer keeps",
+    &[],
+);
 pub(super) const TRACKER_REQUESTS: Family = family(
     "hikyaku_tracker_requests_total",
     "Requests to the tracker",

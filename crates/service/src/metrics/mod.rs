@@ -75,6 +75,12 @@ pub struct Metrics {
     pub retired: Resolved<Kept, IntCounter>,
     /// `hikyaku_erasure_oldest_seconds`: how long somebody has been waiting to be erased.
     pub erasure_oldest_seconds: Gauge,
+    /// `hikyaku_store_upheavals`: how often the store may have forgotten what it acknowledged.
+    pub store_upheavals: IntGauge,
+    /// `hikyaku_facts_shipped_again_total`
+    pub facts_shipped_again: IntCounter,
+    /// `hikyaku_facts_lost_total`
+    pub facts_lost: IntCounter,
     /// `hikyaku_tracker_requests_total[kind,result]`
     pub tracker_requests: Resolved2<TrackerKind, TrackerResult, IntCounter>,
     /// `hikyaku_tracker_seconds[kind]`
@@ -120,6 +126,9 @@ impl Metrics {
             egress_source_up: r.gauges(&families::EGRESS_SOURCE_UP),
             store_unreadable_ranges: r.int_gauge(&families::STORE_UNREADABLE_RANGES),
             retired: Resolved::of(&r.counters(&families::RETIRED)),
+            store_upheavals: r.int_gauge(&families::STORE_UPHEAVALS),
+            facts_shipped_again: r.int_counter(&families::FACTS_SHIPPED_AGAIN),
+            facts_lost: r.int_counter(&families::FACTS_LOST),
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
@@ -267,6 +276,12 @@ impl Registration {
         let counters = IntCounterVec::new(of.options(), of.labels).expect(CONSTANT);
         self.enter(of.name, &counters);
         counters
+    }
+
+    fn int_counter(&mut self, of: &families::Family) -> IntCounter {
+        let counter = IntCounter::with_opts(of.options()).expect(CONSTANT);
+        self.enter(of.name, &counter);
+        counter
     }
 
     fn gauges(&mut self, of: &families::Family) -> IntGaugeVec {

@@ -1,19 +1,34 @@
 #!lua
 -- One step in one partition: every check holds and every write is done, or nothing is.
--- KEYS: the keys, named below by number. ARGV: the number of checks, the checks, the writes.
--- Answers {1, last event number, what each count left open ...} or {0, the key that had changed}.
-local call, at = redis.call, 2
+-- KEYS: the generation, then the keys, named below by number. ARGV: the generation, the number of
+-- checks, the checks, the writes.
+-- Answers {1, last event number, what each count left open ...}, {0, the key that had changed}, {2}
+-- on another store than the one that was opened, or {3, milliseconds} while nothing is leased.
+local call, at = redis.call, 3
+if call('GET', KEYS[1]) ~= ARGV[1] then return {2} end
 local function take()
   local value = ARGV[at]
   at = at + 1
   return value
 end
 
-for _ = 1, tonumber(ARGV[1]) do
+for _ = 1, tonumber(ARGV[2]) do
   local kind, key = take(), KEYS[tonumber(take())]
   if kind == 'V' then
     -- The version, or nothing where there must be nothing.
     if call('GETRANGE', key, 0, 7) ~= take() then return {0, key} end
+  elseif kind == 'P' then
+    -- The primary is still the one that has all leases, or they have run out since.
+    local lasts = tonumber(take())
+    local id = string.match(call('INFO', 'replication'), 'master_replid:(%x+)') or ''
+    local known, quiet = string.match(call('GET', key) or '', '^(%x*) (%d+)$')
+    local time = call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    if known ~= id then
+      call('SET', key, id .. ' ' .. string.format('%.0f', now + lasts))
+      return {3, lasts}
+    end
+    if tonumber(quiet) > now then return {3, tonumber(quiet) - now} end
   elseif kind == 'B' then
     -- Some bytes from some place on.
     local from, expected = take(), take()

@@ -15,6 +15,7 @@ use crate::{Control, Result, StoreError};
 use ::redis::{Cmd, ErrorKind, Pipeline, Script, ServerErrorKind, Value};
 use model::{Event, Partition, Timestamp};
 use std::collections::HashMap;
+use std::time::Duration;
 
 /// How long control items are kept, in milliseconds: a node that was away longer starts anew.
 const CONTROL_KEPT: i64 = 24 * 60 * 60 * 1000;
@@ -48,6 +49,8 @@ pub(super) struct Scripts {
     pub(super) erase: Lua,
     pub(super) patch: Lua,
     pub(super) scan: Lua,
+    pub(super) past: Lua,
+    pub(super) share: Lua,
 }
 
 impl Scripts {
@@ -61,6 +64,8 @@ impl Scripts {
             erase: Lua::new(include_str!("erase.lua")),
             patch: Lua::new(include_str!("patch.lua")),
             scan: Lua::new(include_str!("scan.lua")),
+            past: Lua::new(include_str!("past.lua")),
+            share: Lua::new(include_str!("share.lua")),
         }
     }
 }
@@ -73,6 +78,8 @@ pub(super) enum Outcome {
     Done { seq: u64, open: Vec<i64> },
     /// Something that it had read was changed meanwhile: nothing was done.
     Conflict,
+    /// The primary has changed: nothing is leased for so many milliseconds.
+    Quiet(u64),
 }
 
 /// A step being put together.
@@ -93,7 +100,7 @@ impl Commit {
     pub(super) fn new(partition: Partition) -> Self {
         Self {
             partition,
-            keys: Vec::new(),
+            keys: vec![keys::generation(partition)],
             numbers: HashMap::new(),
             checks: Vec::new(),
             checked: 0,
@@ -120,6 +127,15 @@ impl Commit {
         let key = self.key(key);
         let version = version.map_or(Vec::new(), |version| version.to_vec());
         self.checks.extend([b"V".to_vec(), key, version]);
+        self.checked += 1;
+    }
+
+    /// The primary has not changed, or so long ago that every lease has run out since. Leases of
+    /// this length are given: another node keeps quiet as long when it finds another primary.
+    pub(super) fn check_quiet(&mut self, lasts: Duration) {
+        let key = self.key(keys::history(self.partition));
+        self.checks
+            .extend([b"P".to_vec(), key, text(lasts.as_millis())]);
         self.checked += 1;
     }
 
@@ -243,15 +259,28 @@ impl Commit {
                 open: Vec::new(),
             });
         }
-        let mut arguments = vec![text(self.checked)];
+        let generation = inner.past.generation().as_bytes().to_vec();
+        let mut arguments = vec![generation, text(self.checked)];
         arguments.extend(self.checks);
         arguments.extend(self.writes);
         let answer = inner
-            .script(&inner.scripts.commit, &self.keys, &arguments, safe)
+            .script(
+                &inner.scripts.commit,
+                self.partition,
+                &self.keys,
+                &arguments,
+                safe,
+            )
             .await?;
         let mut parts = answer::list(answer).into_iter();
-        if parts.next().map(answer::number) != Some(1) {
-            return Ok(Outcome::Conflict);
+        match parts.next().map(answer::number) {
+            Some(1) => {}
+            Some(2) => return Err(inner.past.is_another(self.partition)),
+            Some(3) => {
+                let left = parts.next().map_or(0, answer::number);
+                return Ok(Outcome::Quiet(u64::try_from(left).unwrap_or(0)));
+            }
+            _ => return Ok(Outcome::Conflict),
         }
         let seq = parts.next().map_or(0, answer::number);
         Ok(Outcome::Done {
@@ -285,15 +314,17 @@ impl Inner {
     pub(super) async fn script(
         &self,
         script: &Lua,
+        partition: Partition,
         keys: &[String],
         arguments: &[Vec<u8>],
         safe: bool,
     ) -> Result<Value> {
-        let by_hash = self.pipeline("EVALSHA", script.script.get_hash(), keys, arguments, safe);
+        let safe = safe && self.past.has_replicas(partition);
+        let by_hash = pipeline("EVALSHA", script.script.get_hash(), keys, arguments, safe);
         let answers = match self.link.bulk_raw(&by_hash).await? {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
                 // A server that was started or became the primary since.
-                let whole = self.pipeline("EVAL", script.code, keys, arguments, safe);
+                let whole = pipeline("EVAL", script.code, keys, arguments, safe);
                 self.link.bulk(&whole).await?
             }
             answers => answers?,
@@ -303,33 +334,42 @@ impl Inner {
         if let Some(replicas) = answers.next().map(answer::number)
             && replicas == 0
         {
-            return Err(StoreError::Unavailable(format!(
-                "redis: no replica had a write within {REPLICATED_MS} ms"
-            )));
+            return Err(not_replicated());
         }
         Ok(answer)
     }
+}
 
-    fn pipeline(
-        &self,
-        command: &str,
-        script: &str,
-        keys: &[String],
-        arguments: &[Vec<u8>],
-        safe: bool,
-    ) -> Pipeline {
-        let mut run = Cmd::new();
-        run.arg(command).arg(script).arg(keys.len()).arg(keys);
-        for argument in arguments {
-            run.arg(argument);
-        }
-        let mut pipeline = Pipeline::new();
-        pipeline.add_command(run);
-        if safe && self.has_replicas() {
-            pipeline.cmd("WAIT").arg(1).arg(REPLICATED_MS);
-        }
-        pipeline
+fn pipeline(
+    command: &str,
+    script: &str,
+    keys: &[String],
+    arguments: &[Vec<u8>],
+    safe: bool,
+) -> Pipeline {
+    let mut run = Cmd::new();
+    run.arg(command).arg(script).arg(keys.len()).arg(keys);
+    for argument in arguments {
+        run.arg(argument);
     }
+    let mut pipeline = Pipeline::new();
+    pipeline.add_command(run);
+    if safe {
+        wait(&mut pipeline);
+    }
+    pipeline
+}
+
+/// Asks for the number of replicas that have what was written, one at least if that can be.
+pub(super) fn wait(pipeline: &mut Pipeline) {
+    pipeline.cmd("WAIT").arg(1).arg(REPLICATED_MS);
+}
+
+/// No replica had a write in time.
+pub(super) fn not_replicated() -> StoreError {
+    StoreError::Unavailable(format!(
+        "redis: no replica had a write within {REPLICATED_MS} ms"
+    ))
 }
 
 #[cfg(test)]

@@ -312,7 +312,13 @@ impl Inner {
         ];
         let keys = [keys::events(Partition(partition))];
         let answer = self
-            .script(&self.scripts.erase, &keys, &arguments, false)
+            .script(
+                &self.scripts.erase,
+                Partition(partition),
+                &keys,
+                &arguments,
+                false,
+            )
             .await?;
         let last = answer::list(answer)
             .into_iter()

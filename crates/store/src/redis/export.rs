@@ -124,7 +124,7 @@ impl Inner {
             let keys = [keys::meta(p)];
             let arguments = [cursor.into_bytes(), format!("{pattern}*").into_bytes()];
             let answer = self
-                .script(&self.scripts.scan, &keys, &arguments, false)
+                .script(&self.scripts.scan, p, &keys, &arguments, false)
                 .await?;
             let mut parts = answer::list(answer).into_iter();
             let next = parts.next().and_then(answer::bytes).unwrap_or_default();

@@ -76,6 +76,10 @@ keys! {
     filed(batch: BatchId) = "of:{}";
     /// Those that are not committed, by when something was last staged.
     staged() = "staged";
+    /// The store to which the partition belongs.
+    generation() = "gen";
+    /// The primary that leases know, and until when nothing is leased.
+    history() = "hist";
     /// A call that takes effect once.
     call(account: &str, key: &str) = "call:{}\0{}";
     /// When calls may be forgotten.

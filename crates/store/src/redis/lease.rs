@@ -143,6 +143,7 @@ impl Inner {
             if picks.is_empty() {
                 break;
             }
+            self.past.note_quiet(false);
             let taken = self.take(&found, &picks, terms, request.now).await?;
             for (wish, range) in taken {
                 if let Some(wish) = wishes.get_mut(wish) {
@@ -151,7 +152,7 @@ impl Inner {
                 }
                 leased.push(range);
             }
-            if wishes.iter().all(|wish| wish.left == 0) {
+            if self.past.is_quiet() || wishes.iter().all(|wish| wish.left == 0) {
                 break;
             }
         }
@@ -194,7 +195,7 @@ impl Inner {
             async move {
                 let keys = [keys::queues(p)];
                 let answer = self
-                    .script(&self.scripts.look, &keys, &arguments, false)
+                    .script(&self.scripts.look, p, &keys, &arguments, false)
                     .await?;
                 read_found(p, answer)
             }
@@ -303,6 +304,7 @@ impl Inner {
                 taken.push((order, pick.wish, leased));
             }
         }
+        books.commit.check_quiet(terms.ttl);
         self.finish(books, taken, now).await
     }
 
@@ -311,6 +313,10 @@ impl Inner {
         let (commit, told) = books.close(None, 0)?;
         match commit.run(self, true).await? {
             Outcome::Conflict => Ok(Vec::new()),
+            Outcome::Quiet(_) => {
+                self.past.note_quiet(true);
+                Ok(Vec::new())
+            }
             Outcome::Done { seq, open } => {
                 self.completions(&told, &open, now, seq).await?;
                 Ok(leased)
@@ -379,10 +385,20 @@ impl Inner {
                     leased.extend(take_of(&mut books, range, usize::MAX, terms)?);
                 }
             }
+            books.commit.check_quiet(terms.ttl);
             let (commit, told) = books.close(None, 0)?;
-            if let Outcome::Done { seq, open } = commit.run(self, true).await? {
-                self.completions(&told, &open, now, seq).await?;
-                return Ok(leased);
+            match commit.run(self, true).await? {
+                Outcome::Conflict => {}
+                Outcome::Done { seq, open } => {
+                    self.completions(&told, &open, now, seq).await?;
+                    return Ok(leased);
+                }
+                // What another node took over may be forgotten.
+                Outcome::Quiet(left) => {
+                    return Err(StoreError::Unavailable(format!(
+                        "redis: the primary has changed, nothing is leased for another {left} ms"
+                    )));
+                }
             }
         }
         Ok(Vec::new())

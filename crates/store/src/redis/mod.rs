@@ -17,10 +17,12 @@ mod keys;
 mod lease;
 mod link;
 mod parts;
+mod past;
 mod read;
 mod record;
 mod retire;
 mod server;
+mod share;
 mod shared;
 mod ship;
 mod stage;
@@ -38,8 +40,8 @@ use crate::{
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
     NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
-    Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -47,6 +49,7 @@ use commit::Scripts;
 use lease::Turn;
 use link::Link;
 use model::{BatchId, JournalId, MessageId, Partition, Seq, Timestamp};
+use past::Past;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,6 +99,7 @@ struct Inner {
     /// The batch served last, by queue and rank: the next lease begins after it.
     turns: Mutex<HashMap<Turn, BatchId>>,
     unreadable: AtomicU64,
+    past: Past,
     standing: watch::Sender<Standing>,
     /// Counts what this process wrote.
     written: watch::Sender<u64>,
@@ -106,10 +110,6 @@ impl Inner {
         (0..=u8::MAX)
             .take(usize::from(self.partitions))
             .map(Partition)
-    }
-
-    fn has_replicas(&self) -> bool {
-        self.standing.borrow().replicas > 0
     }
 
     fn count_unreadable(&self) {
@@ -185,21 +185,29 @@ impl RedisStore {
         if options.require_durable {
             standing.must_be_durable()?;
         }
-        let partitions = server::partitions(&link, &options).await?;
         import::must_be_whole(&link).await?;
+        let made = server::made(&link, &options).await?;
+        let of = (&*made.generation, made.before);
+        let missing = past::settle(&link, made.partitions, of).await?;
+        server::is_made(&link).await?;
         let eraser = server::eraser(&link).await?;
         let inner = Inner {
             link,
-            partitions,
+            partitions: made.partitions,
             clock: options.clock,
             scripts: Scripts::new(),
             cache: Cache::new(),
             eraser: RwLock::new(Arc::new(eraser)),
             turns: Mutex::new(HashMap::new()),
             unreadable: AtomicU64::new(0),
+            past: Past::new(made.generation, missing),
             standing: watch::Sender::new(standing),
             written: watch::Sender::new(0),
         };
+        inner.look_back().await?;
+        if !made.before {
+            inner.begin_history().await?;
+        }
         if options.role == Role::Mta {
             let now = Timestamp::from_millis(inner.wall().await?);
             inner.abandon_leftovers(now).await?;
@@ -394,6 +402,14 @@ impl Store for RedisStore {
         self.inner.job_lease(job, node, now, ttl).await
     }
 
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    async fn shares(&self, request: ShareRequest) -> Result<Vec<Share>> {
+        self.inner.shares(&request).await
+    }
+
     async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
         self.inner.announce(news, now).await
     }
@@ -467,7 +483,21 @@ impl Store for RedisStore {
         self.inner.check().await
     }
 
+    async fn upheavals(&self) -> Result<u64> {
+        match self.inner.look_again().await {
+            // That is one of them.
+            Ok(()) | Err(StoreError::Damaged(_)) => Ok(self.inner.past.upheavals()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn caveat(&self) -> Option<String> {
-        self.inner.standing.borrow().weakness()
+        let weakness = self.inner.standing.borrow().weakness();
+        let quiet =
+            self.inner.past.quiet_for().map(|left| {
+                format!("the primary has changed: nothing is leased for another {left} s")
+            });
+        let both: Vec<String> = quiet.into_iter().chain(weakness).collect();
+        (!both.is_empty()).then(|| both.join("; "))
     }
 }

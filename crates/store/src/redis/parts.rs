@@ -447,7 +447,7 @@ impl Inner {
         for (number, piece) in (first / MAP_CHUNK..).zip(places.chunks(chunk)) {
             let arguments = [number.to_string().into_bytes(), piece.to_vec()];
             let keys = [keys::of_batch(batch, "map")];
-            self.script(&self.scripts.patch, &keys, &arguments, false)
+            self.script(&self.scripts.patch, HOME, &keys, &arguments, false)
                 .await?;
         }
         Ok(())

@@ -143,7 +143,7 @@ impl Inner {
             ];
             async move {
                 let keys = [keys::queues(p)];
-                self.script(&self.scripts.survey, &keys, &arguments, false)
+                self.script(&self.scripts.survey, p, &keys, &arguments, false)
                     .await
             }
         });
@@ -447,7 +447,7 @@ impl Inner {
             .collect();
         let hash = [short_hash(email).to_le_bytes().to_vec()];
         let found = self
-            .script(&self.scripts.find, &keys_of, &hash, false)
+            .script(&self.scripts.find, p, &keys_of, &hash, false)
             .await?;
         let numbers = answer::list(found).into_iter().map(answer::number);
         let key = |number: i64| some.get(usize::try_from(number - 1).ok()?).copied();

@@ -112,7 +112,7 @@ impl Inner {
                     EVENTS.to_string().into_bytes(),
                 ];
                 let answer = self
-                    .script(&self.scripts.trim, &keys, &arguments, false)
+                    .script(&self.scripts.trim, p, &keys, &arguments, false)
                     .await?;
                 let mut parts = answer::list(answer).into_iter().map(answer::number);
                 let gone = u64::try_from(parts.next().unwrap_or(0)).unwrap_or(0);

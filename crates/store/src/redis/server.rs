@@ -8,7 +8,7 @@ use super::{Inner, RedisOptions};
 use crate::erased::{self, Eraser};
 use crate::sqlite::Role;
 use crate::{Result, StoreError};
-use ::redis::{Cmd, Pipeline};
+use ::redis::{Cmd, Pipeline, Value};
 use std::collections::BTreeSet;
 
 /// The version of everything that is stored: another one is not touched.
@@ -79,7 +79,11 @@ fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 /// Asks how the server stands.
 pub(super) async fn standing(link: &Link) -> Result<Standing> {
     let mut info = Cmd::new();
-    info.arg("INFO").arg("everything");
+    info.arg("INFO")
+        .arg("server")
+        .arg("memory")
+        .arg("persistence")
+        .arg("replication");
     let mut standing: Option<Standing> = None;
     for answered in link.everywhere(&info).await? {
         let text = answer::bytes(answered).unwrap_or_default();
@@ -145,8 +149,61 @@ fn weaker(mut a: Standing, b: Standing) -> Standing {
     }
 }
 
-/// In how many partitions recipients live; fixed by whoever comes first.
-pub(super) async fn partitions(link: &Link, options: &RedisOptions) -> Result<u16> {
+/// How the server of a partition stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Shard {
+    /// Which history of writes it tells.
+    pub(super) history: String,
+    /// Replicas that are connected to it.
+    pub(super) replicas: u64,
+    /// To which store the partition belongs.
+    pub(super) generation: String,
+    /// For how many seconds nothing is leased.
+    pub(super) quiet_for: i64,
+}
+
+/// How many replicas a server says that it has.
+pub(super) fn replicas(info: &[u8]) -> u64 {
+    field(&String::from_utf8_lossy(info), "connected_slaves")
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0)
+}
+
+/// Reads what `past.lua` answers.
+pub(super) fn read_shard(answered: Value) -> Shard {
+    let mut parts = answer::list(answered).into_iter();
+    let mut text = || {
+        let bytes = parts.next().and_then(answer::bytes).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let (info, generation, known, now) = (text(), text(), text(), text());
+    let history = field(&info, "master_replid").unwrap_or_default();
+    let quiet_for = known
+        .split_once(' ')
+        .filter(|(of, _)| *of == history)
+        .and_then(|(_, until)| until.parse::<i64>().ok())
+        .map_or(0, |until| {
+            until.div_euclid(1_000) - now.parse::<i64>().unwrap_or(0)
+        });
+    Shard {
+        history: history.to_owned(),
+        replicas: replicas(info.as_bytes()),
+        generation,
+        quiet_for,
+    }
+}
+
+/// What is fixed when a store is made.
+pub(super) struct Made {
+    pub(super) partitions: u16,
+    /// Its name.
+    pub(super) generation: String,
+    /// It was there before.
+    pub(super) before: bool,
+}
+
+/// What was fixed when the store was made, by whoever came first.
+pub(super) async fn made(link: &Link, options: &RedisOptions) -> Result<Made> {
     let meta = keys::meta(HOME);
     let mut pipeline = Pipeline::new();
     // Whoever comes before the MTA makes it as well: they have one configuration.
@@ -158,14 +215,21 @@ pub(super) async fn partitions(link: &Link, options: &RedisOptions) -> Result<u1
         .arg("partitions")
         .arg(configured);
     pipeline
+        .cmd("HSETNX")
+        .arg(&meta)
+        .arg("generation")
+        .arg(format!("{:032x}", fastrand::u128(..)));
+    pipeline
         .cmd("HMGET")
         .arg(&meta)
         .arg("form")
-        .arg("partitions");
+        .arg("partitions")
+        .arg("generation")
+        .arg("made");
     let answers = link.bulk(&pipeline).await?;
     let mut of = answers
         .into_iter()
-        .nth(2)
+        .nth(3)
         .map(answer::list)
         .unwrap_or_default()
         .into_iter();
@@ -188,7 +252,19 @@ pub(super) async fn partitions(link: &Link, options: &RedisOptions) -> Result<u1
             options.partitions
         )));
     }
-    Ok(partitions)
+    let generation = of.next().and_then(answer::bytes).unwrap_or_default();
+    Ok(Made {
+        partitions,
+        generation: String::from_utf8_lossy(&generation).into_owned(),
+        before: of.next().map_or(0, answer::number) == 1,
+    })
+}
+
+/// Every partition knows to which store it belongs.
+pub(super) async fn is_made(link: &Link) -> Result<()> {
+    let mut done = Cmd::new();
+    done.arg("HSET").arg(keys::meta(HOME)).arg("made").arg(1);
+    link.short(&done).await.map(drop)
 }
 
 /// The key under which erased addresses are known: whoever comes first makes it.
@@ -233,16 +309,14 @@ impl Inner {
             count.arg("HINCRBY").arg(keys::meta(p)).arg("checks").arg(1);
             self.link.short(&count).await?;
         }
+        self.look_again().await
+    }
+
+    /// Looks how the server stands, and which history it tells.
+    pub(super) async fn look_again(&self) -> Result<()> {
         let now = standing(&self.link).await?;
-        let before = self.standing.send_replace(now.clone());
-        if before.histories != now.histories {
-            tracing::error!(
-                before = ?before.histories,
-                now = ?now.histories,
-                "another server has become the primary: it may lack writes that were acknowledged"
-            );
-        }
-        Ok(())
+        self.standing.send_replace(now);
+        self.look_back().await
     }
 }
 

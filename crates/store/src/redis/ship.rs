@@ -89,6 +89,10 @@ impl Inner {
             all.repeated += one.repeated;
             all.lost.extend(one.lost);
             all.completed.extend(one.completed);
+            all.behind = match (all.behind, one.behind) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            };
         }
         Ok(all)
     }
@@ -130,6 +134,10 @@ impl Inner {
             let mut books = Books::open(self, p, of.now);
             load_for(&mut books, &part, of.journal).await?;
             let mark = books.mark;
+            if self.past.has_forgotten(p, of.journal, mark) {
+                shipped.behind = Some(mark);
+                return Ok(shipped);
+            }
             let (new, old): (Vec<&Placed>, Vec<&Placed>) =
                 part.facts.iter().partition(|placed| placed.seq > mark);
             shipped.repeated = u64::try_from(old.len()).unwrap_or(u64::MAX);
@@ -160,6 +168,7 @@ impl Inner {
             }
             let (commit, told) = books.close(Some(of.journal), 0)?;
             if let Outcome::Done { seq, open } = commit.run(self, false).await? {
+                self.past.note_mark(p, of.journal, of.through.max(mark));
                 shipped.completed = self.completions(&told, &open, of.now, seq).await?;
                 return Ok(shipped);
             }

@@ -9,12 +9,13 @@
 use super::Inner;
 use super::books::Books;
 use super::cache::{MAP_CHUNK, MAP_ENTRY};
-use super::commit::{Commit, Outcome};
+use super::commit::{Commit, Outcome, not_replicated, wait};
 use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{
     BatchRecord, Cells, Holder, Kept, Piece, Range, lot_queue, new_version, write_lot,
 };
+use super::server;
 use crate::{Control, LOT_ROWS, NewBatch, NewLot, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Timestamp};
@@ -292,11 +293,24 @@ impl Inner {
             .cmd("SET")
             .arg(keys::of_batch(id, "head"))
             .arg(head);
-        if self.has_replicas() {
-            // On a Cluster this may be another node than the batch's.
-            pipeline.cmd("WAIT").arg(1).arg(2_000);
+        let safe = self.past.any_replicas();
+        if safe {
+            // On a Cluster this may be another node than those of the partitions.
+            pipeline
+                .cmd("EVAL")
+                .arg("return redis.call('INFO', 'replication')")
+                .arg(1)
+                .arg(keys::of_batch(id, "head"));
+            wait(&mut pipeline);
         }
-        self.link.bulk(&pipeline).await.map(drop)
+        let mut answers = self.link.bulk(&pipeline).await?.into_iter().skip(2);
+        if let (Some(info), Some(replicas)) = (answers.next(), answers.next())
+            && server::replicas(&answer::bytes(info).unwrap_or_default()) > 0
+            && answer::number(replicas) == 0
+        {
+            return Err(not_replicated());
+        }
+        Ok(())
     }
 
     /// Staged ranges are of list mail; those of a batch that goes first are moved.

@@ -12,7 +12,8 @@ use std::time::Duration;
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::Role;
 use store::{
-    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Shipment, Store, StoreError, Want,
+    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Share, ShareClaim, ShareRequest,
+    Shipment, Store, StoreError, Want,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
 
@@ -287,7 +288,18 @@ async fn what_is_wrong_with_a_server_is_told_and_it_recovers() {
     unavailable(lease(&store, 1, 10, MINUTE).await);
     server.restart().expect("it starts again");
     until("the store to be back", async || store.check().await.ok()).await;
-    let leased = lease(&store, 1, 1_000, MINUTE).await.expect("a lease");
+    // Nobody gets what another may still hold by the word of the one before.
+    let short = Duration::from_millis(700);
+    assert_eq!(lease(&store, 1, 10, short).await, Ok(Vec::new()));
+    store.check().await.expect("a check");
+    let said = store.caveat().expect("a caveat");
+    assert!(said.contains("nothing is leased"), "{said}");
+    let leased = until("the end of the silence", async || {
+        let leased = lease(&store, 1, 1_000, MINUTE).await.expect("a lease");
+        (!leased.is_empty()).then_some(leased)
+    })
+    .await;
+    assert_eq!(store.upheavals().await, Ok(2));
     let count: usize = leased.iter().map(|range| range.items.len()).sum();
     assert_eq!(count, 710);
 }
@@ -316,6 +328,184 @@ async fn a_failover_behind_sentinels_loses_nothing_that_was_answered() {
     .await;
     assert_eq!((shipped.completed, shipped.lost), (vec![batch], Vec::new()));
     assert_ne!(store.standing().histories, before.histories);
+}
+
+/// One node's claim on a limit of so many connections.
+async fn claim(store: &dyn Store, node: u128, at: Timestamp, of: u32, wanted: bool) -> Share {
+    let request = ShareRequest {
+        node: JournalId::new(T0, node),
+        now: at,
+        ttl: MINUTE,
+        claims: vec![ShareClaim {
+            key: "mx.example one".into(),
+            connections: of,
+            wanted,
+        }],
+    };
+    let shares = store.shares(request).await.expect("an answer");
+    assert_eq!(shares.len(), 1);
+    shares[0]
+}
+
+#[tokio::test]
+async fn a_limit_is_shared_out_and_never_twice() {
+    let server = Redis::single(1);
+    let store = server.open(Role::Mta).await.expect("it opens");
+    assert!(store.is_shared());
+    let ask = async |node, of, wanted| {
+        let share = claim(&store, node, T0, of, wanted).await;
+        ((share.rate * 1_000.0).round(), share.connections)
+    };
+    assert_eq!(ask(1, 5, true).await, (1_000.0, 5));
+    // Whoever comes has nothing until the other is content with less.
+    assert_eq!(ask(2, 5, true).await, (0.0, 0));
+    assert_eq!(ask(1, 5, true).await, (500.0, 3));
+    assert_eq!(ask(2, 5, true).await, (500.0, 2));
+    assert_eq!(ask(3, 5, true).await, (0.0, 0));
+    assert_eq!(ask(1, 5, true).await, (333.0, 2));
+    assert_eq!(ask(2, 5, true).await, (333.0, 2));
+    assert_eq!(ask(3, 5, true).await, (333.0, 1));
+    assert_eq!(ask(2, 5, false).await, (0.0, 0));
+    assert_eq!(ask(1, 5, true).await, (500.0, 3));
+    assert_eq!(ask(3, 5, true).await, (500.0, 2));
+    // Fewer connections than nodes: the first have them, and all of the rate.
+    assert_eq!(ask(3, 1, true).await, (0.0, 0));
+    assert_eq!(ask(1, 1, true).await, (1_000.0, 1));
+    // Who is heard of no more has nothing after its time.
+    let later = claim(&store, 3, T0 + MINUTE, 1, true).await;
+    assert_eq!((later.rate, later.connections, later.nodes), (1.0, 1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_nodes_ask_their_shares_are_no_more_than_all() {
+    let server = Redis::single(1);
+    let store = server.open(Role::Mta).await.expect("it opens");
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut chance = fastrand::Rng::with_seed(seed);
+    let mut held = std::collections::BTreeMap::new();
+    for _ in 0..500 {
+        let (node, wanted) = (chance.u128(1..6), chance.u8(..) > 60);
+        let share = claim(&store, node, T0, 3, wanted).await;
+        held.insert(node, share);
+        let rate: f64 = held.values().map(|share| share.rate).sum();
+        let connections: u32 = held.values().map(|share| share.connections).sum();
+        assert!(rate <= 1.000_001 && connections <= 3, "{held:?}");
+    }
+}
+
+/// Restarts the server with what it had when `copy` was made of its append-only file.
+fn bring_back(server: &mut RedisServer, copy: Option<&std::path::Path>) {
+    server.kill();
+    let kept = server.directory().join("appendonlydir");
+    std::fs::remove_dir_all(&kept).expect("removed");
+    if let Some(copy) = copy {
+        copy_all(copy, &kept);
+    }
+    server.restart().expect("it starts again");
+}
+
+fn copy_all(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).expect("a directory");
+    for entry in std::fs::read_dir(from).expect("a directory") {
+        let entry = entry.expect("an entry");
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copied");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_lost_facts_asks_for_them_again() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let durable = ["--appendonly", "yes", "--appendfsync", "always"];
+    let mut server = RedisServer::start(directory.path().to_owned(), &durable).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    let batch = submit(&store, 1, 60).await.expect("submitted");
+    let short = Duration::from_millis(500);
+    let leased = lease(&store, 1, 20, MINUTE).await.expect("a lease");
+    let first = delivered(1, &mut 0, &leased);
+    store.ship(first.clone()).await.expect("shipped");
+    let copy = directory.path().join("copy");
+    copy_all(&server.directory().join("appendonlydir"), &copy);
+    let more = lease(&store, 1, 20, MINUTE).await.expect("a lease");
+    let second = delivered(1, &mut 20, &more);
+    store.ship(second.clone()).await.expect("shipped");
+    assert_eq!(store.upheavals().await, Ok(0));
+
+    // Older: it lacks the second shipment, and the lease before it.
+    bring_back(&mut server, Some(&copy));
+    let seen = until("an upheaval", async || store.upheavals().await.ok()).await;
+    assert_eq!(seen, 1);
+    let mut third = delivered(1, &mut 40, &[]);
+    third.through = 41;
+    let behind = store.ship(third).await.expect("an answer");
+    assert_eq!(behind.behind, Some(20), "{behind:?}");
+    let node = JournalId::new(T0, 1);
+    assert_eq!(store.high_water(node).await, Ok(20));
+    // All of it again: what is known is skipped, what was forgotten is taken.
+    let mut all = first.clone();
+    all.facts.extend(second.facts);
+    all.through = second.through;
+    let again = store.ship(all).await.expect("shipped");
+    assert_eq!((again.behind, again.repeated), (None, 20), "{again:?}");
+    let found = store.batch(batch).await.expect("a reading").expect("there");
+    assert_eq!(found.counters.delivered, 40);
+    assert_eq!(found.counters.statuses(), found.counters.accepted);
+    // The forgotten lease is not given to another before it would have run out.
+    assert_eq!(lease(&store, 2, 60, short).await, Ok(Vec::new()));
+    let rest = until("the end of the silence", async || {
+        let leased = lease(&store, 2, 60, short).await.expect("a lease");
+        (!leased.is_empty()).then_some(leased)
+    })
+    .await;
+    let count: usize = rest.iter().map(|range| range.items.len()).sum();
+    assert_eq!(count, 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_came_back_empty_is_not_taken_for_the_store() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let durable = ["--appendonly", "yes", "--appendfsync", "always"];
+    let mut server = RedisServer::start(directory.path().to_owned(), &durable).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    let batch = submit(&store, 1, 10).await.expect("submitted");
+    let leased = lease(&store, 1, 10, MINUTE).await.expect("a lease");
+    let copy = directory.path().join("copy");
+    copy_all(&server.directory().join("appendonlydir"), &copy);
+
+    bring_back(&mut server, None);
+    let refused = until("an answer", async || match store.check().await {
+        Err(StoreError::Damaged(why)) => Some(why),
+        Ok(()) => panic!("an empty server was taken for the store"),
+        Err(_) => None,
+    })
+    .await;
+    assert!(refused.contains("came back empty"), "{refused}");
+    assert!(store.upheavals().await.is_ok_and(|seen| seen >= 1));
+    // No fact is taken for known, and no mail.
+    let shipment = delivered(1, &mut 0, &leased);
+    for outcome in [
+        store.ship(shipment.clone()).await.map(drop),
+        submit(&store, 2, 10).await.map(drop),
+    ] {
+        assert!(
+            matches!(outcome, Err(StoreError::Damaged(_))),
+            "{outcome:?}"
+        );
+    }
+    // With what it had it is the store again.
+    bring_back(&mut server, Some(&copy));
+    until("the store to be back", async || store.check().await.ok()).await;
+    let shipped = store.ship(shipment).await.expect("shipped");
+    assert_eq!((shipped.completed, shipped.behind), (vec![batch], None));
+
+    // A node that is started anew takes an empty one as it is.
+    bring_back(&mut server, None);
+    let anew = open(&server.url()).await.expect("it opens");
+    submit(&anew, 3, 10).await.expect("submitted");
+    until("the other to refuse it", async || {
+        matches!(store.check().await, Err(StoreError::Damaged(_))).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

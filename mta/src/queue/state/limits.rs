@@ -275,7 +275,7 @@ impl QueueState {
     }
 
     /// Ends connections beyond the limit in force, those without work first.
-    fn close_surplus(&mut self, key: &Destination, at: usize, out: &mut Vec<Action>) {
+    pub(super) fn close_surplus(&mut self, key: &Destination, at: usize, out: &mut Vec<Action>) {
         let Self { dests, conns, .. } = self;
         let Some(target) = dests.get(key).and_then(|dest| dest.targets.get(at)) else {
             return;
@@ -342,7 +342,9 @@ impl QueueState {
             let dest = self.dests.get(destination);
             dest.is_some_and(Dest::is_paused)
         };
-        self.suspension(destination.as_str(), now.wall).is_some() || is_paused()
+        self.suspension(destination.as_str(), now.wall).is_some()
+            || is_paused()
+            || self.is_elsewhere(destination)
     }
 
     /// Whether a queue's mail is for a destination that gets none.
@@ -385,7 +387,9 @@ impl QueueState {
         for (key, dest) in waiting {
             let limit = |target: &Target| target.open() >= target.in_force.connections;
             let reason =
-                if self.is_barred(key, now) {
+                if self.is_elsewhere(key) {
+                    ThrottleReason::Connections
+                } else if self.is_barred(key, now) {
                     ThrottleReason::Suspended
                 } else if dest.is_held(now.instant) {
                     ThrottleReason::Backoff
@@ -439,7 +443,7 @@ impl QueueState {
         let open = dest
             .targets
             .iter()
-            .filter(|target| !target.in_force.is_paused());
+            .filter(|target| !target.in_force.is_paused() && !target.part().is_none());
         Some(open.map(|target| target.in_force.pace.per_second()).sum())
     }
 

@@ -272,6 +272,7 @@ impl QueueState {
             return;
         };
         let held: HashSet<_> = held.into_iter().collect();
+        self.hand_back_strays(&held, out);
         let until = asked_at + self.config.lease;
         let mut lost = Vec::new();
         for (id, range) in &self.ranges {
@@ -284,6 +285,26 @@ impl QueueState {
         for id in lost {
             self.lose_range(id, out);
         }
+    }
+
+    /// Hands back what the store has for this node though nobody here knows of it: the answer to a
+    /// lease was lost, or a store has forgotten that it had it back. It would be renewed for ever.
+    /// What is on its way here or back is seen once at most.
+    fn hand_back_strays(&mut self, held: &HashSet<RangeRef>, out: &mut Vec<Action>) {
+        if self.asking == Asking::Leasing {
+            self.strays.clear();
+            return;
+        }
+        let is_known = |id: &&RangeRef| self.ranges.contains_key(id) || self.overdue.contains(*id);
+        let unknown: HashSet<_> = held.iter().filter(|id| !is_known(id)).copied().collect();
+        for range in self.strays.intersection(&unknown) {
+            out.push(Action::Release(Release {
+                range: *range,
+                due_at: None,
+                requeue: Vec::new(),
+            }));
+        }
+        self.strays = unknown;
     }
 
     pub(super) fn on_shipped(

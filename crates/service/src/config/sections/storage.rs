@@ -21,6 +21,17 @@ pub struct Store {
     pub require_durable: bool,
 }
 
+impl Store {
+    /// How long journals keep what they have shipped: a Redis may forget what it acknowledged, a
+    /// file does not.
+    pub fn journal_retained(&self) -> Duration {
+        match self.url {
+            StoreUrl::Sqlite(_) => Duration::ZERO,
+            StoreUrl::Redis(_) => SHIPPED_AGAIN,
+        }
+    }
+}
+
 /// The engine of the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreUrl {
@@ -73,6 +84,8 @@ pub struct Retention {
     pub batches: Duration,
 }
 
+/// Longer than a failover takes, and than it takes to find it out.
+const SHIPPED_AGAIN: Duration = Duration::from_mins(10);
 /// A lease ends with 5 s in which nothing may start.
 const SHORTEST_LEASE: Duration = Duration::from_secs(6);
 const MOST_PARTITIONS: u16 = 256;
