@@ -560,7 +560,7 @@ impl World {
                 let at = self.person(attempt.message.batch, attempt.place);
                 self.fact(at, attempt.number, attempt.result);
             }
-            Action::Limits(_) | Action::Throttled(..) | Action::Keep(_) => {}
+            Action::Limits(_) | Action::Throttled(..) | Action::Keep(_) | Action::Claim(_) => {}
             Action::Drained => self.drained = true,
         }
     }

@@ -213,7 +213,8 @@ impl Pacer {
         };
         let earliest = now.checked_sub(CATCH_UP).unwrap_or(now);
         let latest = self.taken.back().copied().unwrap_or(earliest);
-        (*free + self.window).max(earliest).max(latest).min(now)
+        let free = (*free + self.window).max(self.not_before.unwrap_or(*free));
+        free.max(earliest).max(latest).min(now)
     }
 
     /// Takes a permit if one is free at `now` and nobody has a claim.

@@ -8,6 +8,7 @@
 
 mod apart;
 mod bad_input;
+mod chaos;
 mod commands;
 mod crash;
 mod dane;

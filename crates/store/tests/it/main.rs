@@ -1,5 +1,6 @@
 //! Every engine against the conformance suite, with one partition and with four.
 
+mod bounds;
 mod crash;
 mod engine;
 mod fixture;
