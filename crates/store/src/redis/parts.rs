@@ -10,7 +10,7 @@
 use super::Inner;
 use super::books::Books;
 use super::cache::{MAP_CHUNK, MAP_ENTRY};
-use super::commit::{Commit, Outcome};
+use super::commit::{Commit, Outcome, not_replicated, wait};
 use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{BatchRecord, Cells, Holder, Piece, Range, Version, new_version};
@@ -295,11 +295,15 @@ impl Inner {
                     .arg(number)
                     .arg(&lot.indices);
             }
-            for mut pipeline in pipelines.into_values() {
-                if self.has_replicas() {
-                    pipeline.cmd("WAIT").arg(1).arg(2_000);
+            for (p, mut pipeline) in pipelines {
+                let safe = self.past.has_replicas(p);
+                if safe {
+                    wait(&mut pipeline);
                 }
-                self.link.bulk(&pipeline).await?;
+                let replicas = self.link.bulk(&pipeline).await?.pop();
+                if safe && replicas.map(answer::number) == Some(0) {
+                    return Err(not_replicated());
+                }
             }
         }
         Ok(true)
