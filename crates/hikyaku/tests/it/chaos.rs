@@ -302,7 +302,7 @@ async fn a_rate_is_kept_by_all_nodes_together() -> Result<()> {
     let mut at: Vec<Instant> = peer
         .messages()
         .iter()
-        .map(|message| message.mail_at)
+        .map(|message| message.mail_at.into_std())
         .collect();
     at.sort_unstable();
     let counts: Vec<usize> = at
