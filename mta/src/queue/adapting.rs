@@ -283,6 +283,7 @@ impl World {
             Action::Register { .. }
             | Action::Record { .. }
             | Action::Throttled(..)
+            | Action::Claim(_)
             | Action::Drained => {}
         }
     }

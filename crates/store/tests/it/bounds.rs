@@ -102,6 +102,9 @@ async fn submit(store: &dyn Store, people: u32) -> BatchId {
         metadata: serde_json::json!({}),
         pool: None,
         rate: model::units::Rate::Unlimited,
+        held: false,
+        window: None,
+        guardrails: None,
     };
     let batch = NewBatch {
         head,
