@@ -210,13 +210,15 @@ fn memory(server: &RedisServer) -> BTreeMap<String, u64> {
 
 const EVENTS: &str = "hikyaku:events";
 
-/// Of everything but events, for each of so many people.
-fn per_person(memory: &BTreeMap<String, u64>, people: u32) -> f64 {
+/// Of everything but events, for each of so many people; by kind, and in sum.
+fn per_person(memory: &BTreeMap<String, u64>, people: u32) -> (BTreeMap<&str, f64>, f64) {
     let all = memory.iter().filter(|(kind, _)| *kind != EVENTS);
-    for (kind, size) in memory {
-        println!("  {kind:>16} {:8.2}", each(*size, people));
-    }
-    each(all.map(|(_, size)| size).sum(), people)
+    let kinds: BTreeMap<&str, f64> = all
+        .map(|(kind, size)| (kind.as_str(), (each(*size, people) * 10.0).round() / 10.0))
+        .filter(|(_, size)| *size > 0.0)
+        .collect();
+    let sum = memory.iter().filter(|(kind, _)| *kind != EVENTS);
+    (kinds, each(sum.map(|(_, size)| size).sum(), people))
 }
 
 async fn deliver_all(store: &dyn Store, people: u32) -> u64 {
@@ -288,19 +290,20 @@ async fn a_recipient_costs_little() {
     };
     let store = RedisStore::open(options).await.expect("it opens");
     let batch = submit(&store, people).await;
-    let queued = per_person(&memory(&server), people);
-    println!("queued: {queued:.1} bytes each");
+    let waiting = memory(&server);
+    let (kinds, queued) = per_person(&waiting, people);
+    println!("queued: {queued:.1} bytes each: {kinds:?}");
 
     server.ask(&["CONFIG", "RESETSTAT"]).expect("reset");
     let shipments = deliver_all(&store, people).await;
     let asked = asked(&server);
     let kept = memory(&server);
     let events = kept.get(EVENTS).copied().unwrap_or(0);
-    let kept = per_person(&kept, people);
+    let (kinds, kept) = per_person(&kept, people);
     let commands = each(asked.commands, people);
     let per_trip = f64::from(people) / each(asked.trips, 1);
     println!(
-        "delivered: {kept:.1} bytes each beside {:.0} of events; {commands:.2} commands each, \
+        "delivered: {kept:.1} bytes each ({kinds:?}) beside {:.0} of events; {commands:.2} commands each, \
          {per_trip:.0} messages to a step, {shipments} shipments; {:.1} µs each in steps",
         each(events, people),
         each(asked.micros, people),
