@@ -102,6 +102,8 @@ impl Shape {
             tracking: TrackingSpec::default(),
             list_unsubscribe: true,
             feedback_id: None,
+            attachments: Vec::new(),
+            raw: None,
             report: None,
         })
     }

@@ -19,6 +19,7 @@ use store::Store;
 use tokio::net::TcpListener;
 
 use crate::admin::auth::Keys;
+use crate::admin::report::Reports;
 use crate::admin::{Api, Probe, router, server};
 use crate::classify::Rules;
 use crate::explain::ask::Explainer;
@@ -26,7 +27,9 @@ use crate::intake::parts::Filling;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::Keeping;
+use crate::jobs::guardrails;
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
+use crate::tenants::Tenants;
 
 /// What the daemon gets from whoever starts it; `up` shares it with the tracker.
 #[derive(Clone)]
@@ -170,7 +173,25 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         shaping_file: config.shaping.file.path.clone(),
     };
     let probes = probes(journal, sending.clone());
-    let api = api(config, &deps, files.keys, &shared, probes, explainer);
+    let tenants = Arc::new(Tenants::new(
+        Arc::clone(&deps.store),
+        deps.clock.clone(),
+        Arc::clone(&files.keys),
+        config.accounts.clone(),
+    ));
+    if let Err(error) = tenants.read().await {
+        // The first reading that succeeds brings them.
+        tracing::warn!(%error, "accounts and keys made over the API are not known yet");
+    }
+    tenants.keep_reading(&deps.tasks, &deps.shutdown);
+    guardrails::start(
+        Arc::clone(&deps.store),
+        deps.clock.clone(),
+        &deps.tasks,
+        deps.shutdown.clone(),
+    );
+    let access = (files.keys, tenants);
+    let api = api(config, &deps, access, &shared, probes, explainer);
     let router = router(Arc::new(api));
     server::serve(
         listener,
@@ -282,7 +303,7 @@ impl Reloaded {
 
 /// What is read, or made, at the start.
 struct Files {
-    keys: Keys,
+    keys: Arc<Keys>,
     reloaded: Reloaded,
     journal: Journal,
 }
@@ -292,7 +313,7 @@ impl Files {
         let data_dir = &config.data_dir;
         config.make_data_dir()?;
         Ok(Self {
-            keys: Keys::load(&config.api.keys, &config.accounts, data_dir)?,
+            keys: Arc::new(Keys::load(&config.api.keys, &config.accounts, data_dir)?),
             reloaded: Reloaded::read(config)?,
             journal: journal(config, fresh_id)?,
         })
@@ -331,7 +352,7 @@ fn tracking_keys(config: &Config) -> anyhow::Result<KeyRing> {
 fn api(
     config: &Config,
     deps: &Deps,
-    keys: Keys,
+    (keys, tenants): (Arc<Keys>, Arc<Tenants>),
     shared: &Shared,
     probes: Vec<Probe>,
     explainer: Explainer,
@@ -342,7 +363,7 @@ fn api(
         tasks: deps.tasks.clone(),
         shutdown: deps.shutdown.clone(),
         metrics: Arc::clone(&deps.metrics),
-        accounts: config.accounts.clone(),
+        tenants: Arc::clone(&tenants),
         pools: config.pools.clone(),
         dkim_dir: config.dkim.dir.clone(),
         tracking: Arc::clone(&shared.tracking),
@@ -360,6 +381,8 @@ fn api(
         metrics: Arc::clone(&deps.metrics),
         shutdown: deps.shutdown.clone(),
         keys,
+        tenants,
+        reports: Reports::default(),
         intake: Arc::new(intake),
         rules: Arc::clone(&shared.rules),
         probes,

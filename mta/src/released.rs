@@ -26,6 +26,9 @@ pub struct Released {
     /// An address may be there twice: what parts that follow are judged by.
     #[serde(default)]
     pub allow_duplicates: bool,
+    /// Shown to others than its recipients: what they do with it does not count.
+    #[serde(default)]
+    pub proof: bool,
 }
 
 /// Why stored bytes are not a content that can be sent.
@@ -83,6 +86,7 @@ mod tests {
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: 1,
             allow_duplicates: false,
+            proof: false,
         }
     }
 

@@ -48,6 +48,8 @@ fn spec(html: String) -> Result<ContentSpec, model::AddressError> {
         tracking: TrackingSpec::default(),
         list_unsubscribe: true,
         feedback_id: Some("spring:batch:bulk:default".into()),
+        attachments: Vec::new(),
+        raw: None,
         report: None,
     })
 }

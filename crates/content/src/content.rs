@@ -1,6 +1,8 @@
 //! Compiled content: what is done once per batch, and what is left to do per recipient.
 
+use crate::attach::Attached;
 use crate::jinja::Tags;
+use crate::raw::Raw;
 use crate::rewrite::{LinkReport, Rewriter};
 use crate::scope::{LinkTable, Scope, Tracked};
 use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart};
@@ -52,6 +54,8 @@ pub struct Content {
     table: Arc<LinkTable>,
     report: LinkReport,
     attached: Option<ReportPart>,
+    files: Attached,
+    raw: Option<Raw>,
 }
 
 impl std::fmt::Debug for Content {
@@ -115,6 +119,9 @@ impl Content {
             batch: context.batch,
             index: row.index,
         };
+        if let Some(raw) = &self.raw {
+            return Ok(raw_message(raw, context, message, self.from.email.domain()));
+        }
         let mode = row
             .tracking
             .map_or(context.mode, |own| own.min(context.mode));
@@ -170,6 +177,15 @@ impl Content {
         let id = message.to_string();
         if let (Some(report), Some(text)) = (&self.attached, &text) {
             mime::write_report(&mut headers, &mut body, &id, text, report);
+            return Ok(Message {
+                signatures: Vec::new(),
+                headers,
+                body,
+            });
+        }
+        if !self.files.is_empty() {
+            let parts: Vec<mime::Part<'_>> = text.into_iter().chain(html).collect();
+            self.files.write(&mut headers, &mut body, &id, &parts);
             return Ok(Message {
                 signatures: Vec::new(),
                 headers,
@@ -252,6 +268,23 @@ impl Content {
     }
 }
 
+/// A message that is complete: what it lacks is put before it.
+fn raw_message(raw: &Raw, context: &RenderContext, message: MessageId, domain: &str) -> Message {
+    let mut headers = Vec::with_capacity(raw.headers.len() + 128);
+    if !raw.has_date {
+        header::plain(&mut headers, "Date", &context.released_at.rfc5322());
+    }
+    if !raw.has_message_id {
+        header::plain(&mut headers, "Message-ID", &format!("<{message}@{domain}>"));
+    }
+    headers.extend_from_slice(&raw.headers);
+    Message {
+        signatures: Vec::new(),
+        headers,
+        body: raw.body.clone(),
+    }
+}
+
 fn parse_vars(json: &str) -> Result<Value, RecipientError> {
     let invalid = |detail: String| RecipientError::InvalidVars { detail };
     if !json.trim_ascii_start().starts_with('{') {
@@ -291,9 +324,9 @@ impl Message {
         )
     }
 
-    /// Whether no byte is above 127: otherwise an address needs SMTPUTF8 (RFC 6531).
+    /// Whether no byte of the header is above 127: otherwise it needs SMTPUTF8 (RFC 6531).
     pub fn is_ascii(&self) -> bool {
-        self.headers.is_ascii() && self.body.is_ascii()
+        self.headers.is_ascii()
     }
 
     /// The size on the wire, for SIZE (RFC 1870): before dot-stuffing, without the final dot.
@@ -329,7 +362,7 @@ impl Compiler {
     }
 
     fn compile(&mut self, spec: &ContentSpec) -> Option<Content> {
-        if spec.html.is_none() && spec.text.is_none() {
+        if spec.html.is_none() && spec.text.is_none() && spec.raw.is_none() {
             self.invalid("html", "html or text is needed");
         }
         for (field, value) in [
@@ -344,6 +377,20 @@ impl Compiler {
             }
         }
         self.utm(spec);
+        let raw = spec.raw.as_deref().map(Raw::read).transpose();
+        let raw = raw.unwrap_or_else(|detail| {
+            self.invalid("raw", &detail);
+            None
+        });
+        if raw
+            .as_ref()
+            .is_some_and(|raw| raw.from.normalised() != spec.from.email.normalised())
+        {
+            self.invalid("from.email", "is not the address in the From of raw");
+        }
+        let files = Attached::read(&spec.attachments, |number, field, detail| {
+            self.invalid(&format!("attachments.{number}.{field}"), &detail);
+        });
         let mut templates = Templates::new();
         let mut rewriter = rewriter(spec);
         let track = &spec.tracking;
@@ -392,6 +439,8 @@ impl Compiler {
             }),
             report,
             attached: spec.report.clone(),
+            files,
+            raw,
         })
     }
 

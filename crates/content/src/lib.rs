@@ -7,11 +7,13 @@
 //! bring a line break into a header, and templates are bounded in steps and output.
 #![forbid(unsafe_code)]
 
+mod attach;
 mod content;
 pub mod dkim;
 mod header;
 mod jinja;
 mod mime;
+mod raw;
 mod rewrite;
 mod scope;
 mod sink;
@@ -20,9 +22,10 @@ mod template;
 mod url;
 
 pub use content::{Content, Message};
+pub use raw::from_of_raw;
 pub use rewrite::{LinkReport, SkippedLink};
 pub use spec::{
-    BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart,
-    Tracker, TrackingSpec,
+    Attachment, BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext,
+    ReportPart, Tracker, TrackingSpec,
 };
 pub use url::SkipReason;

@@ -16,6 +16,9 @@ const ENCODED_LINE: usize = 76;
 /// Every boundary begins so, and no encoded body can contain it (RFC 2045 §6.7 recommends `=_`).
 const BOUNDARY_START: &str = "--=_";
 
+/// The field that makes a message one of MIME.
+pub(crate) const VERSION: &str = "MIME-Version: 1.0\r\n";
+
 /// How a body travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Encoding {
@@ -134,7 +137,7 @@ fn quoted_line(out: &mut Vec<u8>, line: &[u8]) {
     }
 }
 
-fn base64_lines(out: &mut Vec<u8>, text: &[u8]) {
+pub(crate) fn base64_lines(out: &mut Vec<u8>, text: &[u8]) {
     let mut line = [0_u8; ENCODED_LINE];
     for (at, chunk) in text.chunks(ENCODED_LINE / 4 * 3).enumerate() {
         if at > 0 {
@@ -158,7 +161,7 @@ pub(crate) struct Part<'a> {
 /// several as `multipart/alternative`, plainest first. `id` makes the boundary, so the same message
 /// has the same bytes each time.
 pub(crate) fn write(headers: &mut Vec<u8>, body: &mut Vec<u8>, id: &str, parts: &[Part<'_>]) {
-    headers.extend_from_slice(b"MIME-Version: 1.0\r\n");
+    headers.extend_from_slice(VERSION.as_bytes());
     if let [part] = parts {
         let encoding = Encoding::choose(part.text);
         part_header(headers, part, encoding);
@@ -230,7 +233,7 @@ pub(crate) fn write_report(
 }
 
 /// The boundary without its two hyphens and without the id.
-fn boundary() -> &'static str {
+pub(crate) fn boundary() -> &'static str {
     BOUNDARY_START.trim_start_matches('-')
 }
 

@@ -50,6 +50,26 @@ pub struct ContentSpec {
     /// Makes the message a `multipart/report`: the text for people, then this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<ReportPart>,
+    /// Files, the same for all recipients.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attachments: Vec<Attachment>,
+    /// A complete message in base64, in place of everything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw: Option<String>,
+}
+
+/// A file in a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// What the recipient sees it called.
+    pub filename: String,
+    /// Its media type.
+    pub media_type: String,
+    /// The file in base64.
+    pub content: String,
+    /// By which the HTML shows it (`cid:`); none: it stands beside the text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_id: Option<String>,
 }
 
 /// A report for machines (RFC 6522), the same for all recipients. Only for mail that the service

@@ -9,7 +9,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
-use crate::{check_config, demo, dkim, doctor, journal_ship, store_file, top, trace, up, why};
+use crate::{
+    check_config, demo, dkim, doctor, journal_ship, send, store_file, top, trace, up, why,
+};
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
 #[derive(Debug, Parser)]
@@ -29,6 +31,8 @@ enum Command {
     Mta(up::Args),
     /// Run the tracker alone
     Tracker(up::Args),
+    /// Send a newsletter to the people in a table, and print the report
+    Send(send::Args),
     /// Report every mistake in a configuration and the files it names; needs no network
     CheckConfig(check_config::Args),
     /// Move a store to another engine, or keep a copy of it
@@ -133,6 +137,7 @@ fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
         Command::Up(arguments) => up::run(&arguments, terminal),
         Command::Mta(arguments) => up::mta(&arguments, terminal),
         Command::Tracker(arguments) => up::tracker(&arguments, terminal),
+        Command::Send(arguments) => send::run(&arguments, terminal),
         Command::CheckConfig(arguments) => check_config::run(&arguments, terminal),
         Command::Store(command) => store_file::run(&command, terminal),
         Command::Journal(command) => journal_ship::run(&command, terminal),

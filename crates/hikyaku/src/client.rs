@@ -149,6 +149,22 @@ impl Client {
         Ok(None)
     }
 
+    /// Posts what takes effect once, however often it is posted under this key.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub async fn once(
+        &self,
+        path: &str,
+        content_type: &str,
+        body: Bytes,
+        key: &str,
+    ) -> Result<Answer> {
+        let request = Request::builder().header("idempotency-key", key);
+        self.ask(Method::POST, path, Some(content_type), body, request)
+            .await
+    }
+
     /// Any call. `path` may be a whole URL, which is then taken as it is and gets no key.
     ///
     /// # Errors
@@ -160,13 +176,25 @@ impl Client {
         content_type: Option<&str>,
         body: Bytes,
     ) -> Result<Answer> {
+        self.ask(method, path, content_type, body, Request::builder())
+            .await
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: Option<&str>,
+        body: Bytes,
+        request: hyper::http::request::Builder,
+    ) -> Result<Answer> {
         let whole = path.starts_with("http://") || path.starts_with("https://");
         let url = if whole {
             path.to_owned()
         } else {
             format!("{}{path}", self.base)
         };
-        let mut request = Request::builder().method(method).uri(&url);
+        let mut request = request.method(method).uri(&url);
         if let Some(content_type) = content_type {
             request = request.header(CONTENT_TYPE, content_type);
         }

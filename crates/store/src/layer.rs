@@ -206,6 +206,15 @@ impl<L: Layer> Store for L {
         around(self, "put_notes", self.inner().put_notes(notes, now)).await
     }
 
+    async fn swap_note(
+        &self,
+        note: Note,
+        before: Option<Box<[u8]>>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        around(self, "swap_note", self.inner().swap_note(note, before, now)).await
+    }
+
     async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
         around(self, "notes", self.inner().notes(kind, now)).await
     }

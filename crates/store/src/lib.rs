@@ -231,6 +231,15 @@ pub trait Store: Send + Sync + 'static {
     /// value removes the note. Refused: a value of more than [`NOTE_BYTES`].
     async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()>;
 
+    /// Writes a note if the one of its kind and key still has the value `before` (`None`: there is
+    /// none, or it has expired). Whether it did.
+    async fn swap_note(
+        &self,
+        note: Note,
+        before: Option<Box<[u8]>>,
+        now: Timestamp,
+    ) -> Result<bool>;
+
     /// The notes of a kind that have not expired, in order of key.
     async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>>;
 

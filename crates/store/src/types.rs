@@ -415,6 +415,8 @@ pub struct Share {
 pub enum BatchChange {
     /// No new attempt starts.
     Pause,
+    /// The same, by a guardrail: the event says which.
+    PauseFor(PauseReason),
     /// Goes on.
     Resume,
     /// Takes no more parts; its mail may leave.
@@ -425,6 +427,25 @@ pub enum BatchChange {
     Archive,
     /// Switches it on again.
     Unarchive,
+}
+
+/// Why a batch paused itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PauseReason {
+    /// Too many bounced.
+    BounceRate,
+    /// Too many complained.
+    ComplaintRate,
+}
+
+impl PauseReason {
+    /// As events say it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BounceRate => "bounce_rate",
+            Self::ComplaintRate => "complaint_rate",
+        }
+    }
 }
 
 /// What a change came to.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use aws_lc_rs::{constant_time, digest, rand};
 use axum::extract::FromRequestParts;
 use axum::http::header::AUTHORIZATION;
@@ -16,14 +17,20 @@ use service::config::{Account, ApiKey, KeyMaterial, Scope};
 
 use super::Api;
 use super::problem::{Answer, Code, Refusal};
+use crate::tenants::KeyDoc;
 
 /// The file in the data directory with the key that was made at first start.
 const KEY_FILE: &str = "api-key";
 
 /// The keys of the service.
-pub(crate) struct Keys(Vec<Key>);
+pub(crate) struct Keys {
+    /// Of the file, or the one made at first start.
+    configured: Vec<Key>,
+    /// Made over the API.
+    added: ArcSwap<Vec<Key>>,
+}
 
-struct Key {
+pub(crate) struct Key {
     hash: [u8; 32],
     caller: Caller,
 }
@@ -44,6 +51,11 @@ impl Caller {
         self.scopes.contains(&scope)
     }
 
+    /// What the key may do.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        &self.scopes
+    }
+
     /// Whether something of this account may be shown.
     pub(crate) fn sees(&self, account: &str) -> bool {
         *self.account == *account || self.may(Scope::Admin)
@@ -62,10 +74,11 @@ impl Keys {
         data_dir: &Path,
     ) -> anyhow::Result<Self> {
         if !keys.is_empty() {
-            return Ok(Self(keys.iter().map(Key::configured).collect()));
+            return Ok(Self::of(keys.iter().map(Key::configured).collect()));
         }
         let path = data_dir.join(KEY_FILE);
-        let text = service::secrets::load_or_create(&path, make).context("the first API key")?;
+        let text =
+            service::secrets::load_or_create(&path, fresh_key).context("the first API key")?;
         let text = text.trim();
         anyhow::ensure!(!text.is_empty(), "{} is empty", path.display());
         let account = accounts
@@ -77,26 +90,62 @@ impl Keys {
             name: KEY_FILE.into(),
             scopes: scopes.into(),
         };
-        Ok(Self(vec![Key {
+        Ok(Self::of(vec![Key {
             hash: sha256(text),
             caller,
         }]))
     }
 
+    fn of(configured: Vec<Key>) -> Self {
+        Self {
+            configured,
+            added: ArcSwap::default(),
+        }
+    }
+
+    /// Whose keys stand in the file.
+    pub(crate) fn configured(&self) -> impl Iterator<Item = &Caller> {
+        self.configured.iter().map(|key| &key.caller)
+    }
+
+    /// Takes the keys made over the API, in place of those before.
+    pub(crate) fn set_added(&self, added: Vec<Key>) {
+        self.added.store(Arc::new(added));
+    }
+
     /// Whose key it is. Takes the same time whichever it is.
-    fn caller(&self, key: &str) -> Option<&Caller> {
+    fn caller(&self, key: &str) -> Option<Caller> {
         let hash = sha256(key);
         let mut found = None;
-        for known in &self.0 {
+        let added = self.added.load();
+        for known in self.configured.iter().chain(added.iter()) {
             if constant_time::verify_slices_are_equal(&known.hash, &hash).is_ok() {
                 found = Some(&known.caller);
             }
         }
-        found
+        found.cloned()
     }
 }
 
 impl Key {
+    /// A key made over the API; `None`: a later version wrote it.
+    pub(crate) fn added(doc: &KeyDoc) -> Option<Self> {
+        let mut hash = [0; 32];
+        if doc.sha256.len() != 2 * hash.len() {
+            return None;
+        }
+        for (byte, digits) in hash.iter_mut().zip(doc.sha256.as_bytes().chunks(2)) {
+            let digits = std::str::from_utf8(digits).ok()?;
+            *byte = u8::from_str_radix(digits, 16).ok()?;
+        }
+        let caller = Caller {
+            account: doc.account.as_str().into(),
+            name: doc.name.as_str().into(),
+            scopes: doc.scopes().into(),
+        };
+        Some(Self { hash, caller })
+    }
+
     fn configured(key: &ApiKey) -> Self {
         let hash = match &key.material {
             KeyMaterial::Plain(secret) => sha256(secret.reveal()),
@@ -118,7 +167,19 @@ fn sha256(text: &str) -> [u8; 32] {
     hash
 }
 
-fn make() -> std::io::Result<String> {
+/// The SHA-256 of a key, in hexadecimal digits.
+pub(crate) fn sha256_hex(key: &str) -> String {
+    sha256(key)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// A new key.
+///
+/// # Errors
+/// When the system has no random bytes.
+pub(crate) fn fresh_key() -> std::io::Result<String> {
     let mut secret = [0_u8; 32];
     rand::fill(&mut secret).map_err(std::io::Error::other)?;
     Ok(format!("hk_{}", URL_SAFE_NO_PAD.encode(secret)))
@@ -177,5 +238,5 @@ fn authorise(parts: &Parts, keys: &Keys, scope: Scope) -> Answer<Caller> {
         let detail = format!("the key lacks the scope {}", scope.as_str());
         return Err(Refusal::new(Code::ForbiddenScope, detail));
     }
-    Ok(caller.clone())
+    Ok(caller)
 }

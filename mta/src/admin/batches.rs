@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use model::{BatchId, BatchState, Counters, Priority, Timestamp};
+use model::{BatchId, BatchState, Counters, EmailAddress, Priority, Timestamp};
 use serde::Serialize;
 use service::config::Scope;
 use store::{Batch, BatchChange, BatchQuery, ChangeOutcome, DueScope};
@@ -18,9 +19,12 @@ use super::params::{NoParams, Params, Segment, batch_id};
 use super::problem::{Answer, Code, Refusal};
 use super::{Api, List};
 use crate::intake::decode::Encoding;
+use crate::intake::fields::{Mistakes, expected, string};
 use crate::intake::once;
+use crate::intake::proof::PROOFS_MAX;
 use crate::intake::receive::{Form, Media, drain};
 use crate::intake::submit::{Submitted, Submitter};
+use crate::jobs::guardrails;
 
 /// `POST /v1/batches`
 pub(super) async fn submit(
@@ -35,7 +39,9 @@ pub(super) async fn submit(
         let checked = api.intake.dry_run(body, by).await?;
         return Ok(Json(checked).into_response());
     }
-    Ok(accepted(api.intake.submit(body, by).await?))
+    let account = by.account.clone();
+    let submitted = api.intake.submit(body, by).await;
+    Ok(answered(&api, &account, submitted).await)
 }
 
 /// `POST /v1/messages`
@@ -46,7 +52,9 @@ pub(super) async fn submit_one(
     request: Request,
 ) -> Answer<Response> {
     let (by, body) = submitter(caller, params, request, form_of_one).await?;
-    Ok(accepted(api.intake.submit(body, by).await?))
+    let account = by.account.clone();
+    let submitted = api.intake.submit(body, by).await;
+    Ok(answered(&api, &account, submitted).await)
 }
 
 /// `POST /v1/batches/{id}/recipients`: a part of a held batch.
@@ -74,11 +82,67 @@ pub(super) async fn add_part(
     };
     let (by, body) = submitter(caller, params, request, form_of_part).await?;
     let batch = batch.ok_or_else(|| Refusal::not_found("batch"))?;
-    Ok(accepted(api.intake.add_part(batch, body, by).await?))
+    let account = batch.head.account.clone();
+    let added = api.intake.add_part(batch, body, by).await;
+    Ok(answered(&api, &account, added).await)
+}
+
+/// The answer to what was submitted, with how the quota of the account stands after it.
+async fn answered(api: &Api, account: &str, submitted: Answer<Submitted>) -> Response {
+    let counts = match &submitted {
+        Ok(_) => true,
+        Err(refusal) => refusal.0.code() == Code::QuotaExceeded,
+    };
+    let mut response = submitted.map_or_else(IntoResponse::into_response, accepted);
+    if counts && let Some(standing) = api.intake.quota_of(account).await {
+        standing.write(response.headers_mut(), api.clock.now());
+    }
+    response
+}
+
+/// `POST /v1/batches/{id}/proof`
+pub(super) async fn proof(
+    State(api): State<Arc<Api>>,
+    CanSubmit(caller): CanSubmit,
+    Segment(id): Segment,
+    _: NoParams,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<Response> {
+    let batch = visible(&api, &caller, &id).await?;
+    let mut mistakes = Mistakes::default();
+    let mut fields = super::body::object(body, &mut mistakes)?;
+    let to = fields.required("to", addresses);
+    let as_recipient = fields.converted("as_recipient", |value| {
+        let index = value.as_u64().and_then(|index| u32::try_from(index).ok());
+        index.ok_or_else(|| expected(&value, "the index of a recipient"))
+    });
+    fields.finish();
+    let (Some(to), true) = (to, mistakes.is_empty()) else {
+        return Err(Refusal::of_mistakes(mistakes.into_vec()));
+    };
+    let proof = api.intake.proof(batch, to, as_recipient).await?;
+    Ok((StatusCode::ACCEPTED, Json(proof)).into_response())
+}
+
+fn addresses(value: serde_json::Value) -> Result<Vec<EmailAddress>, String> {
+    let serde_json::Value::Array(items) = value else {
+        return Err(expected(&value, "an array of addresses"));
+    };
+    if items.is_empty() || items.len() > PROOFS_MAX {
+        return Err(format!(
+            "has {} addresses, expected 1 to {PROOFS_MAX}",
+            items.len()
+        ));
+    }
+    let address = |item| {
+        let text = string(item)?;
+        text.parse().map_err(|error| format!("{text:.80?} {error}"))
+    };
+    items.into_iter().map(address).collect()
 }
 
 /// Who submits what, once it is known that they may.
-async fn submitter(
+pub(super) async fn submitter(
     caller: Answer<CanSubmit>,
     params: Params,
     request: Request,
@@ -123,7 +187,7 @@ fn accepted(submitted: Submitted) -> Response {
 }
 
 /// The type of the body, without its parameters, and how it was compressed.
-fn media_type(headers: &HeaderMap) -> Answer<(String, Encoding)> {
+pub(super) fn media_type(headers: &HeaderMap) -> Answer<(String, Encoding)> {
     let encoding = Encoding::of(headers)?;
     let text = headers.get(header::CONTENT_TYPE);
     let text = text.map_or("", |value| value.to_str().unwrap_or("?"));
@@ -131,7 +195,7 @@ fn media_type(headers: &HeaderMap) -> Answer<(String, Encoding)> {
     Ok((media.to_ascii_lowercase(), encoding))
 }
 
-fn unsupported(found: &str, expected: &str) -> Refusal {
+pub(super) fn unsupported(found: &str, expected: &str) -> Refusal {
     let detail = format!("the body is {found:.80?}, expected {expected}");
     Refusal::new(Code::UnsupportedMedia, detail)
 }
@@ -195,7 +259,25 @@ pub(super) struct BatchView {
     started_at: Option<Timestamp>,
     completed_at: Option<Timestamp>,
     metadata: serde_json::Value,
+    /// What a guardrail saw, where one paused the batch.
+    pause_reason: Option<serde_json::Value>,
     counters: Counters,
+}
+
+impl Api {
+    /// A batch as the contract shows it, with the reason when a guardrail holds it.
+    pub(super) async fn view(&self, batch: Batch) -> Answer<BatchView> {
+        let mut view = BatchView::from(batch);
+        if view.state == BatchState::Paused {
+            let key = view.id.to_string();
+            let note = self
+                .store
+                .note(guardrails::NOTES, &key, self.clock.now())
+                .await?;
+            view.pause_reason = note.and_then(|note| serde_json::from_slice(&note.value).ok());
+        }
+        Ok(view)
+    }
 }
 
 impl From<Batch> for BatchView {
@@ -215,6 +297,7 @@ impl From<Batch> for BatchView {
             started_at: batch.started_at,
             completed_at: batch.completed_at,
             metadata: head.metadata,
+            pause_reason: None,
             counters: batch.counters,
         }
     }
@@ -256,7 +339,8 @@ pub(super) async fn one(
     Segment(id): Segment,
     _: NoParams,
 ) -> Answer<Json<BatchView>> {
-    Ok(Json(visible(&api, &caller, &id).await?.into()))
+    let batch = visible(&api, &caller, &id).await?;
+    Ok(Json(api.view(batch).await?))
 }
 
 #[derive(Serialize)]
@@ -342,112 +426,4 @@ pub(super) async fn retry(
         retried,
     })
     .into_response())
-}
-
-/// The first form of the report: counters, and the rates that follow from them.
-#[derive(Serialize)]
-struct Report {
-    #[serde(flatten)]
-    batch: BatchView,
-    rates: Rates,
-}
-
-/// Shares between 0 and 1; none where there is nothing to divide by.
-#[derive(Debug, PartialEq, Serialize)]
-struct Rates {
-    /// Of the accepted.
-    delivered: Option<f64>,
-    bounce: Option<f64>,
-    failed: Option<f64>,
-    suppressed: Option<f64>,
-    /// Of the delivered.
-    opened: Option<f64>,
-    opened_human: Option<f64>,
-    clicked: Option<f64>,
-    clicked_human: Option<f64>,
-    unsubscribed: Option<f64>,
-    complained: Option<f64>,
-    replied: Option<f64>,
-    /// Clicked of the opened.
-    click_to_open: Option<f64>,
-    click_to_open_human: Option<f64>,
-}
-
-impl From<Counters> for Rates {
-    fn from(c: Counters) -> Self {
-        let of_accepted = |count| share(count, c.accepted);
-        let of_delivered = |count| share(count, c.delivered);
-        Self {
-            delivered: of_accepted(c.delivered),
-            bounce: of_accepted(c.bounce),
-            failed: of_accepted(c.failed),
-            suppressed: of_accepted(c.suppressed),
-            opened: of_delivered(c.opened_unique),
-            opened_human: of_delivered(c.opened_unique_human),
-            clicked: of_delivered(c.clicked_unique),
-            clicked_human: of_delivered(c.clicked_unique_human),
-            unsubscribed: of_delivered(c.unsubscribed),
-            complained: of_delivered(c.complained),
-            replied: of_delivered(c.replied),
-            click_to_open: share(c.clicked_unique, c.opened_unique),
-            click_to_open_human: share(c.clicked_unique_human, c.opened_unique_human),
-        }
-    }
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "beyond 2^53 recipients a rate has other problems"
-)]
-fn share(part: u64, whole: u64) -> Option<f64> {
-    (whole > 0).then(|| part as f64 / whole as f64)
-}
-
-/// `GET /v1/batches/{id}/report`
-pub(super) async fn report(
-    State(api): State<Arc<Api>>,
-    CanRead(caller): CanRead,
-    Segment(id): Segment,
-    _: NoParams,
-) -> Answer<Response> {
-    let batch = visible(&api, &caller, &id).await?;
-    let rates = batch.counters.into();
-    Ok(Json(Report {
-        batch: batch.into(),
-        rates,
-    })
-    .into_response())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rates_follow_from_counters() {
-        let counters = Counters {
-            accepted: 8,
-            delivered: 4,
-            bounce: 2,
-            opened_unique: 2,
-            clicked_unique: 1,
-            ..Counters::default()
-        };
-        let rates = Rates::from(counters);
-        assert_eq!(
-            (rates.delivered, rates.bounce, rates.failed),
-            (Some(0.5), Some(0.25), Some(0.0))
-        );
-        assert_eq!(
-            (rates.opened, rates.clicked, rates.click_to_open),
-            (Some(0.5), Some(0.25), Some(0.5))
-        );
-        assert_eq!(
-            (
-                rates.click_to_open_human,
-                Rates::from(Counters::default()).delivered
-            ),
-            (None, None)
-        );
-    }
 }

@@ -15,8 +15,10 @@ mod openapi;
 mod params;
 pub(crate) mod problem;
 mod recipients;
+pub(crate) mod report;
 pub(crate) mod server;
 mod suppressions;
+mod tenants;
 mod trace;
 mod why;
 
@@ -37,6 +39,7 @@ use store::{BatchChange, Store};
 use crate::classify::Rules;
 use crate::explain::ask::Explainer;
 use crate::intake::submit::Intake;
+use crate::tenants::Tenants;
 use auth::{CanSubmit, Keys};
 use params::{NoParams, Segment};
 use problem::{Code, Refusal};
@@ -55,7 +58,9 @@ pub(crate) struct Api {
     pub(crate) clock: SharedClock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) shutdown: Shutdown,
-    pub(crate) keys: Keys,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) tenants: Arc<Tenants>,
+    pub(crate) reports: report::Reports,
     pub(crate) intake: Arc<Intake>,
     pub(crate) rules: Arc<ArcSwap<Rules>>,
     pub(crate) probes: Vec<Probe>,
@@ -117,13 +122,15 @@ fn routes() -> Routes {
         .change("/v1/batches/{id}/archive", BatchChange::Archive)
         .change("/v1/batches/{id}/unarchive", BatchChange::Unarchive)
         .at(Method::GET, "/v1/batches/{id}/recipients", recipients::list)
-        .at(Method::GET, "/v1/batches/{id}/report", batches::report)
+        .at(Method::GET, "/v1/batches/{id}/report", report::report)
+        .at(Method::POST, "/v1/batches/{id}/proof", batches::proof)
         .at(Method::POST, "/v1/messages", batches::submit_one)
         .at(Method::GET, "/v1/messages/{message_id}", messages::message)
         .at(Method::GET, "/v1/recipients/{email}", messages::person)
         .at(Method::DELETE, "/v1/recipients/{email}", messages::erase)
         .at(Method::GET, "/v1/events", events::list)
         .at(Method::GET, "/v1/suppressions", suppressions::list)
+        .at(Method::POST, "/v1/suppressions", suppressions::import)
         .at(Method::GET, "/v1/suppressions/{email}", suppressions::one)
         .at(Method::PUT, "/v1/suppressions/{email}", suppressions::put)
         .at(
@@ -149,6 +156,16 @@ fn routes() -> Routes {
             "/v1/destinations/{domain}/retry",
             destinations::retry,
         )
+        .at(Method::GET, "/v1/accounts", tenants::accounts)
+        .at(Method::POST, "/v1/accounts", tenants::add_account)
+        .at(Method::GET, "/v1/accounts/{id}", tenants::account)
+        .at(Method::PATCH, "/v1/accounts/{id}", tenants::patch_account)
+        .at(Method::DELETE, "/v1/accounts/{id}", tenants::remove_account)
+        .at(Method::GET, "/v1/keys", tenants::keys)
+        .at(Method::POST, "/v1/keys", tenants::add_key)
+        .at(Method::GET, "/v1/keys/{id}", tenants::key)
+        .at(Method::PATCH, "/v1/keys/{id}", tenants::patch_key)
+        .at(Method::DELETE, "/v1/keys/{id}", tenants::remove_key)
         .at(Method::GET, "/v1/why", why::why)
         .at(Method::GET, "/v1/trace", trace::trace)
         .at(Method::POST, "/v1/classify", classify::classify)

@@ -143,7 +143,7 @@ impl Contents {
             released_at: head.release_at,
             tracker: Arc::new(tracker),
             mode: head.tracking,
-            proof: false,
+            proof: released.proof,
         };
         let bounce_domain = self
             .bounce_domain

@@ -6,9 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use content::Mailbox;
+use content::{Attachment, Mailbox};
 use model::units::Rate;
-use model::{EmailAddress, Priority, Timestamp, TrackingMode};
+use model::{EmailAddress, Guardrails, Priority, Timestamp, TrackingMode};
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, Mistakes, expected, no_control, string};
@@ -46,6 +46,10 @@ pub(crate) struct BatchRequest {
     pub(crate) allow_duplicates: bool,
     /// Parts follow.
     pub(crate) hold: bool,
+    /// A complete message in base64, in place of the content.
+    pub(crate) raw: Option<String>,
+    pub(crate) attachments: Vec<Attachment>,
+    pub(crate) guardrails: Option<Guardrails>,
 }
 
 /// `tracking`
@@ -78,9 +82,19 @@ pub(crate) fn read(
     mistakes: &mut Mistakes,
 ) -> Option<BatchRequest> {
     let mut fields = Fields::of(String::new(), document, mistakes);
-    let from = sender(&mut fields);
-    let subject = fields.required("subject", string);
-    let (html, text) = bodies(&mut fields);
+    let raw = fields.string("raw");
+    let from = sender(&mut fields, raw.as_deref());
+    let subject = if raw.is_some() {
+        beside_raw(&mut fields);
+        Some(String::new())
+    } else {
+        fields.required("subject", string)
+    };
+    let (html, text) = bodies(&mut fields, raw.is_some());
+    let attachments = fields
+        .converted("attachments", attachments)
+        .unwrap_or_default();
+    let guardrails = fields.within("guardrails", guardrails).flatten();
     let hold = fields.flag("hold", false);
     recipients(&mut fields, recipient_count, hold);
     unsupported(&mut fields);
@@ -121,10 +135,24 @@ pub(crate) fn read(
         metadata,
         allow_duplicates,
         hold,
+        raw,
+        attachments,
+        guardrails,
     })
 }
 
-fn sender(fields: &mut Fields<'_>) -> Option<Mailbox> {
+fn sender(fields: &mut Fields<'_>, raw: Option<&str>) -> Option<Mailbox> {
+    if let (Some(raw), false) = (raw, fields.has("from")) {
+        fields.take("from");
+        // What is wrong with the message, its compilation says.
+        return match content::from_of_raw(raw) {
+            Ok(email) => Some(Mailbox { email, name: None }),
+            Err(detail) => {
+                fields.mistake("raw", detail);
+                None
+            }
+        };
+    }
     if !fields.has("from") {
         fields.mistake("from", "is missing");
         return None;
@@ -149,8 +177,81 @@ fn sender(fields: &mut Fields<'_>) -> Option<Mailbox> {
     })?
 }
 
-fn bodies(fields: &mut Fields<'_>) -> (Option<String>, Option<String>) {
-    let missing = !fields.has("html") && !fields.has("text") && !fields.has("raw");
+/// A message that is complete has no other content.
+fn beside_raw(fields: &mut Fields<'_>) {
+    for key in [
+        "subject",
+        "html",
+        "text",
+        "headers",
+        "attachments",
+        "reply_to",
+        "vars",
+    ] {
+        if fields.has(key) {
+            fields.take(key);
+            fields.mistake(key, "stands beside raw, which is the whole message");
+        }
+    }
+}
+
+/// The most files of a batch.
+const ATTACHMENTS_MAX: usize = 100;
+
+fn attachments(value: Value) -> Result<Vec<Attachment>, String> {
+    let Value::Array(items) = value else {
+        return Err(expected(&value, "an array"));
+    };
+    if items.len() > ATTACHMENTS_MAX {
+        return Err(format!("has more than {ATTACHMENTS_MAX} files"));
+    }
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        filename: String,
+        #[serde(rename = "type")]
+        media_type: Option<String>,
+        content: String,
+        content_id: Option<String>,
+    }
+    let read = |(number, item): (usize, Value)| {
+        let file: File =
+            serde_json::from_value(item).map_err(|error| format!("file {number}: {error}"))?;
+        Ok(Attachment {
+            filename: file.filename,
+            media_type: file
+                .media_type
+                .unwrap_or_else(|| "application/octet-stream".to_owned()),
+            content: file.content,
+            content_id: file.content_id,
+        })
+    };
+    items.into_iter().enumerate().map(read).collect()
+}
+
+/// Fewer say nothing about a batch, unless the caller says so.
+const MIN_DELIVERED: u64 = 500;
+
+fn guardrails(fields: &mut Fields<'_>) -> Option<Guardrails> {
+    let share = |value: Value| {
+        let share = value.as_f64().filter(|share| (0.0..=1.0).contains(share));
+        share.ok_or_else(|| expected(&value, "a share between 0 and 1"))
+    };
+    let of = Guardrails {
+        bounce_rate: fields.converted("bounce_rate", share),
+        complaint_rate: fields.converted("complaint_rate", share),
+        min_delivered: fields
+            .converted("min_delivered", |value| {
+                let number = value.as_u64();
+                number.ok_or_else(|| expected(&value, "a number of recipients"))
+            })
+            .unwrap_or(MIN_DELIVERED),
+    };
+    (of.bounce_rate.is_some() || of.complaint_rate.is_some()).then_some(of)
+}
+
+fn bodies(fields: &mut Fields<'_>, is_raw: bool) -> (Option<String>, Option<String>) {
+    let missing = !fields.has("html") && !fields.has("text") && !is_raw;
     if missing {
         fields.mistake("html", "is missing: a batch needs html or text");
     }
@@ -159,9 +260,17 @@ fn bodies(fields: &mut Fields<'_>) -> (Option<String>, Option<String>) {
 
 /// The splitter left an empty array where recipients were taken out.
 fn recipients(fields: &mut Fields<'_>, count: u32, hold: bool) {
-    let elsewhere = fields.has("recipients_from") || hold;
+    // Where they were found, this is left in its place; who is not there needs no mail.
+    let followed = fields.take("recipients_from");
+    if followed
+        .as_ref()
+        .is_some_and(|mark| *mark != Value::Bool(true))
+    {
+        fields.mistake("recipients_from", "is for batches alone");
+    }
+    let elsewhere = followed.is_some() || hold;
     match fields.take("recipients") {
-        Some(Value::Array(_)) if count > 0 || hold => {}
+        Some(Value::Array(_)) if count > 0 || elsewhere => {}
         Some(Value::Array(_)) => fields.mistake("recipients", "is empty"),
         Some(other) => fields.mistake("recipients", expected(&other, "an array")),
         None if elsewhere => {}
@@ -171,10 +280,9 @@ fn recipients(fields: &mut Fields<'_>, count: u32, hold: bool) {
 
 /// What this version refuses, unless it asks for nothing.
 fn unsupported(fields: &mut Fields<'_>) {
-    for field in ["raw", "window", "guardrails", "ab_test", "recipients_from"] {
+    for field in ["window", "ab_test"] {
         fields.unsupported(field, &[]);
     }
-    fields.unsupported("attachments", &[Value::Array(Vec::new())]);
     fields.unsupported("variants", &[Value::Array(Vec::new())]);
 }
 
@@ -332,12 +440,8 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_yet_is_refused_by_name() {
         for (key, value) in [
-            ("raw", json!("QQ==")),
             ("window", json!({"from": "09:00"})),
-            ("guardrails", json!({})),
             ("ab_test", json!({})),
-            ("recipients_from", json!({})),
-            ("attachments", json!([{}])),
             ("variants", json!([{}])),
         ] {
             let expected = vec![format!("/{key} invalid_field")];

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::fields::{Mistakes, Strict};
 use super::once::Call;
+use super::quota;
 use super::receive::{Media, Received};
 use super::recipients::{Judge, Sorted, check, malformed, reason};
 use super::row::Rejection;
@@ -225,7 +226,7 @@ impl Intake {
             }
             Ok((Arc::new(content), released.allow_duplicates, spool))
         };
-        let (content, allow_duplicates, mut spool) = blocking(read).await?;
+        let (content, allow_duplicates, spool) = blocking(read).await?;
         let part = Arc::new(Part {
             batch,
             content,
@@ -233,6 +234,27 @@ impl Intake {
             rows: spool.rows(),
             call,
         });
+        let (account, now) = (self.account(&part.batch.head.account), self.clock.now());
+        let count = u64::from(part.rows);
+        if let Some(account) = &account {
+            quota::take(&*self.store, account, count, now).await?;
+        }
+        let added = Arc::clone(&self).add_in_turn(id, part, spool, gone).await;
+        drop(permits);
+        if let (Some(account), Err(_)) = (&account, &added) {
+            quota::give_back(&*self.store, account, count, now).await;
+        }
+        added
+    }
+
+    /// Waits until no other part of this process is being added, then adds this one.
+    async fn add_in_turn(
+        self: Arc<Self>,
+        id: BatchId,
+        part: Arc<Part>,
+        mut spool: SpoolReader,
+        gone: &CancellationToken,
+    ) -> Answer<Arc<[u8]>> {
         let filling = self.filling.of(part.batch.head.id);
         let mut known = filling.lock().await;
         for _ in 0..TRIES {
@@ -245,7 +267,6 @@ impl Intake {
             let (answer, turn) = Arc::clone(&self).take_turn(turn, gone).await?;
             *known = turn.known;
             if let Some(answer) = answer {
-                drop(permits);
                 return Ok(answer);
             }
             spool = turn.spool;

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use content::{Content, ContentError, ContentSpec, TrackingSpec};
-use model::{BatchId, Timestamp};
+use model::{BatchId, Timestamp, TrackingMode};
 use serde_json::Value;
 use service::config::{Account, DkimPolicy, Pool};
 use store::BatchHead;
@@ -80,6 +80,7 @@ pub(crate) fn prepare(
             tracker_base_url: account.tracking.base_url.clone(),
             tracking_key: against.tracking_key,
             allow_duplicates: request.allow_duplicates,
+            proof: false,
         },
         content,
         allow_duplicates: request.allow_duplicates,
@@ -150,15 +151,17 @@ fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
         headers: request.headers.clone(),
         vars: request.vars.clone(),
         tracking: TrackingSpec {
-            opens: request.tracking.opens,
-            clicks: request.tracking.clicks,
+            opens: request.tracking.opens && request.raw.is_none(),
+            clicks: request.tracking.clicks && request.raw.is_none(),
             text_links: request.tracking.text_links,
             utm: request.tracking.utm.clone(),
             allowed_targets: account.tracking.allowed_targets.clone(),
             base_url: account.tracking.base_url.clone(),
         },
-        list_unsubscribe: request.list_unsubscribe,
+        list_unsubscribe: request.list_unsubscribe && request.raw.is_none(),
         feedback_id: Some(feedback_id(request, account)),
+        attachments: request.attachments.clone(),
+        raw: request.raw.clone(),
         report: None,
     }
 }
@@ -189,6 +192,7 @@ fn feedback_id(request: &BatchRequest, account: &Account) -> String {
 fn content_mistake(error: ContentError) -> service::http::ProblemError {
     let path = match error.field.split_once('.') {
         None => format!("/{}", pointer_step(&error.field)),
+        Some(("attachments", rest)) => format!("/attachments/{}", rest.replace('.', "/")),
         Some((field, rest)) => format!("/{}/{}", pointer_step(field), pointer_step(rest)),
     };
     let code = if error.template {
@@ -250,10 +254,13 @@ fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Acc
         release_at: request.send_at.map_or(now, |at| at.max(now)),
         expires_at: request.expires_at,
         // The most restrictive wins, and it is the least.
-        tracking: request.tracking.mode.map_or(mode, |own| own.min(mode)),
+        tracking: match (&request.raw, request.tracking.mode) {
+            (Some(_), _) => TrackingMode::Off,
+            (None, own) => own.map_or(mode, |own| own.min(mode)),
+        },
         metadata: request.metadata.clone(),
         held: request.hold,
         window: None,
-        guardrails: None,
+        guardrails: request.guardrails,
     }
 }

@@ -25,11 +25,13 @@ use tokio_util::sync::CancellationToken;
 use super::once::Call;
 use super::parts::Filling;
 use super::prepare::{Against, Prepared, prepare};
+use super::quota;
 use super::receive::{Form, Limits, Media, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
 use super::row::Rejection;
 use super::single::{self, Taken};
 use crate::admin::problem::{Answer, Code, Refusal};
+use crate::tenants::Tenants;
 
 /// What intake needs of the process.
 pub(crate) struct Intake {
@@ -38,7 +40,7 @@ pub(crate) struct Intake {
     pub(crate) tasks: Tasks,
     pub(crate) shutdown: Shutdown,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) accounts: Vec<Account>,
+    pub(crate) tenants: Arc<Tenants>,
     pub(crate) pools: Vec<Pool>,
     pub(crate) dkim_dir: PathBuf,
     pub(crate) tracking: Arc<ArcSwap<KeyRing>>,
@@ -136,10 +138,13 @@ impl Intake {
     /// The refusal that a submission would get.
     pub(crate) async fn dry_run(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Checked> {
         let received = self.receive(body, &by).await?;
+        let received = self.followed(received, &by).await?;
         let (id, now) = (self.new_id()?, self.clock.now());
         let (intake, count) = (Arc::clone(self), received.spool.rows());
         blocking(move || {
-            let prepared = prepare(&received.head, count, id, now, &intake.against(&by))?;
+            let accounts = intake.tenants.accounts();
+            let against = intake.against(&by, &accounts);
+            let prepared = prepare(&received.head, count, id, now, &against)?;
             let judge = intake.judge(&prepared);
             let spool = received.spool.read();
             let mut spool = spool.map_err(|error| Refusal::disk(&error))?;
@@ -147,7 +152,7 @@ impl Intake {
             let account = intake.account(&prepared.head.account);
             let first = sorted.first.as_ref().zip(account);
             let rendered = first
-                .map(|(row, account)| render(&prepared, row, account))
+                .map(|(row, account)| render(&prepared, row, &account))
                 .transpose()?;
             Ok(Checked {
                 accepted: sorted.accepted,
@@ -172,6 +177,7 @@ impl Intake {
         if media == Media::Message {
             received = single::taken_apart(received)?;
         }
+        let received = self.followed(received, &by).await?;
         let gone = CancellationToken::new();
         let _gone_on_drop = gone.clone().drop_guard();
         let (intake, hold) = (Arc::clone(self), self.shutdown.hold(Stage::Intake));
@@ -190,7 +196,7 @@ impl Intake {
         }
     }
 
-    pub(super) async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
+    pub(crate) async fn receive(&self, body: Body, by: &Submitter) -> Answer<Received> {
         let receiver = Receiver {
             limits: &self.limits,
             clock: &self.clock,
@@ -203,11 +209,11 @@ impl Intake {
         receiver.receive(body).await
     }
 
-    fn against<'a>(&'a self, by: &'a Submitter) -> Against<'a> {
+    fn against<'a>(&'a self, by: &'a Submitter, accounts: &'a [Account]) -> Against<'a> {
         Against {
             account: &by.account,
             any_account: by.any_account,
-            accounts: &self.accounts,
+            accounts,
             pools: &self.pools,
             dkim_dir: &self.dkim_dir,
             // A ring has at least one key.
@@ -215,8 +221,16 @@ impl Intake {
         }
     }
 
-    fn account(&self, id: &str) -> Option<&Account> {
-        self.accounts.iter().find(|account| account.id == id)
+    pub(super) fn account(&self, id: &str) -> Option<Account> {
+        let all = self.tenants.accounts();
+        all.iter().find(|account| account.id == id).cloned()
+    }
+
+    /// How the quota of an account stands, when it has one and the store answers.
+    pub(crate) async fn quota_of(&self, account: &str) -> Option<quota::Standing> {
+        let account = self.account(account)?;
+        let standing = quota::standing(&*self.store, &account, self.clock.now()).await;
+        standing.ok().flatten()
     }
 
     fn judge<'p>(&self, prepared: &'p Prepared) -> Judge<'p> {
@@ -287,8 +301,15 @@ impl Intake {
             fingerprint: _,
         } = received;
         let (intake, count) = (Arc::clone(&self), spool.rows());
-        let prepared = blocking(move || prepare(&head, count, id, now, &intake.against(&by)));
+        let prepared = blocking(move || {
+            let accounts = intake.tenants.accounts();
+            prepare(&head, count, id, now, &intake.against(&by, &accounts))
+        });
         let prepared = Arc::new(prepared.await?);
+        let account = self.account(&prepared.head.account);
+        if let Some(account) = &account {
+            quota::take(&*self.store, account, u64::from(count), now).await?;
+        }
         let (out, mut groups) = mpsc::channel(1);
         let (intake, judged) = (Arc::clone(&self), Arc::clone(&prepared));
         let sorting = blocking(move || {
@@ -304,6 +325,9 @@ impl Intake {
         drop(permits);
         if done.is_err() {
             self.abandon(id).await;
+            if let Some(account) = &account {
+                quota::give_back(&*self.store, account, u64::from(count), now).await;
+            }
         }
         done
     }
@@ -433,7 +457,7 @@ pub(super) fn caller_gone() -> Refusal {
 }
 
 /// Runs what blocks or computes for long beside the threads that serve connections.
-pub(super) async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     run: impl FnOnce() -> Answer<T> + Send + 'static,
 ) -> Answer<T> {
     let ran = tokio::task::spawn_blocking(run).await;

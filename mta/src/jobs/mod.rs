@@ -3,6 +3,7 @@
 //! Owns when, and by whom; mail that the service writes itself goes the way of all mail. Must not
 //! be needed by anything that sends.
 
+pub(crate) mod guardrails;
 mod keeping;
 mod tls_reports;
 

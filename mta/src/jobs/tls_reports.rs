@@ -212,6 +212,7 @@ impl TlsReporting {
             tracker_base_url: "http://localhost".to_owned(),
             tracking_key: self.ring.load().ids().next().unwrap_or_default(),
             allow_duplicates: false,
+            proof: false,
         };
         let content = released.to_bytes().map_err(|error| made(&error))?;
         let (accepted, partitions) = (to.len() as u64, self.store.partitions());
@@ -268,6 +269,8 @@ impl TlsReporting {
             },
             list_unsubscribe: false,
             feedback_id: None,
+            attachments: Vec::new(),
+            raw: None,
             report: Some(ReportPart {
                 report_type: "tlsrpt".to_owned(),
                 media_type: report::MEDIA_TYPE.to_owned(),

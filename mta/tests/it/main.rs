@@ -1,5 +1,6 @@
 //! The daemon from outside: real sockets, the real store.
 
+mod contents;
 mod disk;
 mod explaining;
 mod fair;
@@ -13,4 +14,5 @@ mod sending;
 mod serving;
 mod station;
 mod storm;
+mod tenants;
 mod tls;

@@ -200,6 +200,7 @@ impl Station {
             tracker_base_url: "http://127.0.0.1:8026".into(),
             tracking_key: self.ring.load().ids().next().expect("a key"),
             allow_duplicates: false,
+            proof: false,
         };
         released.to_bytes().expect("bytes")
     }

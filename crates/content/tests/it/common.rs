@@ -22,6 +22,8 @@ pub(crate) fn spec() -> ContentSpec {
         tracking: TrackingSpec::default(),
         list_unsubscribe: true,
         feedback_id: None,
+        attachments: Vec::new(),
+        raw: None,
         report: None,
     }
 }

@@ -21,7 +21,8 @@ pub use document::{ENV_PREFIX, Mistake};
 pub use sections::{
     Account, Api, ApiKey, Bind, Bounces, Config, Dkim, Dns, Inbound, Journal, KeyMaterial, Pool,
     Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp, SmtpTimeouts, Source, Store,
-    StoreUrl, TlsReports, Tracker, Tracking, Webhooks, WeightedSource,
+    StoreUrl, TlsReports, Tracker, Tracking, Webhooks, WeightedSource, base_url, link_target,
+    page_origin,
 };
 pub use values::{
     AmbiguousPolicy, DanePolicy, DkimPolicy, Families, Scope, Secret, StatusProfile, TlsPolicy,

@@ -125,6 +125,7 @@ macro_rules! conformance_tests {
             unfinished_work_says_who_holds_it
             a_setting_has_one_first_writer
             notes_are_shared_until_they_expire
+            a_note_is_swapped_once
             a_job_is_one_nodes_at_a_time
             a_suspension_is_told_to_every_node
             announcements_are_events_of_their_account

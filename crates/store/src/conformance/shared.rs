@@ -237,3 +237,29 @@ pub async fn deferred_mail_is_made_due(fixture: &dyn Fixture) -> Result<()> {
     checked(&*store, other).await?;
     Ok(())
 }
+
+/// Of two that read the same note, one writes it.
+pub async fn a_note_is_swapped_once(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let note = |value: &[u8], expires_at| Note {
+        kind: "k".into(),
+        key: "a".into(),
+        value: value.into(),
+        expires_at,
+    };
+    let one = Some(b"1".as_slice().into());
+    assert!(store.swap_note(note(b"1", None), None, T0).await?);
+    assert!(!store.swap_note(note(b"2", None), None, T0).await?);
+    assert!(
+        store
+            .swap_note(note(b"2", Some(T0 + secs(5))), one.clone(), T0)
+            .await?
+    );
+    assert!(!store.swap_note(note(b"3", None), one, T0).await?);
+    // What has expired is as if it were not there.
+    let late = T0 + secs(6);
+    assert!(store.swap_note(note(b"4", None), None, late).await?);
+    let found = store.note("k", "a", late).await?;
+    assert_eq!(found.map(|note| note.value), Some(b"4".as_slice().into()));
+    Ok(())
+}

@@ -193,11 +193,16 @@ impl Inner {
                 BatchChange::Start if ended => {
                     return Ok(ChangeOutcome::Impossible(before.state));
                 }
-                BatchChange::Pause | BatchChange::Resume if open => {
+                BatchChange::Pause | BatchChange::PauseFor(_) | BatchChange::Resume if open => {
                     return Ok(ChangeOutcome::Impossible(before.state));
                 }
                 BatchChange::Cancel if before.state == BatchState::Cancelled => {}
-                BatchChange::Pause | BatchChange::Resume | BatchChange::Cancel if ended => {
+                BatchChange::Pause
+                | BatchChange::PauseFor(_)
+                | BatchChange::Resume
+                | BatchChange::Cancel
+                    if ended =>
+                {
                     return Ok(ChangeOutcome::Impossible(before.state));
                 }
                 _ => {
@@ -256,9 +261,13 @@ impl Inner {
         let mut after = before.clone();
         after.revision += 1;
         let revision = after.revision;
-        let mut event = |kind| books.batch_event(kind, &head, revision, json!({}));
+        let data = match change {
+            BatchChange::PauseFor(reason) => json!({ "reason": reason.as_str() }),
+            _ => json!({}),
+        };
+        let mut event = |kind| books.batch_event(kind, &head, revision, data.clone());
         let control = match change {
-            BatchChange::Pause if before.state != BatchState::Paused => {
+            BatchChange::Pause | BatchChange::PauseFor(_) if before.state != BatchState::Paused => {
                 after.state = BatchState::Paused;
                 event(EventKind::BatchPaused);
                 vec![Control::Paused(batch)]
@@ -294,6 +303,7 @@ impl Inner {
             }
             BatchChange::Start
             | BatchChange::Pause
+            | BatchChange::PauseFor(_)
             | BatchChange::Resume
             | BatchChange::Archive
             | BatchChange::Unarchive => return Ok(true),

@@ -384,6 +384,15 @@ impl Store for RedisStore {
         self.inner.put_notes(notes, now).await
     }
 
+    async fn swap_note(
+        &self,
+        note: Note,
+        before: Option<Box<[u8]>>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        self.inner.swap_note(note, before.as_deref(), now).await
+    }
+
     async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
         self.inner.notes(kind, now).await
     }

@@ -33,6 +33,33 @@ fn read_note(kind: &str, key: &[u8], stored: &[u8]) -> Option<Note> {
     })
 }
 
+fn write_note(commit: &mut Commit, note: Note) -> Result<()> {
+    let expiry = || keys::notes_expiry(HOME);
+    let (key, named) = (
+        keys::notes(HOME, &note.kind),
+        format!("{}\0{}", note.kind, note.key).into_bytes(),
+    );
+    if note.value.is_empty() {
+        commit.write("HDEL", key, [note.key.as_bytes()]);
+        commit.write("ZREM", expiry(), [named]);
+        return Ok(());
+    }
+    if note.value.len() > NOTE_BYTES {
+        return Err(StoreError::Refused(format!(
+            "a note of {} bytes, at most {NOTE_BYTES} are kept",
+            note.value.len()
+        )));
+    }
+    let until = note.expires_at.map_or(NEVER, Timestamp::millis);
+    let stored = [&until.to_le_bytes()[..], &note.value].concat();
+    commit.write("HSET", key, [note.key.as_bytes(), &stored]);
+    match note.expires_at {
+        Some(_) => commit.write("ZADD", expiry(), [until.to_string().into_bytes(), named]),
+        None => commit.write("ZREM", expiry(), [named]),
+    }
+    Ok(())
+}
+
 fn holds(note: &Note, now: Timestamp) -> bool {
     note.expires_at.is_none_or(|at| at > now)
 }
@@ -59,33 +86,41 @@ impl Inner {
     pub(super) async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
         let mut commit = Commit::new(HOME);
         self.forget_expired(&mut commit, now).await?;
-        let expiry = || keys::notes_expiry(HOME);
         for note in notes {
-            let (key, named) = (
-                keys::notes(HOME, &note.kind),
-                format!("{}\0{}", note.kind, note.key).into_bytes(),
-            );
-            if note.value.is_empty() {
-                commit.write("HDEL", key, [note.key.as_bytes()]);
-                commit.write("ZREM", expiry(), [named]);
-                continue;
-            }
-            if note.value.len() > NOTE_BYTES {
-                return Err(StoreError::Refused(format!(
-                    "a note of {} bytes, at most {NOTE_BYTES} are kept",
-                    note.value.len()
-                )));
-            }
-            let until = note.expires_at.map_or(NEVER, Timestamp::millis);
-            let stored = [&until.to_le_bytes()[..], &note.value].concat();
-            commit.write("HSET", key, [note.key.as_bytes(), &stored]);
-            match note.expires_at {
-                Some(_) => commit.write("ZADD", expiry(), [until.to_string().into_bytes(), named]),
-                None => commit.write("ZREM", expiry(), [named]),
-            }
+            write_note(&mut commit, note)?;
         }
         // Nothing is checked, so nothing conflicts.
         commit.run(self, false).await.map(drop)
+    }
+
+    /// Writes a note, unless it is no longer what it was.
+    pub(super) async fn swap_note(
+        &self,
+        note: Note,
+        before: Option<&[u8]>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let mut tries = self.tries();
+        while tries.again().await? {
+            let key = keys::notes(HOME, &note.kind);
+            let mut get = Cmd::new();
+            get.arg("HGET").arg(&key).arg(&*note.key);
+            let stored = answer::bytes(self.link.short(&get).await?);
+            let found = stored
+                .as_deref()
+                .and_then(|stored| read_note(&note.kind, note.key.as_bytes(), stored))
+                .filter(|found| holds(found, now));
+            if found.as_ref().map(|found| &*found.value) != before {
+                return Ok(false);
+            }
+            let mut commit = Commit::new(HOME);
+            commit.check_field(key, note.key.as_bytes(), stored.as_deref());
+            write_note(&mut commit, note.clone())?;
+            if commit.run(self, false).await? != Outcome::Conflict {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     async fn forget_expired(&self, commit: &mut Commit, now: Timestamp) -> Result<()> {

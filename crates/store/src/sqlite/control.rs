@@ -251,17 +251,27 @@ fn begin(step: &mut Step<'_>, id: BatchId, change: BatchChange, now: Timestamp) 
             }
             return Ok(Begun::Cancelling(no, before));
         }
-        BatchChange::Pause | BatchChange::Resume | BatchChange::Cancel if ended => {
+        BatchChange::Pause
+        | BatchChange::PauseFor(_)
+        | BatchChange::Resume
+        | BatchChange::Cancel
+            if ended =>
+        {
             return answer(ChangeOutcome::Impossible(batch.state));
         }
         BatchChange::Cancel => {}
         BatchChange::Start if ended => return answer(ChangeOutcome::Impossible(batch.state)),
         BatchChange::Start if batch.state == BatchState::Open => parts::start(step, batch, now)?,
         BatchChange::Start => {}
-        BatchChange::Pause | BatchChange::Resume if batch.state == BatchState::Open => {
+        BatchChange::Pause | BatchChange::PauseFor(_) | BatchChange::Resume
+            if batch.state == BatchState::Open =>
+        {
             return answer(ChangeOutcome::Impossible(batch.state));
         }
-        BatchChange::Pause => pause(step, batch, now)?,
+        BatchChange::Pause => pause(step, batch, &json!({}), now)?,
+        BatchChange::PauseFor(reason) => {
+            pause(step, batch, &json!({ "reason": reason.as_str() }), now)?;
+        }
         BatchChange::Resume => resume(step, batch, now)?,
         BatchChange::Archive => archive(step, batch, true, now)?,
         BatchChange::Unarchive => archive(step, batch, false, now)?,
@@ -289,7 +299,12 @@ fn cancel(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result
     Ok(())
 }
 
-fn pause(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result<()> {
+fn pause(
+    step: &mut Step<'_>,
+    mut batch: BatchRecord,
+    data: &serde_json::Value,
+    now: Timestamp,
+) -> Result<()> {
     if batch.state == BatchState::Paused {
         return Ok(());
     }
@@ -297,7 +312,7 @@ fn pause(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result<
     let mut books = Books::open(step, now);
     batch.state = BatchState::Paused;
     books.set_batch(batch)?;
-    books.batch_event(EventKind::BatchPaused, no, &json!({}));
+    books.batch_event(EventKind::BatchPaused, no, data);
     books.tell(&Control::Paused(id))?;
     books.close(None)?;
     Ok(())

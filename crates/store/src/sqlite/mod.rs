@@ -406,6 +406,17 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn swap_note(
+        &self,
+        note: Note,
+        before: Option<Box<[u8]>>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        self.writer()?
+            .write(move |step| shared::swap_note(step.connection, note, before.as_deref(), now))
+            .await
+    }
+
     async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
         let kind = kind.to_owned();
         self.readers

@@ -40,6 +40,21 @@ pub(super) fn put_notes(connection: &Connection, notes: Vec<Note>, now: Timestam
     Ok(())
 }
 
+/// Writes a note, unless it is no longer what it was.
+pub(super) fn swap_note(
+    connection: &Connection,
+    note: Note,
+    before: Option<&[u8]>,
+    now: Timestamp,
+) -> Result<bool> {
+    let found = notes(connection, &note.kind, Some(&note.key), now)?.pop();
+    if found.as_ref().map(|found| &*found.value) != before {
+        return Ok(false);
+    }
+    put_notes(connection, vec![note], now)?;
+    Ok(true)
+}
+
 /// The notes of a kind, or one of them.
 pub(super) fn notes(
     connection: &Connection,

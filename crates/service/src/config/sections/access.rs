@@ -196,8 +196,8 @@ pub(super) fn accounts(root: &mut Section<'_>) -> Vec<Account> {
 }
 
 impl Account {
-    /// The one there is when the file names none.
-    fn implied() -> Self {
+    /// The one there is when the file names none: every default.
+    pub fn implied() -> Self {
         Self {
             id: "default".to_owned(),
             from_domains: None,
@@ -293,15 +293,24 @@ struct Target(String);
 
 impl Meant for Target {
     fn meant(item: &Item) -> Result<Self, String> {
-        let text = String::meant(item)?;
-        if text.parse::<IpAddr>().is_ok() {
-            return Ok(Self(text));
-        }
-        let domain = text.parse::<Domain>();
-        domain.map(|domain| Self(domain.to_string())).map_err(|_| {
-            format!("{text:?} is not a host: write a domain or an IP address alone, without scheme or port")
-        })
+        link_target(&String::meant(item)?).map(Self)
     }
+}
+
+/// Checks a host that a link may lead to: a domain or an IP address.
+///
+/// # Errors
+/// Why it is none, for people.
+pub fn link_target(text: &str) -> Result<String, String> {
+    if text.parse::<IpAddr>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let domain = text.parse::<Domain>();
+    domain.map(|domain| domain.to_string()).map_err(|_| {
+        format!(
+            "{text:?} is not a host: write a domain or an IP address alone, without scheme or port"
+        )
+    })
 }
 
 /// Scheme, host and port, as a browser sends it.
@@ -309,19 +318,29 @@ struct Origin(String);
 
 impl Meant for Origin {
     fn meant(item: &Item) -> Result<Self, String> {
-        let url = String::meant(item)?;
-        let origin = base_url(&url)?;
-        match origin.matches('/').count() {
-            2 => Ok(Self(origin)),
-            _ => Err(format!(
-                "{url:?} has a path: an origin ends after the host and port"
-            )),
-        }
+        page_origin(&String::meant(item)?).map(Self)
+    }
+}
+
+/// Checks the origin of a site: scheme, host and port, as a browser sends it.
+///
+/// # Errors
+/// Why it is none, for people.
+pub fn page_origin(url: &str) -> Result<String, String> {
+    let origin = base_url(url)?;
+    match origin.matches('/').count() {
+        2 => Ok(origin),
+        _ => Err(format!(
+            "{url:?} has a path: an origin ends after the host and port"
+        )),
     }
 }
 
 /// Checks that a path can be appended, and takes a final slash off.
-fn base_url(url: &str) -> Result<String, String> {
+///
+/// # Errors
+/// Why it cannot, for people.
+pub fn base_url(url: &str) -> Result<String, String> {
     let wrong = |why: &str| format!("{url:?} {why}: write http(s)://HOST[:PORT][/PATH]");
     let rest = url
         .strip_prefix("https://")

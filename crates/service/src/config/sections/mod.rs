@@ -14,7 +14,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use model::{Domain, EmailAddress};
 
-pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking};
+pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking, base_url, link_target, page_origin};
 pub use delivery::{Pool, Smtp, SmtpTimeouts, WeightedSource};
 pub use egress::{Bind, Proxy, Smarthost, Source};
 pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
