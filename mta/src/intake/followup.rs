@@ -185,16 +185,17 @@ impl Intake {
 
 fn copied(row: &Row) -> Answer<Vec<u8>> {
     let failed = |error: serde_json::Error| Refusal::internal("recipients_from", &error);
-    let raw = |text: &Option<Box<str>>| {
-        let raw = text.as_deref().map(serde_json::from_str::<&RawValue>);
-        raw.transpose()
-    };
     let line = Copied {
         email: row.email.as_str(),
         name: row.name.as_deref(),
         prospect_id: row.prospect_id.as_deref(),
-        vars: raw(&row.vars).map_err(failed)?,
-        metadata: raw(&row.metadata).map_err(failed)?,
+        vars: raw(row.vars.as_deref()).map_err(failed)?,
+        metadata: raw(row.metadata.as_deref()).map_err(failed)?,
     };
     serde_json::to_vec(&line).map_err(failed)
+}
+
+/// JSON that is passed on as it is.
+fn raw(text: Option<&str>) -> serde_json::Result<Option<&RawValue>> {
+    text.map(serde_json::from_str).transpose()
 }

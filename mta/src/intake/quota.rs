@@ -29,9 +29,10 @@ pub(crate) struct Standing {
 }
 
 impl Standing {
-    fn seconds_left(&self, now: Timestamp) -> u64 {
+    fn seconds_left(&self, now: Timestamp) -> u32 {
         let left = self.ends_at.millis().saturating_sub(now.millis());
-        u64::try_from(left).unwrap_or(0).div_ceil(1_000).max(1)
+        let seconds = u64::try_from(left).unwrap_or(0).div_ceil(1_000).max(1);
+        u32::try_from(seconds).unwrap_or(u32::MAX)
     }
 
     /// The fields of draft-ietf-httpapi-ratelimit-headers, in the spelling of today and in that of
