@@ -20,8 +20,8 @@ pub mod resolve;
 pub mod sending;
 pub mod shaping;
 pub mod ship;
-pub mod tenants;
-mod tlspolicy;
+mod tenants;
+pub mod tlspolicy;
 pub mod trace;
 
 pub use app::{Deps, Mta, start};

@@ -547,29 +547,20 @@ pub(super) async fn report(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::{EventRecipient, MessageId};
+    use model::MessageId;
     use serde_json::{Value, json};
 
     fn event(kind: EventKind, index: u32, minute: i64, data: Value) -> Event {
         let batch = BatchId::from_bytes([1; 16]);
-        Event {
-            id: uuid::Uuid::nil(),
-            seq: 1,
-            kind,
-            occurred_at: Timestamp::from_millis(minute * MINUTE + 5),
-            recorded_at: Timestamp::from_millis(0),
-            account: "acme".into(),
-            campaign: None,
-            batch_id: Some(batch),
-            message_id: Some(MessageId { batch, index }),
-            variant: None,
-            recipient: Some(EventRecipient {
-                email: format!("a@d{}.example", index % 2),
-                prospect_id: None,
-            }),
-            metadata: json!({}),
-            data,
-        }
+        let event = json!({
+            "id": "019aa571-f3e7-7000-8000-000000000000", "seq": 1, "type": kind,
+            "occurred_at": Timestamp::from_millis(minute * MINUTE + 5),
+            "recorded_at": Timestamp::from_millis(0), "account": "acme", "campaign": null,
+            "batch_id": batch, "message_id": MessageId { batch, index }, "variant": null,
+            "recipient": {"email": format!("a@d{}.example", index % 2), "prospect_id": null},
+            "metadata": {}, "data": data,
+        });
+        serde_json::from_value(event).expect("an event")
     }
 
     #[test]
