@@ -12,13 +12,13 @@ use std::process::{Command, Stdio};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 use store::{BatchHead, LeaseRequest, NewBatch, NewLot, Shipment, Store as _, Want};
 
-const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+pub(crate) const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 const ROUNDS: usize = 6;
 const ROWS: u32 = 150;
 const DIRECTORY: &str = "HIKYAKU_TEST_CRASH_DIRECTORY";
 const ROUND: &str = "HIKYAKU_TEST_CRASH_ROUND";
 
-fn journal() -> JournalId {
+pub(crate) fn journal() -> JournalId {
     JournalId::new(T0, 7)
 }
 
@@ -125,17 +125,18 @@ async fn child() {
     let mut names = BTreeMap::new();
     for number in 0.. {
         let batch = BatchId::new(T0, round << 32 | number);
-        submit(&store, batch).await;
+        submit(&store, batch).await.expect("committed");
         names.insert(number, batch);
         tell(&format!("batch {batch}"));
         for _ in 0..4 {
-            seq = deliver(&store, seq).await;
+            seq = deliver(&store, seq).await.expect("shipped");
             tell(&format!("facts {seq}"));
         }
     }
 }
 
-async fn submit(store: &SqliteStore, id: BatchId) {
+/// Submits a batch; may be repeated.
+pub(crate) async fn submit(store: &SqliteStore, id: BatchId) -> store::Result<()> {
     let row = |index| Row {
         index,
         email: format!("n{index}@x.example").parse().expect("an address"),
@@ -150,7 +151,7 @@ async fn submit(store: &SqliteStore, id: BatchId) {
         queue: "x.example".into(),
         rows: (0..ROWS).map(row).collect(),
     };
-    store.stage_lots(id, vec![lot]).await.expect("staged");
+    store.stage_lots(id, vec![lot]).await?;
     let head = BatchHead {
         id,
         account: "acme".into(),
@@ -175,11 +176,11 @@ async fn submit(store: &SqliteStore, id: BatchId) {
         rejected: 0,
         call: None,
     };
-    store.commit_batch(batch, T0).await.expect("committed");
+    store.commit_batch(batch, T0).await
 }
 
 /// Leases some, and reports all of them delivered.
-async fn deliver(store: &SqliteStore, mut seq: u64) -> u64 {
+pub(crate) async fn deliver(store: &SqliteStore, mut seq: u64) -> store::Result<u64> {
     let want = Want::of("x.example", 30);
     let request = LeaseRequest {
         node: journal(),
@@ -187,7 +188,7 @@ async fn deliver(store: &SqliteStore, mut seq: u64) -> u64 {
         ttl: std::time::Duration::from_secs(45),
         wants: vec![want],
     };
-    let leased = store.lease(request).await.expect("a lease");
+    let leased = store.lease(request).await?;
     let mut facts = Vec::new();
     for range in &leased {
         for item in &range.items {
@@ -216,6 +217,6 @@ async fn deliver(store: &SqliteStore, mut seq: u64) -> u64 {
         finished: leased.iter().map(|range| range.range).collect(),
         now: T0,
     };
-    store.ship(shipment).await.expect("shipped");
-    seq
+    store.ship(shipment).await?;
+    Ok(seq)
 }

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod crash;
+mod disk;
 mod engine;
 mod fixture;
 mod moving;
