@@ -5,6 +5,7 @@ mod crash;
 mod disk;
 mod engine;
 mod fixture;
+mod kept;
 mod moving;
 mod redis;
 
