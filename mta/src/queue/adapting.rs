@@ -16,9 +16,11 @@ use store::{
 
 use super::control::ControlView;
 use super::fixtures::{head, range_ref, row};
-use super::job::{ConnId, Fate, Job};
+use super::job::{ConnId, Fate, Job, Trouble};
 use super::pool::{Pool, Pools};
-use super::{Action, ConnEnd, Event, Limited, Now, QueueConfig, QueueState, Remembered, Shares};
+use super::{
+    Action, ConnEnd, Event, KeptHold, Limited, Now, QueueConfig, QueueState, Remembered, Shares,
+};
 use crate::classify::{Notice, Signal};
 use crate::resolve::{Host, Route};
 use crate::shaping::{Change, Destination, Heard, Kept, Reason, SharedPacer, Sign};
@@ -61,6 +63,9 @@ struct World {
     refused: usize,
     changes: Vec<Change>,
     kept: HashMap<(Destination, usize), Kept>,
+    /// Nobody answers.
+    unreachable: bool,
+    kept_hold: Option<KeptHold>,
     opened: Vec<Instant>,
     /// The most messages at connections at a time.
     most_out: usize,
@@ -95,6 +100,8 @@ impl World {
             refused: 0,
             changes: Vec::new(),
             kept: HashMap::new(),
+            unreachable: false,
+            kept_hold: None,
             opened: Vec::new(),
             most_out: 0,
         }
@@ -233,6 +240,19 @@ impl World {
                 ..
             } => {
                 self.opened.push(self.now);
+                if self.unreachable {
+                    let trouble = Trouble {
+                        class: model::Class::ConnectFailure,
+                        blame: model::Blame::Destination,
+                        text: "nobody answers".to_owned(),
+                        reply: None,
+                        host: "mx.x.example".into(),
+                        is_final: false,
+                    };
+                    let end = ConnEnd::Unreachable(trouble);
+                    self.later.push_back(Event::Closed(conn, end));
+                    return;
+                }
                 let made = Conn {
                     source,
                     permits,
@@ -278,6 +298,7 @@ impl World {
                     };
                 }
             }
+            Action::KeepHold(_, hold) => self.kept_hold = hold,
             // Ranges here are leased with all of them in the window, so nothing waits for shipping.
             Action::Hurry => panic!("there is no window to move"),
             Action::Register { .. }
@@ -481,6 +502,36 @@ fn sources_share_by_weights_that_were_read_again() {
 }
 
 #[test]
+fn who_could_not_be_reached_is_left_alone_over_a_restart_and_is_asked_again_in_time() {
+    let start = SystemClock.instant();
+    let shaping = "[default]\nrate = \"20/s\"\n";
+    let mut world = World::new(shaping, 1, start, allows(1_000));
+    world.unreachable = true;
+    world.run(Duration::from_secs(60));
+    assert_eq!(world.opened.len(), 1);
+    let kept = world.kept_hold.clone().expect("a note");
+    assert_eq!(kept.failures, 1);
+
+    // The next process knows of it from the note alone.
+    let mut again = World::new(shaping, 1, world.start, allows(1_000));
+    again.now = world.now;
+    again.unreachable = true;
+    let note = KeptHold::from_note(&kept.to_note()).expect("a note");
+    let holds = Event::RememberedHolds(vec![(destination(), note)]);
+    again.later.push_back(holds);
+    again.run(Duration::from_secs(170));
+    assert!(again.opened.is_empty(), "four minutes are not over");
+    assert_eq!(again.queue.leased(), 0, "others may try");
+    again.run(Duration::from_secs(140));
+    assert_eq!(again.opened.len(), 1, "once, and then the longer wait");
+    assert_eq!(again.kept_hold.as_ref().map(|kept| kept.failures), Some(2));
+    again.unreachable = false;
+    again.run(Duration::from_secs(800));
+    assert!(again.begun.len() > 1_000);
+    assert_eq!(again.kept_hold, None, "nothing is held any more");
+}
+
+#[test]
 fn an_operator_suspends_and_resumes_at_once() {
     let start = SystemClock.instant();
     let mut world = World::new("[default]\nrate = \"20/s\"\n", 1, start, allows(1_000));
@@ -506,6 +557,24 @@ fn an_operator_suspends_and_resumes_at_once() {
             .suspension("mx.x.example", world.clock().wall)
             .is_some()
     );
+    // It was lifted while the control feed was not followed.
+    world.later.push_back(Event::Suspensions(Vec::new()));
+    world.deliver_events();
+    let resumed_at = world.now;
+    world.run(Duration::from_secs(3));
+    assert!(world.begun_since(resumed_at).count() >= 20);
+    let again = Suspension {
+        destination: "mx.x.example".into(),
+        until: None,
+        reason: "again".into(),
+        by: "ops".into(),
+        since: world.clock().wall,
+    };
+    world.later.push_back(Event::Suspensions(vec![again]));
+    world.deliver_events();
+    let suspended_at = world.now;
+    world.run(Duration::from_secs(20));
+    assert_eq!(world.begun_since(suspended_at + ANSWER).count(), 0);
     let resumed = Control::DestinationResumed("mx.x.example".into());
     world.later.push_back(Event::Control(resumed));
     world.deliver_events();

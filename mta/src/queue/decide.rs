@@ -15,6 +15,9 @@ use crate::classify::{Action, Classification, suppression_for};
 /// What stands for a reply when the sender died.
 const IN_FLIGHT: &str = "the node that may have sent it died before it could tell";
 
+/// The last try of a message comes at least so long before its end.
+const LAST_MARGIN: Duration = Duration::from_secs(120);
+
 /// The longest text kept of a reply, in bytes.
 const REPLY_MAX: usize = 1_024;
 
@@ -83,6 +86,7 @@ pub fn decide(
                     policy,
                     now,
                     wait(item, policy, chance).max(reading.retry_after.unwrap_or_default()),
+                    chance,
                 ),
             }
         }
@@ -104,7 +108,8 @@ pub fn decide(
             if is_final {
                 AttemptResult::Failed
             } else {
-                retry_or_expire(&mut detail, item, policy, now, wait(item, policy, chance))
+                let wait = wait(item, policy, chance);
+                retry_or_expire(&mut detail, item, policy, now, wait, chance)
             }
         }
         Finding::Unmade(text) => {
@@ -156,18 +161,32 @@ fn retry_or_expire(
     policy: &Policy,
     now: Timestamp,
     wait: Duration,
+    chance: f64,
 ) -> AttemptResult {
-    let retry_at = now + wait;
-    // A wait that outlasts the message is no wait. The last number stands for "and so on".
-    if retry_at >= expires_at(item, policy) || item.attempt == u8::MAX {
-        detail.class = Some(Class::Expired);
-        detail.blame.get_or_insert(Blame::Destination);
-        return AttemptResult::Failed;
+    let over = expires_at(item, policy);
+    let in_turn = Some(now + wait).filter(|at| *at < over);
+    let retry_at = in_turn.or_else(|| last_try(now, over, wait, chance));
+    // The last number stands for "and so on".
+    match retry_at.filter(|_| item.attempt < u8::MAX) {
+        Some(retry_at) => AttemptResult::TemporaryError {
+            retry_at,
+            ambiguous: false,
+        },
+        None => {
+            detail.class = Some(Class::Expired);
+            detail.blame.get_or_insert(Blame::Destination);
+            AttemptResult::Failed
+        }
     }
-    AttemptResult::TemporaryError {
-        retry_at,
-        ambiguous: false,
-    }
+}
+
+/// When a message whose next turn would come too late is tried once more: shortly before it is
+/// over, each at another time, so that not all come at once. None soon after this attempt, which
+/// would hear the same; that also makes it once.
+fn last_try(now: Timestamp, over: Timestamp, wait: Duration, chance: f64) -> Option<Timestamp> {
+    let left = over.since(now);
+    let margin = (left / 16).min(LAST_MARGIN) + (left / 20).mul_f64(chance.clamp(0.0, 1.0));
+    (left >= wait / 8).then(|| now + (left - margin))
 }
 
 fn ambiguous(
@@ -313,6 +332,37 @@ mod tests {
     }
 
     #[test]
+    fn one_last_try_comes_shortly_before_the_end() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let mut item = item(9);
+        let mut retry_in = |left: Duration, reply: &str, chance| {
+            std::sync::Arc::make_mut(&mut item.batch).expires_at = Some(NOW + left);
+            let result = decide(refused(451, reply), &item, &policy(), NOW, chance).result;
+            let AttemptResult::TemporaryError { retry_at, .. } = result else {
+                return None;
+            };
+            Some(retry_at.since(NOW))
+        };
+        // The schedule has four hours here.
+        assert_eq!(retry_in(minutes(192), "4.3.0 x", 0.0), Some(minutes(190)));
+        assert_eq!(
+            retry_in(minutes(192), "4.3.0 x", 1.0),
+            Some(Duration::from_secs(180 * 60 + 24))
+        );
+        assert_eq!(
+            retry_in(minutes(14), "4.3.0 x", 0.5),
+            None,
+            "it is the last try"
+        );
+        let wait = "4.7.1 greylisted, try again in 600 minutes";
+        assert_eq!(
+            retry_in(minutes(30), wait, 0.5),
+            None,
+            "too long before it would help"
+        );
+    }
+
+    #[test]
     fn an_ambiguous_attempt_is_repeated_once_and_not_soon() {
         let once = decide(
             Finding::Ambiguous("x".into()),
@@ -353,6 +403,20 @@ mod tests {
     }
 
     proptest! {
+        /// Nothing is tried after its end, and the end of a schedule is a few tries, not many.
+        #[test]
+        fn every_message_ends_in_its_time(secs in 1_u64..500_000, wait in 1_u64..100_000, chance in 0.0_f64..=1.0) {
+            let over = NOW + Duration::from_secs(secs);
+            let wait = Duration::from_secs(wait);
+            let mut now = NOW.max(over - wait);
+            let mut tries = 0;
+            while let Some(next) = last_try(now, over, wait, chance) {
+                prop_assert!(next > now && next < over);
+                (now, tries) = (next, tries + 1);
+            }
+            prop_assert!(tries <= 1, "{tries}");
+        }
+
         #[test]
         fn jitter_is_a_fifth_and_the_last_wait_repeats(attempt in 1_u8..100, chance in 0.0_f64..=1.0) {
             let policy = policy();

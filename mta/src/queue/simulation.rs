@@ -537,7 +537,7 @@ impl World {
             ),
             Action::Release(release) => self.release(&release),
             // Shipping here has its own pace.
-            Action::Hurry => {}
+            Action::Hurry | Action::KeepHold(..) => {}
             Action::Resolve(domain) => self.resolve(domain),
             Action::LoadContent(head) => {
                 let ready = if self.chaos && self.random.u32(..5) == 0 {

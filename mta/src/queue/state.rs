@@ -12,6 +12,7 @@ mod shares;
 mod snapshot;
 mod sources;
 
+pub use holds::KeptHold;
 pub use limits::{LimitView, Limited, Remembered};
 pub use shares::Claim;
 
@@ -155,12 +156,16 @@ pub enum Event {
     Noticed(ConnId, Box<Notice>, Option<Instant>),
     /// What is kept of limits from former runs, and by other nodes.
     Remembered(Vec<Remembered>),
+    /// Destinations that former runs, and other nodes, left alone.
+    RememberedHolds(Vec<(Destination, KeptHold)>),
     /// A connection takes no more messages and is about to be gone.
     Closing(ConnId),
     /// A connection is gone; all its messages have been reported, or will be.
     Closed(ConnId, ConnEnd),
     /// An entry of the control feed, already in the [`ControlView`].
     Control(Control),
+    /// All suspensions that hold, after some may have been missed.
+    Suspensions(Vec<Suspension>),
     /// `shaping.toml` was read again.
     Shaping(Arc<ShapingFile>),
     /// Weights were read again.
@@ -253,6 +258,8 @@ pub enum Action {
     Throttled(Destination, ThrottleReason),
     /// To be kept over a restart; without a value there is nothing to keep any more.
     Keep(Vec<(Destination, usize, Option<Kept>)>),
+    /// Likewise: a destination is left alone, or no longer.
+    KeepHold(Destination, Option<KeptHold>),
     /// Everything is handed back and no connection is left.
     Drained,
 }
@@ -355,6 +362,8 @@ pub struct QueueState {
     suspensions: HashMap<Box<str>, Suspension>,
     /// Limits of former runs, for destinations that have no work yet.
     remembered: HashMap<(Destination, usize), Kept>,
+    /// What they left alone, likewise.
+    remembered_holds: HashMap<Destination, KeptHold>,
     limits_at: Instant,
     keep_at: Instant,
     paused_until: Option<Instant>,
@@ -401,6 +410,7 @@ impl QueueState {
             barred: HashMap::new(),
             suspensions: HashMap::new(),
             remembered: HashMap::new(),
+            remembered_holds: HashMap::new(),
             limits_at: now,
             keep_at: now,
             last_want: None,
@@ -515,15 +525,17 @@ impl QueueState {
             }
             Event::Resolved { domain, answer } => self.on_resolved(&domain, answer, now, out),
             Event::Content { batch, ready } => self.on_content(batch, ready, now, out),
-            Event::Ready(conn, security) => self.on_ready(conn, security, now.instant),
+            Event::Ready(conn, security) => self.on_ready(conn, security, now.instant, out),
             Event::Report(job, fate) => self.on_report(job, fate, now, out),
             Event::Noticed(conn, notice, began) => {
                 self.on_notice(conn, &notice, began, now, out);
             }
             Event::Remembered(all) => self.on_remembered(all),
+            Event::RememberedHolds(all) => self.on_remembered_holds(all),
             Event::Closing(conn) => self.on_closing(conn),
             Event::Closed(conn, end) => self.on_closed(conn, &end, now, out),
             Event::Control(control) => self.on_control(&control, now, out),
+            Event::Suspensions(all) => self.on_suspensions(&all, now, out),
             Event::Shaping(shaping) => self.on_shaping(shaping),
             Event::Shares(shares) => self.on_shares(shares),
             Event::LimitShares { claims, answers } => self.on_limit_shares(&claims, answers, out),
@@ -618,6 +630,7 @@ impl QueueState {
                     dest.change(policy, now.instant);
                 }
                 dest.warm_up(|source| config.warm_up(source, destination.as_str()), now);
+                self.recall_hold(&destination, now);
                 self.lift_domain(domain.as_str());
                 self.take_turns(domain.as_str());
                 self.dirty.insert(destination);

@@ -302,6 +302,12 @@ impl Dest {
         *self.hold_until.insert(now + wait)
     }
 
+    /// As a former run left it.
+    pub(super) fn recall_hold(&mut self, failures: u32, trouble: Trouble, until: Instant) {
+        self.failures = failures;
+        (self.hold_until, self.trouble) = (Some(until), Some(trouble));
+    }
+
     /// Targets, the one that has carried least first.
     pub(super) fn by_share(&self) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.targets.len()).collect();

@@ -216,7 +216,9 @@ impl Follower {
                         self.view.forget(self.clock.instant());
                     }
                     let more = !page.items.is_empty();
-                    if !self.take(page.items).await {
+                    if !self.take(page.items).await
+                        || page.reset && !self.look_at_suspensions().await
+                    {
                         return;
                     }
                     if more {
@@ -232,6 +234,12 @@ impl Follower {
                 .changed(FeedPlace::Control(&cursor), CONTROL_AGE)
                 .await;
         }
+    }
+
+    /// Those that came and went while the feed was not followed.
+    async fn look_at_suspensions(&self) -> bool {
+        let all = until_answered(|| self.store.suspensions(self.clock.now())).await;
+        self.queue.send(Event::Suspensions(all)).await.is_ok()
     }
 
     async fn take(&self, items: Vec<Control>) -> bool {

@@ -319,6 +319,9 @@ impl Executor {
                 }
             }
             Action::Keep(limits) => self.parts.limits.keep(limits, self.now()),
+            Action::KeepHold(destination, hold) => {
+                self.parts.limits.keep_hold(&destination, hold.as_ref());
+            }
             Action::Drained => self.drained = true,
         }
     }

@@ -16,11 +16,12 @@ use service::tasks::{Shutdown, Stage, Tasks};
 use store::{Announcement, Note, Store};
 use tokio::sync::mpsc;
 
-use crate::queue::{Limited, Now, Remembered};
+use crate::queue::{KeptHold, Limited, Now, Remembered};
 use crate::shaping::{Change, Destination, Kept};
 
-/// The kind of these notes.
+/// The kind of these notes, and of those on destinations that are left alone.
 const KIND: &str = "limits";
+const HOLDS: &str = "holds";
 /// Between writes.
 const PERIOD: Duration = Duration::from_secs(2);
 /// How long what was learnt is of use to anybody.
@@ -36,6 +37,9 @@ enum News {
     Event(Announcement),
     Note(Note),
 }
+
+/// By kind and key, the latest of each.
+type Notes = HashMap<(Box<str>, Box<str>), Note>;
 
 /// The way to the task that tells.
 #[derive(Debug)]
@@ -99,6 +103,16 @@ impl LimitNotes {
         }
     }
 
+    /// Keeps for the next run that a destination is left alone, or is no longer.
+    pub(super) fn keep_hold(&self, destination: &Destination, hold: Option<&KeptHold>) {
+        self.send(News::Note(Note {
+            kind: HOLDS.into(),
+            key: destination.as_str().into(),
+            value: hold.map(KeptHold::to_note).unwrap_or_default().into(),
+            expires_at: hold.map(KeptHold::stale_at),
+        }));
+    }
+
     fn send(&self, news: News) {
         if self.news.try_send(news).is_err() {
             tracing::debug!("the store is behind with what became of limits");
@@ -128,6 +142,19 @@ pub(super) async fn remembered(
         })
     };
     let notes = store.notes(KIND, now).await?;
+    Ok(notes.into_iter().filter_map(read).collect())
+}
+
+/// What former runs, and other nodes, left alone.
+pub(super) async fn remembered_holds(
+    store: &dyn Store,
+    now: Timestamp,
+) -> Result<Vec<(Destination, KeptHold)>, store::StoreError> {
+    let read = |note: Note| {
+        let hold = KeptHold::from_note(&note.value)?;
+        Some((Destination::named(&note.key), hold))
+    };
+    let notes = store.notes(HOLDS, now).await?;
     Ok(notes.into_iter().filter_map(read).collect())
 }
 
@@ -167,7 +194,7 @@ async fn tell(
     shutdown: Shutdown,
 ) {
     let mut events = Vec::new();
-    let mut notes: HashMap<Box<str>, Note> = HashMap::new();
+    let mut notes: Notes = HashMap::new();
     let mut is_open = true;
     while is_open {
         let mut batch = Vec::new();
@@ -176,7 +203,7 @@ async fn tell(
             match news {
                 News::Event(event) => events.push(event),
                 News::Note(note) => {
-                    notes.insert(note.key.clone(), note);
+                    notes.insert((note.kind.clone(), note.key.clone()), note);
                 }
             }
         }
@@ -196,7 +223,7 @@ async fn write(
     store: &dyn Store,
     clock: &SharedClock,
     events: &mut Vec<Announcement>,
-    notes: &mut HashMap<Box<str>, Note>,
+    notes: &mut Notes,
 ) {
     if !events.is_empty() {
         match store.announce(events.clone(), clock.now()).await {

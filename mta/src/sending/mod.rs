@@ -461,11 +461,12 @@ async fn known_limits(deps: &SendingDeps) -> Vec<Event> {
     let (store, sources) = (&*deps.store, &deps.smtp.sources);
     let remembered =
         asking::until_answered(|| limits::remembered(store, sources, deps.clock.now())).await;
+    let holds = asking::until_answered(|| limits::remembered_holds(store, deps.clock.now())).await;
     let suspensions = asking::until_answered(|| store.suspensions(deps.clock.now())).await;
     let suspended = suspensions
         .into_iter()
         .map(|suspension| Event::Control(Control::DestinationSuspended(suspension)));
-    [Event::Remembered(remembered)]
+    [Event::Remembered(remembered), Event::RememberedHolds(holds)]
         .into_iter()
         .chain(suspended)
         .collect()

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use model::{Class, Status};
+use model::{Class, Priority, Status};
 use mta::sending::Reload;
+use service::clock::{Clock as _, SystemClock};
 use service::config::shaping::ShapingFile;
 use smtp::ServerEvent;
 use store::BatchChange;
@@ -409,6 +410,35 @@ async fn a_reload_moves_mail_to_where_the_operator_says() {
     let metrics = station.metrics.render();
     let throttled = "hikyaku_throttled_total{destination=\"127.0.0.1:1\",reason=\"backoff\"}";
     assert!(metrics.contains(throttled), "{metrics}");
+    running.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mail_of_either_priority_ends_in_its_time_while_its_destination_is_left_alone() {
+    // Nobody listens on port 1, and nobody looks again for half an hour.
+    let shaping =
+        "[default]\nrate = \"unlimited\"\nretry = [\"1h\"]\n[mx]\n\"*\" = \"127.0.0.1:1\"";
+    let station = Station::with(shaping, "").await;
+    let over = SystemClock.now() + Duration::from_secs(4);
+    let mut batches = Vec::new();
+    for priority in [Priority::Transactional, Priority::Bulk] {
+        let change = |head: &mut store::BatchHead| {
+            (head.priority, head.expires_at) = (priority, Some(over));
+        };
+        batches.push(station.submit_as(&people("x.example", 3), change).await);
+    }
+    let running = station.start().await;
+    for batch in batches {
+        assert_eq!(station.finished(batch).await.failed, 3);
+        assert_eq!(station.row(batch, 2).await.class, Some(Class::Expired));
+    }
+    // A restart knows of it: nobody is asked again, and a note says so.
+    let holds = station
+        .store
+        .notes("holds", SystemClock.now())
+        .await
+        .expect("notes");
+    assert_eq!(holds.len(), 1, "{holds:?}");
     running.drain().await;
 }
 

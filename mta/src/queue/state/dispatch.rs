@@ -539,14 +539,20 @@ impl QueueState {
         }
     }
 
-    pub(super) fn on_ready(&mut self, id: ConnId, security: Arc<Security>, now: Instant) {
+    pub(super) fn on_ready(
+        &mut self,
+        id: ConnId,
+        security: Arc<Security>,
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
         conn.security = Some(security);
         conn.heard_at = now;
         let (key, source) = (conn.destination.clone(), conn.source);
-        self.lift_hold(&key, now);
+        self.lift_hold(&key, now, out);
         self.source_works(source);
         self.dirty.insert(key);
     }

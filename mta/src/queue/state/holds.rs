@@ -8,11 +8,60 @@
 use super::*;
 use crate::queue::decide::expires_at;
 use crate::queue::target::{BACKOFF_MAX, back_off};
+use model::{Blame, Class};
 
 /// Domains that are remembered as left alone.
 const HELD_MAX: usize = 100_000;
 /// Recipients of a batch whose time is over that are leased at a time, to be ended.
 const EXPIRED_ROWS: u32 = 1_000;
+/// Batches whose time is remembered per domain; others are looked at when the hold is over.
+const BATCHES_MAX: usize = 1_000;
+
+/// A destination that is left alone, as it is kept over a restart.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct KeptHold {
+    /// Until then.
+    pub until: Timestamp,
+    /// Times in a row that it could not be reached.
+    pub failures: u32,
+    /// What it was that failed.
+    pub class: Class,
+    /// Whose trouble it is.
+    pub blame: Blame,
+    /// What happened, for people.
+    pub text: String,
+    /// The host and address last tried; empty when there was none.
+    pub host: Box<str>,
+}
+
+impl KeptHold {
+    /// As the value of a note.
+    pub fn to_note(&self) -> Vec<u8> {
+        // Words, numbers and a moment: there is no way to fail.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Reads a note.
+    pub fn from_note(value: &[u8]) -> Option<Self> {
+        serde_json::from_slice(value).ok()
+    }
+
+    /// When it is of no use to anybody any more.
+    pub fn stale_at(&self) -> Timestamp {
+        self.until + BACKOFF_MAX
+    }
+
+    fn trouble(&self) -> Trouble {
+        Trouble {
+            class: self.class,
+            blame: self.blame,
+            text: self.text.clone(),
+            reply: None,
+            host: self.host.clone(),
+            is_final: false,
+        }
+    }
+}
 
 /// Why and how long nothing is sent to a domain.
 #[derive(Debug)]
@@ -104,6 +153,15 @@ impl QueueState {
         };
         let until = dest.not_reached(chance, now.instant);
         dest.trouble = Some(trouble.clone());
+        let kept = KeptHold {
+            until: now.wall + until.saturating_duration_since(now.instant),
+            failures: dest.failures(),
+            class: trouble.class,
+            blame: trouble.blame,
+            text: trouble.text.clone(),
+            host: trouble.host.clone(),
+        };
+        out.push(Action::KeepHold(key.clone(), Some(kept)));
         let names = dest.turns.names();
         tracing::info!(destination = %key, trouble = %trouble.text, "the destination is left alone");
         let mut names = names.into_iter();
@@ -148,13 +206,14 @@ impl QueueState {
     }
 
     /// It was reached: nothing is held any more on its account.
-    pub(super) fn lift_hold(&mut self, key: &Destination, now: Instant) {
+    pub(super) fn lift_hold(&mut self, key: &Destination, now: Instant, out: &mut Vec<Action>) {
         let Some(dest) = self.dests.get_mut(key) else {
             return;
         };
         let was_failing = dest.is_failing();
         dest.reached();
         if was_failing {
+            out.push(Action::KeepHold(key.clone(), None));
             self.held
                 .retain(|_, hold| hold.destination.as_ref() != Some(key));
             self.look_at = now;
@@ -172,6 +231,23 @@ impl QueueState {
         }
     }
 
+    /// What a former run, or another node, left alone.
+    pub(super) fn on_remembered_holds(&mut self, all: Vec<(Destination, KeptHold)>) {
+        self.remembered_holds.extend(all.into_iter().take(HELD_MAX));
+    }
+
+    /// Goes on leaving a destination alone that was left alone when it was last heard of.
+    pub(super) fn recall_hold(&mut self, key: &Destination, now: Now) {
+        let Some(kept) = self.remembered_holds.remove(key) else {
+            return;
+        };
+        if let Some(dest) = self.dests.get_mut(key) {
+            // No longer than any hold: clocks may have been wrong.
+            let left = kept.until.since(now.wall).min(BACKOFF_MAX);
+            dest.recall_hold(kept.failures, kept.trouble(), now.instant + left);
+        }
+    }
+
     pub(super) fn tick_holds(&mut self, now: Instant) {
         // How often it failed outlives the hold, or back-off would never grow.
         self.held.retain(|_, hold| hold.until + BACKOFF_MAX > now);
@@ -180,8 +256,12 @@ impl QueueState {
     /// What to lease for a domain that is left alone.
     pub(super) fn want_while_held(&self, queue: &Backlog, now: Now) -> Option<Want> {
         let seen = self.held.get(&*queue.queue).map(|hold| &hold.batches);
-        let (mut of, mut rows) = (Vec::new(), 0_u32);
-        for batch in &queue.batches {
+        // What is transactional is not listed by batch: whatever has been seen may be of it.
+        let others = seen.filter(|_| queue.transactional).into_iter().flatten();
+        let others = others.map(|(batch, _)| batch);
+        let unlisted = others.filter(|batch| !queue.batches.contains(batch));
+        let (mut of, mut rows) = (Vec::new(), u32::from(queue.transactional));
+        for batch in queue.batches.iter().chain(unlisted) {
             match seen.and_then(|seen| seen.get(batch)) {
                 Some(over) if *over <= now.wall => {
                     of.push((*batch, EXPIRED_ROWS));
@@ -249,7 +329,9 @@ impl QueueState {
                 self.end_waiting(&one, Finding::TooLate(trouble.clone()), now, out);
                 continue;
             }
-            if let Some(hold) = self.held.get_mut(name) {
+            if let Some(hold) = self.held.get_mut(name)
+                && (hold.batches.len() < BATCHES_MAX || hold.batches.contains_key(&item.batch.id))
+            {
                 hold.batches.insert(item.batch.id, over);
             }
             let Some(range) = self.ranges.get_mut(&id) else {

@@ -328,6 +328,15 @@ impl QueueState {
         self.dirty.insert(key);
     }
 
+    /// These hold, and no others.
+    pub(super) fn on_suspensions(&mut self, all: &[Suspension], now: Now, out: &mut Vec<Action>) {
+        let holds = |name: &str| all.iter().any(|of| *of.destination == *name);
+        let known = self.suspensions.keys().cloned();
+        let gone: Vec<_> = known.filter(|name| !holds(name)).collect();
+        gone.iter().for_each(|name| self.on_unsuspended(name, now));
+        all.iter().for_each(|of| self.on_suspended(of, now, out));
+    }
+
     pub(super) fn on_unsuspended(&mut self, destination: &str, now: Now) {
         self.suspensions.remove(destination);
         let key = Destination::named(destination);
