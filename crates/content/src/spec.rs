@@ -185,13 +185,17 @@ impl Tracker {
         })
     }
 
-    /// The host, with its port if the URL has one, that tokens are bound to.
+    /// The host that tokens are bound to, as a browser names it: with its port, unless its scheme
+    /// implies that one (443 and 80, as the tracker takes them).
     pub fn host(base_url: &str) -> &str {
         let rest = base_url
             .split_once("://")
             .map_or(base_url, |(_, rest)| rest);
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        authority.rsplit('@').next().unwrap_or_default()
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        let implied = [":443", ":80"];
+        let bare = implied.iter().find_map(|port| host.strip_suffix(port));
+        bare.unwrap_or(host)
     }
 
     pub(crate) fn base_url(&self) -> &str {
@@ -217,4 +221,23 @@ pub struct RenderContext {
     pub mode: TrackingMode,
     /// A proof: works, outside all counters.
     pub proof: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_bound_to_the_host_that_browsers_name() {
+        for (base_url, host) in [
+            ("https://t.example", "t.example"),
+            ("https://t.example:443/x", "t.example"),
+            ("http://t.example:80", "t.example"),
+            ("http://127.0.0.1:8026", "127.0.0.1:8026"),
+            ("https://t.example:8443/", "t.example:8443"),
+            ("https://[::1]:443", "[::1]"),
+        ] {
+            assert_eq!(Tracker::host(base_url), host, "{base_url}");
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Owns the statistics: assignment ([`Assigner`]), measurement at equal age ([`measure`]), the
 //! posterior ([`Posterior`]), the decision ([`decide`]), the checks beside it ([`sample_ratio`],
-//! [`breach`]) and what can be promised before ([`plan`]). Must not do I/O, read a clock or draw
+//! [`breach`]), what can be promised before ([`plan`]), and all of it together as a record that is kept
+//! ([`Record`]). Must not do I/O, read a clock or draw
 //! random numbers: what it computes, it computes again to the same bits from the same inputs, so a
 //! decision can be audited from its record.
 //!
@@ -17,6 +18,7 @@ mod balance;
 mod decision;
 mod plan;
 mod posterior;
+mod record;
 mod special;
 
 pub use age::{Measured, Observation, measure};
@@ -25,6 +27,7 @@ pub use balance::{Breach, Limits, SRM_ALARM, breach, sample_ratio};
 pub use decision::{Decided, Decision, Fallback, decide, default_confidence};
 pub use plan::{Plan, plan};
 pub use posterior::{Count, Posterior, bandit_shares};
+pub use record::{Inputs, Metric, Mode, RULES, Record, VariantInput};
 
 /// The most variants that a test has, and the fewest.
 pub const VARIANTS: std::ops::RangeInclusive<usize> = 2..=8;

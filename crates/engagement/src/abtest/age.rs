@@ -8,13 +8,13 @@ use super::{Count, VARIANTS};
 use model::Timestamp;
 use std::time::Duration;
 
-/// One recipient of a test, to whom the message was delivered.
+/// One recipient of a test that could do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Observation {
     /// The place of its variant.
     pub variant: u8,
-    /// When the message was delivered.
-    pub delivered_at: Timestamp,
+    /// When its age begins: the delivery, for click-to-open the opening.
+    pub since: Timestamp,
     /// When a person first did it (clicked, opened …).
     pub human_at: Option<Timestamp>,
     /// When anybody did it, machines included.
@@ -64,7 +64,7 @@ pub fn measure(
     wait: Duration,
 ) -> Measured {
     let variants = variants.min(*VARIANTS.end());
-    let age_of = |seen: &Observation| now.since(seen.delivered_at);
+    let age_of = |seen: &Observation| now.since(seen.since);
     let mut age = wait;
     for variant in 0..variants {
         let own = observations
@@ -91,9 +91,8 @@ pub fn measure(
             measured.censored[variant] += 1;
             continue;
         }
-        let counted = |at: Option<Timestamp>| {
-            at.is_some_and(|at| at <= now && at.since(seen.delivered_at) <= age)
-        };
+        let counted =
+            |at: Option<Timestamp>| at.is_some_and(|at| at <= now && at.since(seen.since) <= age);
         for (count, did) in [
             (&mut measured.human[variant], counted(seen.human_at)),
             (&mut measured.any[variant], counted(seen.any_at)),
@@ -119,7 +118,7 @@ mod tests {
     fn seen(variant: u8, delivered: i64, human: Option<i64>, any: Option<i64>) -> Observation {
         Observation {
             variant,
-            delivered_at: at(delivered),
+            since: at(delivered),
             human_at: human.map(at),
             any_at: any.map(at),
         }

@@ -1,6 +1,7 @@
 //! Whether a test can be believed, and whether a variant does harm.
 
 use super::special::chi_square_tail;
+use serde::{Deserialize, Serialize};
 
 /// Below this probability the split is broken: one alarm in a thousand sound tests.
 pub const SRM_ALARM: f64 = 0.001;
@@ -40,7 +41,7 @@ pub fn sample_ratio(assigned: &[u64], shares: &[f64]) -> f64 {
 }
 
 /// The guardrails of a batch, applied to each variant by itself.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
     /// Share of refused among delivered and refused.
     pub bounce_rate: f64,
@@ -51,7 +52,8 @@ pub struct Limits {
 }
 
 /// Which guardrail a variant broke.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Breach {
     /// Too many refusals.
     BounceRate,

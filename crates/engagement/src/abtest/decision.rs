@@ -1,10 +1,12 @@
 //! What is sent to the rest.
 
 use super::posterior::{Count, Posterior};
+use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 
 /// What is done when no variant is good enough for certain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Fallback {
     /// The variant with the highest rate.
     #[default]
@@ -41,7 +43,8 @@ impl std::str::FromStr for Fallback {
 }
 
 /// How it was decided.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "&'static str", try_from = "String")]
 pub enum Decision {
     /// The best with the confidence that was asked for.
     Confident,
@@ -58,6 +61,24 @@ impl Decision {
             Self::Confident => "confident",
             Self::None => "none",
             Self::Fallback(fallback) => fallback.as_str(),
+        }
+    }
+}
+
+impl From<Decision> for &'static str {
+    fn from(decision: Decision) -> Self {
+        decision.as_str()
+    }
+}
+
+impl TryFrom<String> for Decision {
+    type Error = &'static str;
+
+    fn try_from(name: String) -> Result<Self, Self::Error> {
+        match name.as_str() {
+            "confident" => Ok(Self::Confident),
+            "none" => Ok(Self::None),
+            fallback => fallback.parse().map(Self::Fallback),
         }
     }
 }

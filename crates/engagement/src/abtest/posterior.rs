@@ -1,9 +1,11 @@
 //! What is believed of the variants after what was counted.
 
+use serde::{Deserialize, Serialize};
+
 use super::special::{beta_cdf, beta_density, beta_quantile, nodes};
 
 /// What was counted of one variant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Count {
     /// Recipients that could do it: those it was delivered to, or for click-to-open those that
     /// opened.

@@ -65,7 +65,7 @@ fn campaign(dice: &mut Dice, rates: &[f64], per_variant: usize, machines: f64) -
             let machine = dice.is(machines).then(|| Timestamp::from_millis(delivered));
             seen.push(Observation {
                 variant,
-                delivered_at: Timestamp::from_millis(delivered),
+                since: Timestamp::from_millis(delivered),
                 human_at: human,
                 any_at: machine.or(human),
             });
