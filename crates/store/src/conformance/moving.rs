@@ -10,6 +10,7 @@ use model::{
     Actor, AttemptResult, BatchId, BatchState, Event, HitKind, SuppressionReason, Timestamp,
 };
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 
 /// Everything of a store, as a file.
@@ -220,5 +221,81 @@ pub async fn half_an_import_is_no_store(from: &dyn Fixture, to: &dyn Fixture) ->
         }
         new.import(piece, T0).await?;
     }
+    Ok(())
+}
+
+/// What is given away while a node sends: everybody is in it once, as they were at some moment since
+/// it was begun, and whom the node had taken before is delivered or in doubt.
+pub async fn a_store_moves_while_it_sends(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
+    let old = from.mta().await;
+    let mut node = Node::new(1);
+    let batch = Spec::new(1, people(3_000, "x.example"))
+        .submit(&*old, T0)
+        .await?;
+    let step = async |node: &mut Node| -> Result<Vec<u32>> {
+        let leased = node.lease(&*old, T0, "x.example", 40).await?;
+        let indices = leased
+            .iter()
+            .flat_map(|range| &range.items)
+            .map(|item| item.row.index);
+        let indices = indices.collect();
+        node.report(&*old, outcomes(&leased, AttemptResult::Delivered, T0), T0)
+            .await?;
+        for range in &leased {
+            node.finish(&*old, range.range, T0).await?;
+        }
+        Ok(indices)
+    };
+    let before: BTreeSet<u32> = step(&mut node).await?.into_iter().collect();
+    let held = node.lease(&*old, T0, "x.example", 30).await?;
+    let ended = AtomicBool::new(false);
+    let sending = async {
+        let mut sent = 0;
+        while !ended.load(Ordering::Relaxed) {
+            sent += step(&mut node).await?.len();
+        }
+        Ok::<_, StoreError>(sent)
+    };
+    let giving = async {
+        let file = exported(&*old, T0).await;
+        ended.store(true, Ordering::Relaxed);
+        file
+    };
+    let (file, sent) = tokio::join!(giving, sending);
+    assert!(sent? > 0, "nothing was sent meanwhile");
+    let new = to.mta().await;
+    imported(&*new, &file?, T0).await?;
+    let found = checked(&*new, batch).await?;
+    assert_eq!(
+        (found.counters.accepted, found.state),
+        (3_000, BatchState::Paused)
+    );
+    let rows = all_rows(&*new, batch).await?;
+    let there: BTreeSet<u32> = rows.iter().map(|row| row.row.index).collect();
+    assert_eq!(there.len(), 3_000);
+    let delivered: BTreeSet<u32> = rows
+        .iter()
+        .filter(|row| row.status == model::Status::Delivered)
+        .map(|row| row.row.index)
+        .collect();
+    assert!(delivered.is_superset(&before));
+    new.change_batch(batch, BatchChange::Resume, T0).await?;
+    let leased = Node::new(2).lease(&*new, T0, "x.example", 3_000).await?;
+    let items: Vec<_> = leased.iter().flat_map(|range| &range.items).collect();
+    assert_eq!(items.len() + delivered.len(), 3_000);
+    let certain: BTreeSet<u32> = items
+        .iter()
+        .filter(|item| !item.maybe_started)
+        .map(|item| item.row.index)
+        .collect();
+    // Who was never looked at is in no doubt: that may be taken for delivered.
+    let in_doubt = items.len() - certain.len();
+    eprintln!("{in_doubt} of {} in doubt", items.len());
+    assert!(in_doubt < 1_000, "{in_doubt} of {}", items.len());
+    let taken = held
+        .iter()
+        .flat_map(|range| &range.items)
+        .map(|item| item.row.index);
+    assert!(taken.into_iter().all(|index| !certain.contains(&index)));
     Ok(())
 }

@@ -10,19 +10,18 @@ use super::Inner;
 use super::batches::batch_list;
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{
-    BatchRecord, Holder, Piece as RangePiece, Range, Version, add_counters, lot_parts,
-};
+use super::record::{BatchRecord, Holder, Piece as RangePiece, Range, add_counters, lot_parts};
 use crate::backup::{self, BatchPiece, LotPiece, Piece};
 use crate::form;
+use crate::transition::Cell;
 use crate::{EventQuery, Result, StoreError};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, Counters, LotNumber, Partition, Timestamp};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use tokio::sync::mpsc;
 
 /// Lots read at once.
-const LOTS: usize = 16;
+const LOTS: usize = 64;
 /// Ranges, batches and entries of a list read at once.
 const AT_ONCE: usize = 256;
 
@@ -35,12 +34,21 @@ async fn give(to: &mpsc::Sender<Piece>, piece: Piece) -> Result<()> {
 /// What the ranges of a batch say of a recipient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stand {
-    /// The range and its version.
-    range: (u64, Version),
     /// When it is due, if it was deferred.
     due: Option<i64>,
     /// A node may have started it.
     doubtful: bool,
+}
+
+impl Stand {
+    /// Whether whoever stood like this before, and does so after, was started by nobody between: it
+    /// waited all the time, or a node that took it meanwhile has not come to it. Whoever was sent
+    /// to left its range; whoever was deferred is due at another time.
+    fn is_untouched(before: Option<&Self>, after: Option<&Self>) -> bool {
+        before
+            .zip(after)
+            .is_some_and(|(a, b)| a.due == b.due && !a.doubtful && !b.doubtful)
+    }
 }
 
 /// Recipients by lot and position.
@@ -244,7 +252,6 @@ impl Inner {
                 let held = range.holder != Holder::Nobody;
                 for (offset, of) in (0_u32..).zip(range.refs()) {
                     let stand = Stand {
-                        range: (range.id, range.version),
                         due: deferred.then_some(range.due_at),
                         doubtful: held && offset < range.window,
                     };
@@ -261,25 +268,21 @@ impl Inner {
         batch: BatchId,
         to: &mpsc::Sender<Piece>,
     ) -> Result<()> {
-        let before = self.stands(p, batch).await?;
         let lots = self.lots_in(p, batch).await?;
-        let mut pieces: BTreeMap<LotNumber, LotPiece> = BTreeMap::new();
         for some in lots.chunks(LOTS) {
+            let before = self.stands(p, batch).await?;
+            let mut pieces = Vec::new();
             for (lot, _) in some {
-                if let Some(piece) = self.lot_piece(p, batch, *lot).await? {
-                    pieces.insert(*lot, piece);
-                }
+                pieces.extend(self.lot_piece(p, batch, *lot).await?);
             }
-            // What stood in a range before and stands in the same one now was not touched between.
             let after = self.stands(p, batch).await?;
-            while let Some((number, mut piece)) = pieces.pop_first() {
-                let rows = u16::try_from(piece.cells.len() / crate::transition::Cell::BYTES);
+            for mut piece in pieces {
+                let rows = u16::try_from(piece.cells.len() / Cell::BYTES);
                 let mut doubtful = Vec::new();
                 for position in 0..rows.unwrap_or(u16::MAX) {
-                    let key = (number, position);
+                    let key = (piece.number, position);
                     let (then, now) = (before.get(&key), after.get(&key));
-                    let still = then.is_some() && then == now;
-                    if !still || now.is_none_or(|stand| stand.doubtful) {
+                    if !Stand::is_untouched(then, now) {
                         doubtful.push(position);
                     }
                     let due = now.or(then).and_then(|stand| stand.due);

@@ -2,7 +2,9 @@
 
 use crate::fixture::{Redis, Sqlite};
 use store::StoreError;
-use store::conformance::{Fixture, a_store_moves, half_an_import_is_no_store};
+use store::conformance::{
+    Fixture, a_store_moves, a_store_moves_while_it_sends, half_an_import_is_no_store,
+};
 use store::sqlite::Role;
 
 async fn moves(from: &dyn Fixture, to: &dyn Fixture) {
@@ -58,4 +60,15 @@ async fn another_number_of_partitions_is_refused() {
         "{refused:?}"
     );
     assert_eq!(to.mta().await.partitions(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_a_node_sends() {
+    let moved = a_store_moves_while_it_sends(&Sqlite::new(1), &Sqlite::new(1)).await;
+    moved.expect("the stores answer");
+    for partitions in [1, 4] {
+        let (from, to) = (Redis::single(partitions), Sqlite::new(partitions));
+        let moved = a_store_moves_while_it_sends(&from, &to).await;
+        moved.expect("the stores answer");
+    }
 }

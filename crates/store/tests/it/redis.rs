@@ -12,8 +12,8 @@ use std::time::Duration;
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::Role;
 use store::{
-    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Share, ShareClaim, ShareRequest,
-    Shipment, Store, StoreError, Want,
+    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Retire, Share, ShareClaim,
+    ShareRequest, Shipment, Store, StoreError, Want,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
 
@@ -531,4 +531,78 @@ async fn a_user_needs_its_password_and_rights() {
     let wrong = open(&format!("redis://mail:wr0ng@{at}")).await;
     let text = format!("{:?}", wrong.expect_err("a wrong password"));
     assert!(!text.contains("wr0ng"), "{text}");
+}
+
+async fn retire_all(store: &dyn Store) -> store::Result<u64> {
+    let far = T0 + Duration::from_secs(1_000 * 86_400);
+    let mut of = Retire {
+        events_before: far,
+        batches_before: Timestamp::from_millis(0),
+        after: None,
+    };
+    let mut events = 0;
+    loop {
+        let step = store.retire(of.clone(), T0).await?;
+        events += step.events;
+        of.after = step.next;
+        if of.after.is_none() {
+            return Ok(events);
+        }
+    }
+}
+
+/// Retention removes no event that a consumer group has not read and acknowledged, whoever is slowest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retention_waits_for_the_slowest_consumer_group() {
+    const STREAM: &str = "hikyaku:events:{0}";
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    for number in 0..3 {
+        submit(&store, number, 5).await.expect("committed");
+    }
+    let ids = || {
+        let all = server.ask(&["XRANGE", STREAM, "-", "+"]).expect("entries");
+        let is_id = |line: &&str| {
+            line.strip_suffix("-0")
+                .is_some_and(|number| number.parse::<u64>().is_ok())
+        };
+        all.lines()
+            .filter(is_id)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let all = ids();
+    assert_eq!(all.len(), 6, "accepted and started, of each");
+    let ask = |command: &[&str]| server.ask(command).expect("an answer");
+    for (group, count) in [("fast", "6"), ("slow", "4")] {
+        ask(&["XGROUP", "CREATE", STREAM, group, "0"]);
+        ask(&[
+            "XREADGROUP",
+            "GROUP",
+            group,
+            "one",
+            "COUNT",
+            count,
+            "STREAMS",
+            STREAM,
+            ">",
+        ]);
+    }
+    // Read is not done: all of it may be asked for again.
+    assert_eq!(retire_all(&store).await, Ok(0));
+    for id in &all {
+        ask(&["XACK", STREAM, "fast", id]);
+    }
+    assert_eq!(retire_all(&store).await, Ok(0));
+    for id in &all[..3] {
+        ask(&["XACK", STREAM, "slow", id]);
+    }
+    assert_eq!(retire_all(&store).await, Ok(3));
+    assert_eq!(ids(), all[3..]);
+    ask(&["XACK", STREAM, "slow", &all[3]]);
+    assert_eq!(retire_all(&store).await, Ok(1));
+    ask(&["XGROUP", "DESTROY", STREAM, "slow"]);
+    assert_eq!(retire_all(&store).await, Ok(2));
+    assert_eq!(ids(), Vec::<String>::new());
 }
