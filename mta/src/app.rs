@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 
 use crate::admin::auth::Keys;
 use crate::admin::report::Reports;
-use crate::admin::{Api, Probe, router, server};
+use crate::admin::{Api, Hooks, Probe, router, server};
 use crate::classify::Rules;
 use crate::explain::ask::Explainer;
 use crate::intake::parts::Filling;
@@ -28,6 +28,7 @@ use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::Keeping;
 use crate::jobs::guardrails;
+use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 use crate::tenants::Tenants;
 
@@ -172,6 +173,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
             .collect(),
         shaping_file: config.shaping.file.path.clone(),
     };
+    let hooks = webhooks(config, &deps, journal.id(), &sending);
     let probes = probes(journal, sending.clone());
     let tenants = Arc::new(Tenants::new(
         Arc::clone(&deps.store),
@@ -191,7 +193,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         deps.shutdown.clone(),
     );
     let access = (files.keys, tenants);
-    let api = api(config, &deps, access, &shared, probes, explainer);
+    let api = api(config, &deps, access, &shared, probes, explainer, hooks);
     let router = router(Arc::new(api));
     server::serve(
         listener,
@@ -236,6 +238,31 @@ fn sending_deps(
         dkim_dir: config.dkim.dir.clone(),
         lease: config.store.lease,
     }
+}
+
+/// Starts pushing events, and gives the API its hand in it.
+fn webhooks(config: &Config, deps: &Deps, node: JournalId, sending: &SendingHandle) -> Hooks {
+    let registry = Registry::new(Arc::clone(&deps.store), deps.clock.clone());
+    let hooks = Hooks {
+        registry: Arc::new(registry),
+        http: Arc::clone(sending.http()),
+        allow_private: config.webhooks.allow_private.as_slice().into(),
+    };
+    let pushing = Webhooks::new(WebhooksDeps {
+        registry: Arc::clone(&hooks.registry),
+        store: Arc::clone(&deps.store),
+        http: Arc::clone(&hooks.http),
+        allow_private: Arc::clone(&hooks.allow_private),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        node,
+        tasks: deps.tasks.clone(),
+    });
+    drop(
+        deps.tasks
+            .spawn("webhooks", pushing.run(deps.shutdown.clone())),
+    );
+    hooks
 }
 
 /// A process that cannot keep outcomes must not send, and has nothing else to live for.
@@ -356,6 +383,7 @@ fn api(
     shared: &Shared,
     probes: Vec<Probe>,
     explainer: Explainer,
+    hooks: Hooks,
 ) -> Api {
     let intake = Intake {
         store: Arc::clone(&deps.store),
@@ -387,5 +415,6 @@ fn api(
         rules: Arc::clone(&shared.rules),
         probes,
         explainer,
+        hooks,
     }
 }

@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod deliver;
 mod erasure;
 pub mod explain;
+pub mod http;
 mod intake;
 mod jobs;
 pub mod queue;

@@ -121,6 +121,10 @@ ulid! {
     JournalId
 }
 ulid! {
+    /// A webhook.
+    WebhookId
+}
+ulid! {
     /// One browser, as its cookie names it.
     VisitorId
 }

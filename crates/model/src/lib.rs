@@ -21,7 +21,8 @@ pub use fact::{
     Seq, Verdict,
 };
 pub use id::{
-    BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, partition_hash,
+    BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, WebhookId,
+    partition_hash,
 };
 pub use status::{Blame, Class, DeliveryStatus, Status, SuppressionReason, UnknownName};
 pub use time::Timestamp;

@@ -290,6 +290,10 @@ impl<L: Layer> Store for L {
         around(self, "events", self.inner().events(query)).await
     }
 
+    async fn event_cursor(&self, at: Timestamp) -> Result<String> {
+        around(self, "event_cursor", self.inner().event_cursor(at)).await
+    }
+
     async fn work(
         &self,
         scope: WorkScope,

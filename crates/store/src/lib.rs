@@ -327,6 +327,11 @@ pub trait Store: Send + Sync + 'static {
     /// Events after a cursor, oldest first. A cursor that is none of this store's is refused.
     async fn events(&self, query: EventQuery) -> Result<EventPage>;
 
+    /// The cursor after which the first event is the oldest kept that was recorded at or after `at`;
+    /// the end of the stream when there is none. By the clock that the store records by: where that
+    /// was set back, some events of before may come too.
+    async fn event_cursor(&self, at: Timestamp) -> Result<String>;
+
     /// Unfinished recipients of a batch by queue, or of a queue by batch, with who holds them; the
     /// most first, at most `limit`. For people, not for the way of a message: an engine that
     /// cannot tell says `None`.

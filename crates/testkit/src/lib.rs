@@ -8,3 +8,4 @@ pub mod proxy;
 pub mod redis;
 pub mod smtp_peer;
 pub mod tls;
+pub mod webhook;

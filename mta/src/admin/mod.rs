@@ -20,6 +20,7 @@ pub(crate) mod server;
 mod suppressions;
 mod tenants;
 mod trace;
+mod webhooks;
 mod why;
 
 use std::sync::Arc;
@@ -43,6 +44,7 @@ use crate::tenants::Tenants;
 use auth::{CanSubmit, Keys};
 use params::{NoParams, Segment};
 use problem::{Code, Refusal};
+pub(crate) use webhooks::Hooks;
 
 /// What readiness asks besides the store.
 pub(crate) struct Probe {
@@ -65,6 +67,7 @@ pub(crate) struct Api {
     pub(crate) rules: Arc<ArcSwap<Rules>>,
     pub(crate) probes: Vec<Probe>,
     pub(crate) explainer: Explainer,
+    pub(crate) hooks: Hooks,
 }
 
 /// A page of a list.
@@ -129,6 +132,12 @@ fn routes() -> Routes {
         .at(Method::GET, "/v1/recipients/{email}", messages::person)
         .at(Method::DELETE, "/v1/recipients/{email}", messages::erase)
         .at(Method::GET, "/v1/events", events::list)
+        .at(Method::GET, "/v1/webhooks", webhooks::list)
+        .at(Method::POST, "/v1/webhooks", webhooks::create)
+        .at(Method::GET, "/v1/webhooks/{id}", webhooks::one)
+        .at(Method::PATCH, "/v1/webhooks/{id}", webhooks::change)
+        .at(Method::DELETE, "/v1/webhooks/{id}", webhooks::delete)
+        .at(Method::POST, "/v1/webhooks/{id}/replay", webhooks::replay)
         .at(Method::GET, "/v1/suppressions", suppressions::list)
         .at(Method::POST, "/v1/suppressions", suppressions::import)
         .at(Method::GET, "/v1/suppressions/{email}", suppressions::one)

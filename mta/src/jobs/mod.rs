@@ -1,4 +1,4 @@
-//! What is done from time to time, by one node for all.
+//! What is done beside sending, by one node for all: reports, retention, pushing events.
 //!
 //! Owns when, and by whom; mail that the service writes itself goes the way of all mail. Must not
 //! be needed by anything that sends.
@@ -6,6 +6,7 @@
 pub(crate) mod guardrails;
 mod keeping;
 mod tls_reports;
+pub(crate) mod webhooks;
 
 pub(crate) use keeping::Keeping;
 pub(crate) use tls_reports::TlsReporting;

@@ -11,6 +11,7 @@ mod dns;
 mod private;
 
 pub use dns::{Answer, Dns, DnsError, SystemDns};
+pub(crate) use private::is_private;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -367,7 +368,7 @@ impl Resolver {
     pub fn may_connect(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         let is_allowed = |net: &IpNet| net.contains(&address);
-        !private::is_private(address) || self.allowed_private.iter().any(is_allowed)
+        !is_private(address) || self.allowed_private.iter().any(is_allowed)
     }
 }
 

@@ -29,6 +29,7 @@ use crate::classify::Rules;
 use crate::compose::{Composer, Contents};
 use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
 use crate::explain::troubles::Troubles;
+use crate::http::HttpClient;
 use crate::jobs::TlsReporting;
 use crate::queue::control::ControlView;
 use crate::queue::pool::Pools;
@@ -36,7 +37,6 @@ use crate::queue::snapshot::{Scope, Snapshot};
 use crate::queue::{Event, QueueConfig, QueueState, Shares};
 use crate::resolve::{Dns, Resolver, SystemDns};
 use crate::ship::{Recorder, Recovered, ShipCommand, ShipDeps, Shipper, recover};
-use crate::tlspolicy::https::Https;
 use crate::tlspolicy::{Policies, PoliciesDeps};
 use crate::trace::Traces;
 use asking::Asking;
@@ -108,6 +108,7 @@ pub enum StartError {
 pub struct SendingHandle {
     failed: CancellationToken,
     resolver: Arc<Resolver>,
+    http: Arc<HttpClient>,
     queue: mpsc::Sender<Event>,
     asks: mpsc::Sender<Ask>,
     /// Indices of the egress sources in use.
@@ -148,6 +149,11 @@ impl SendingHandle {
     /// Where mail goes, with what is known of it.
     pub fn resolver(&self) -> &Arc<Resolver> {
         &self.resolver
+    }
+
+    /// The way to other people's HTTP servers.
+    pub fn http(&self) -> &Arc<HttpClient> {
+        &self.http
     }
 
     /// Indices of the egress sources in use.
@@ -226,7 +232,8 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let tls = Arc::new(TlsConfigs::new(deps.smtp.ca_file.as_deref())?);
     let dns = dns(&deps)?;
     let resolver = resolver(&deps, Arc::clone(&dns));
-    let policies = policies(&deps, dns, &resolver, &tls)?;
+    let http = Arc::new(HttpClient::new(Arc::clone(&resolver), tls.https()?));
+    let policies = policies(&deps, dns, &http);
     let journal = deps.journal.clone();
     let starts = tokio::task::spawn_blocking(move || recover(&journal))
         .await
@@ -270,6 +277,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
     let handle = SendingHandle {
         failed: failed.clone(),
         resolver: Arc::clone(&resolver),
+        http,
         queue: queue.clone(),
         asks,
         pool: config(&deps).pools.sources(),
@@ -352,15 +360,10 @@ fn resolver(deps: &SendingDeps, dns: Arc<dyn Dns>) -> Arc<Resolver> {
     ))
 }
 
-fn policies(
-    deps: &SendingDeps,
-    dns: Arc<dyn Dns>,
-    resolver: &Arc<Resolver>,
-    tls: &TlsConfigs,
-) -> Result<Arc<Policies>, StartError> {
+fn policies(deps: &SendingDeps, dns: Arc<dyn Dns>, http: &Arc<HttpClient>) -> Arc<Policies> {
     let policies = Arc::new(Policies::new(PoliciesDeps {
         dns,
-        https: Https::new(Arc::clone(resolver), tls.https()?),
+        http: Arc::clone(http),
         store: Arc::clone(&deps.store),
         node: deps.journal.id(),
         clock: deps.clock.clone(),
@@ -377,7 +380,7 @@ fn policies(
         let run = reports.run(deps.shutdown.clone());
         deps.tasks.spawn("tls reports", run);
     }
-    Ok(policies)
+    policies
 }
 
 fn config(deps: &SendingDeps) -> QueueConfig {

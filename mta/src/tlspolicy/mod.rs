@@ -8,7 +8,6 @@
 
 mod asked;
 pub mod dane;
-pub mod https;
 mod policies;
 pub(crate) mod report;
 mod shelf;

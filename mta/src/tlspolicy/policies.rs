@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use hyper::Method;
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use model::{Domain, JournalId};
 use service::clock::SharedClock;
 use service::config::DanePolicy;
@@ -14,11 +15,11 @@ use store::{Note, Store};
 use tokio::sync::watch;
 
 use super::Asked;
-use super::https::{Call, Https, HttpsError};
 use super::report::{self, Destination};
 use super::shelf::{Fetched, KIND, Shelf};
 use super::sts::{Mode, PolicyError, StsPolicy, id_of};
 use super::tally::{Failure, Flaw, Policy, PolicyKind, Tally};
+use crate::http::{Call, HttpClient, HttpError, Reach};
 use crate::resolve::{Cache, Dns, DnsError, Route};
 
 /// Domains of which is remembered what they announce.
@@ -41,7 +42,7 @@ pub struct PoliciesDeps {
     /// The names.
     pub dns: Arc<dyn Dns>,
     /// The policy hosts.
-    pub https: Https,
+    pub http: Arc<HttpClient>,
     /// What nodes share.
     pub store: Arc<dyn Store>,
     /// Who we are among them.
@@ -80,7 +81,7 @@ struct Inner {
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
     #[error(transparent)]
-    Https(#[from] HttpsError),
+    Http(#[from] HttpError),
     #[error(transparent)]
     Policy(#[from] PolicyError),
     #[error("the policy host answered with {0:?} instead of text/plain")]
@@ -144,16 +145,21 @@ impl Policies {
         &self,
         (host, port, path): (&str, u16, &str),
         gzip: Vec<u8>,
-    ) -> Result<(), HttpsError> {
+    ) -> Result<(), HttpError> {
         let call = Call {
+            is_tls: true,
             host,
             port,
             method: Method::POST,
             path,
-            media_type: Some(report::MEDIA_TYPE),
+            headers: HeaderMap::from_iter([(
+                CONTENT_TYPE,
+                HeaderValue::from_static(report::MEDIA_TYPE),
+            )]),
             body: gzip.into(),
+            reach: Reach::AsMail,
         };
-        self.0.deps.https.call(call).await.map(|_| ())
+        self.0.deps.http.call(call).await.map(|_| ())
     }
 
     /// Counts a session with who wants reports on `route`: `None`, and it was as it should be.
@@ -313,8 +319,8 @@ impl Inner {
             return;
         }
         let flaw = match error {
-            FetchError::Https(HttpsError::Tls(_)) => Flaw::StsWebpki,
-            FetchError::Https(_) | FetchError::MediaType(_) => Flaw::StsFetch,
+            FetchError::Http(HttpError::Tls(_)) => Flaw::StsWebpki,
+            FetchError::Http(_) | FetchError::MediaType(_) => Flaw::StsFetch,
             FetchError::Policy(_) => Flaw::StsInvalid,
         };
         let failure = Failure::new(flaw, "", None, &error.to_string());
@@ -326,14 +332,16 @@ impl Inner {
     async fn fetch(&self, domain: &str, id: Box<str>) -> Result<Arc<StsPolicy>, FetchError> {
         let host = format!("mta-sts.{domain}");
         let call = Call {
+            is_tls: true,
             host: &host,
             port: self.deps.mta_sts_port,
             method: Method::GET,
             path: "/.well-known/mta-sts.txt",
-            media_type: None,
+            headers: HeaderMap::new(),
             body: bytes::Bytes::new(),
+            reach: Reach::AsMail,
         };
-        let answer = self.deps.https.call(call).await?;
+        let answer = self.deps.http.call(call).await?;
         // Servers that let anybody put up pages rarely let them put up plain text (§3.3).
         if answer.media_type != "text/plain" {
             return Err(FetchError::MediaType(answer.media_type));

@@ -16,3 +16,4 @@ mod station;
 mod storm;
 mod tenants;
 mod tls;
+mod webhooks;

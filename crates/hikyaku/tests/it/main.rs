@@ -30,3 +30,4 @@ mod sink;
 mod tempers;
 mod tidy;
 mod unsubscribe;
+mod webhooks;

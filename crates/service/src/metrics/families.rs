@@ -196,6 +196,16 @@ pub(super) const ENGAGEMENT: Family = family(
     "Hits by who caused them",
     &["kind", "actor"],
 );
+pub(super) const WEBHOOK_DELIVERIES: Family = family(
+    "hikyaku_webhook_deliveries_total",
+    "Attempts to hand events to webhooks",
+    &["result"],
+);
+pub(super) const WEBHOOK_LAG_SECONDS: Family = family(
+    "hikyaku_webhook_lag_seconds",
+    "Age of the oldest event that a webhook served here has not got yet; the parked do not count",
+    &[],
+);
 
 impl Family {
     pub(super) fn options(&self) -> Opts {

@@ -209,6 +209,17 @@ labels! {
         /// Contents, and what else a batch has beside its counters.
         Batches = "batches",
     }
+    /// What came of handing events to a webhook.
+    WebhookResult {
+        /// The receiver took them.
+        Delivered = "delivered",
+        /// It answered with a status that is none of success.
+        Refused = "refused",
+        /// There was no answer, or none in time.
+        Failed = "failed",
+        /// It had no success for so long that the webhook waits for a person.
+        Parked = "parked",
+    }
     /// What was asked of the tracker.
     TrackerKind {
         /// The pixel.

@@ -23,7 +23,7 @@ pub use destinations::{Destination, Destinations, MOST_DESTINATIONS};
 pub use labels::{
     DroppedKind, DuplicateCause, Kept, Label, LimitKind, QueueState, Resolved, Resolved2,
     SignatureAlgorithm, SignatureResult, SmtpStage, ThrottleReason, TlsHandshake, TlsResult,
-    TrackerKind, TrackerResult,
+    TrackerKind, TrackerResult, WebhookResult,
 };
 
 /// The media type of [`Metrics::render`].
@@ -87,6 +87,11 @@ pub struct Metrics {
     pub tracker_seconds: Resolved<TrackerKind, Histogram>,
     /// `hikyaku_engagement_total[kind,actor]`
     pub engagement: Resolved2<HitKind, Actor, IntCounter>,
+    /// `hikyaku_webhook_deliveries_total[result]`: attempts, each with up to 500 events.
+    pub webhook_deliveries: Resolved<WebhookResult, IntCounter>,
+    /// `hikyaku_webhook_lag_seconds`: the age of the oldest event that a webhook of this node has not
+    /// got yet.
+    pub webhook_lag_seconds: Gauge,
 }
 
 impl Default for Metrics {
@@ -132,6 +137,8 @@ impl Metrics {
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
+            webhook_deliveries: Resolved::of(&r.counters(&families::WEBHOOK_DELIVERIES)),
+            webhook_lag_seconds: r.gauge(&families::WEBHOOK_LAG_SECONDS),
             registry: r.registry,
             names: r.names,
         }

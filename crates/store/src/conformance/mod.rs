@@ -132,6 +132,8 @@ macro_rules! conformance_tests {
             deferred_mail_is_made_due
             what_is_old_goes_and_counters_stay
             an_erased_person_leaves_only_a_suppression
+            a_time_has_its_cursor
+            a_cursor_older_than_what_is_kept_goes_on
             a_storm_agrees_with_a_simple_model
         }
     };

@@ -4,8 +4,8 @@
 use super::Fixture;
 use super::support::*;
 use crate::{
-    Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, Result, StoreError,
-    Suspension,
+    Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, Result, Retire,
+    StoreError, Suspension,
 };
 use model::{AttemptResult, EventKind, JournalId, Timestamp};
 use std::time::Duration;
@@ -168,6 +168,82 @@ pub async fn announcements_are_events_of_their_account(fixture: &dyn Fixture) ->
         ..EventQuery::default()
     };
     assert_eq!(events_of(&*store, query).await?, []);
+    Ok(())
+}
+
+/// Who has no cursor yet begins at the end of the stream, or at a time.
+pub async fn a_time_has_its_cursor(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let (never, always) = (Timestamp::from_millis(i64::MAX), Timestamp::from_millis(0));
+    let after = async |cursor: &str| {
+        let query = EventQuery {
+            after: Some(cursor.to_owned()),
+            limit: 10,
+            ..EventQuery::default()
+        };
+        events_of(&*store, query).await
+    };
+    let begin = store.event_cursor(never).await?;
+    let news = |n: u32| Announcement {
+        kind: EventKind::DestinationLimitChanged,
+        account: "acme".into(),
+        data: serde_json::json!({ "n": n }),
+    };
+    store.announce(vec![news(1), news(2)], T0).await?;
+    let middle = store.event_cursor(never).await?;
+    store.announce(vec![news(3)], T0 + secs(10)).await?;
+    store.announce(vec![news(4)], T0 + secs(20)).await?;
+    let all = all_events(&*store).await?;
+    assert_eq!(all.len(), 4);
+    assert_eq!(after(&begin).await?, all);
+    assert_eq!(after(&middle).await?, all[2..]);
+    assert_eq!(after(&store.event_cursor(always).await?).await?, all);
+    assert_eq!(after(&store.event_cursor(never).await?).await?, []);
+    Ok(())
+}
+
+/// Who was away for longer than events are kept goes on with the oldest that is there.
+pub async fn a_cursor_older_than_what_is_kept_goes_on(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let news = |n: u32| Announcement {
+        kind: EventKind::DestinationLimitChanged,
+        account: "acme".into(),
+        data: serde_json::json!({ "n": n }),
+    };
+    store.announce(vec![news(1)], T0).await?;
+    let mut query = EventQuery {
+        limit: 10,
+        ..EventQuery::default()
+    };
+    query.after = Some(store.events(query.clone()).await?.next);
+    store.announce(vec![news(2), news(3)], T0).await?;
+    let old = Retire {
+        events_before: T0 + secs(1_000_000_000),
+        batches_before: Timestamp::from_millis(0),
+        after: None,
+    };
+    let mut step = store.retire(old.clone(), T0).await?;
+    while let Some(after) = step.next {
+        let after = Some(after);
+        step = store
+            .retire(
+                Retire {
+                    after,
+                    ..old.clone()
+                },
+                T0,
+            )
+            .await?;
+    }
+    assert_eq!(store.events(query.clone()).await?.events, []);
+    store.announce(vec![news(4)], T0 + secs(1)).await?;
+    let page = store.events(query).await?;
+    let said: Vec<_> = page
+        .events
+        .iter()
+        .map(|event| event.data["n"].as_u64())
+        .collect();
+    assert_eq!(said, [Some(4)]);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use crate::{
 };
 use ::redis::{Cmd, Pipeline, Value};
 use futures_util::future::try_join_all;
-use model::{Event, Partition};
+use model::{Event, Partition, Timestamp};
 use std::collections::VecDeque;
 
 /// Items of one page of the control feed.
@@ -223,6 +223,16 @@ impl Inner {
             events,
             next: write_cursor(&told),
         })
+    }
+
+    /// The cursor before the first event that was recorded at or after `at`.
+    pub(super) async fn event_cursor(&self, at: Timestamp) -> Result<String> {
+        let newest = self.newest(keys::event_counter).await?;
+        // An event's number is the server's time in microseconds, or above it.
+        let micros = at.millis().saturating_mul(1_000).saturating_sub(1);
+        let before = u64::try_from(micros).unwrap_or(0);
+        let places: Vec<u64> = newest.into_iter().map(|last| last.min(before)).collect();
+        Ok(write_cursor(&places))
     }
 
     async fn read_ahead(&self, part: &mut Ahead, limit: usize) -> Result<()> {

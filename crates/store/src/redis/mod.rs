@@ -471,6 +471,10 @@ impl Store for RedisStore {
         self.inner.event_page(&query).await
     }
 
+    async fn event_cursor(&self, at: Timestamp) -> Result<String> {
+        self.inner.event_cursor(at).await
+    }
+
     async fn work(
         &self,
         scope: WorkScope,

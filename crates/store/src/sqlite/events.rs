@@ -42,6 +42,27 @@ fn write_cursor(seq: i64) -> String {
     format!("e1-{seq}")
 }
 
+/// The cursor before the first block that was recorded at or after `at`. Blocks are in order of
+/// time, so that a few looks find it.
+pub(super) fn cursor_at(connection: &Connection, at: Timestamp) -> Result<String> {
+    let end = end(connection)?;
+    // All blocks up to `before` are older; the one at `after` is not, or there is none.
+    let (mut before, mut after) = (0, (end >> ORDINAL_BITS) + 1);
+    let mut sql = connection
+        .prepare_cached("SELECT id, recorded_at FROM event WHERE id>=?1 ORDER BY id LIMIT 1")?;
+    while before + 1 < after {
+        let middle = before + (after - before) / 2;
+        let found: Option<(i64, i64)> = sql
+            .query_row([middle], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        match found {
+            Some((id, recorded_at)) if recorded_at < at.millis() => before = id,
+            Some(_) | None => after = middle,
+        }
+    }
+    Ok(write_cursor((before << ORDINAL_BITS | ORDINALS).min(end)))
+}
+
 /// What a page is gathered with.
 struct Telling<'a> {
     reading: &'a Reading<'a>,

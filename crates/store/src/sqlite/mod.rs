@@ -528,6 +528,12 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn event_cursor(&self, at: Timestamp) -> Result<String> {
+        self.readers
+            .read(move |reading| events::cursor_at(reading.connection, at))
+            .await
+    }
+
     async fn work(
         &self,
         scope: WorkScope,

@@ -606,3 +606,100 @@ async fn retention_waits_for_the_slowest_consumer_group() {
     assert_eq!(retire_all(&store).await, Ok(2));
     assert_eq!(ids(), Vec::<String>::new());
 }
+
+/// Campaign systems that read the documented streams themselves (contract, section 5): each consumer
+/// group gets everything once, over its consumers, from the first event on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consumer_groups_read_the_streams_of_every_partition() {
+    const ROWS: u32 = 300;
+    const PARTITIONS: u16 = 3;
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = RedisStore::open(RedisOptions {
+        partitions: PARTITIONS,
+        ..options(&server.url())
+    });
+    let store = store.await.expect("it opens");
+    let key = |p: u16| format!("hikyaku:events:{{{p}}}");
+    for p in 0..PARTITIONS {
+        let made = server.ask(&["XGROUP", "CREATE", &key(p), "crm", "0", "MKSTREAM"]);
+        assert_eq!(made.expect("an answer"), "OK");
+    }
+    let newest = Timestamp::from_millis(i64::MAX);
+    let begin = store.event_cursor(newest).await.expect("a cursor");
+    submit(&store, 1, ROWS).await.expect("submitted");
+    for n in 0..ROWS {
+        let entry = store::Suppression {
+            email: format!("n{n}@x.example"),
+            account: "acme".into(),
+            list: None,
+            reason: model::SuppressionReason::Manual,
+            source: "test".into(),
+            created_at: T0,
+        };
+        store.suppress(vec![entry], T0).await.expect("suppressed");
+    }
+    let mut read = BTreeSet::new();
+    for (p, consumer) in (0..PARTITIONS).zip(["one", "two"].into_iter().cycle()) {
+        loop {
+            let ask = [
+                "XREADGROUP",
+                "GROUP",
+                "crm",
+                consumer,
+                "COUNT",
+                "50",
+                "STREAMS",
+                &key(p),
+                ">",
+            ];
+            let some = events_in(&server.ask(&ask).expect("an answer"));
+            if some.is_empty() {
+                break;
+            }
+            let numbers: Vec<u64> = some.iter().map(|event| event.seq).collect();
+            assert!(numbers.is_sorted(), "{numbers:?}");
+            for event in some {
+                let id = format!("{}-0", event.seq);
+                let taken = server
+                    .ask(&["XACK", &key(p), "crm", &id])
+                    .expect("an answer");
+                assert_eq!(taken.trim(), "1", "the number is the id of the entry");
+                assert!(read.insert(event.id), "once");
+            }
+        }
+    }
+    let query = store::EventQuery {
+        after: Some(begin),
+        limit: 1_000,
+        ..store::EventQuery::default()
+    };
+    let all = store.events(query).await.expect("events").events;
+    assert!(all.len() >= ROWS as usize);
+    assert_eq!(read, all.iter().map(|event| event.id).collect());
+    // A time between two events has its cursor.
+    let (before, after) = all.split_at(all.len() / 2);
+    let at = Timestamp::from_millis(i64::try_from(after[0].seq / 1_000).expect("a time"));
+    let query = store::EventQuery {
+        after: Some(store.event_cursor(at).await.expect("a cursor")),
+        limit: 1_000,
+        ..store::EventQuery::default()
+    };
+    let rest = store.events(query).await.expect("events").events;
+    assert!(rest.ends_with(after), "nothing of it is missing");
+    assert!(
+        rest.len() < after.len() + before.len(),
+        "what is older is not told"
+    );
+}
+
+/// The events in what Redis answered, whatever stands around them.
+fn events_in(answer: &str) -> Vec<model::Event> {
+    let starts = answer.match_indices("{\"id\":\"").map(|(at, _)| at);
+    let parse = |at: usize| {
+        let rest = answer.get(at..).unwrap_or_default();
+        let mut all = serde_json::Deserializer::from_str(rest).into_iter();
+        all.next().expect("JSON").expect("an event")
+    };
+    starts.map(parse).collect()
+}
