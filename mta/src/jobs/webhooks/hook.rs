@@ -175,17 +175,24 @@ impl Target {
                 .to_string(),
             None => name(&host).ok_or_else(wrong)?,
         };
-        let port = match (authority.port(), authority.port_u16()) {
-            (Some(_), None | Some(0)) => return Err("has a port that is none".to_owned()),
-            (None, _) if authority.as_str().ends_with(':') => return Err(wrong()),
-            (_, port) => port.unwrap_or(if is_tls { 443 } else { 80 }),
+        let port = match authority.as_str().strip_prefix(authority.host()) {
+            Some("") => Some(if is_tls { 443 } else { 80 }),
+            Some(rest) => rest.strip_prefix(':').and_then(|port| port.parse().ok()),
+            None => None,
         };
-        let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        let port = port
+            .filter(|port| *port > 0)
+            .ok_or_else(|| "has a port that is none".to_owned())?;
+        // A query may stand directly behind the host.
+        let path = match uri.path_and_query().map_or("/", |path| path.as_str()) {
+            query if query.starts_with('?') => format!("/{query}"),
+            path => path.to_owned(),
+        };
         Ok(Self {
             is_tls,
             host,
             port,
-            path: path.to_owned(),
+            path,
         })
     }
 }
