@@ -63,6 +63,7 @@ impl Count {
             | Piece::Suspension(_)
             | Piece::Note { .. }
             | Piece::Lot(_)
+            | Piece::Call(_)
             | Piece::End { .. } => {}
         }
     }

@@ -73,6 +73,8 @@ pub enum Piece {
     Lot(Box<LotPiece>),
     /// A batch of which all lots came.
     Batch(Box<BatchPiece>),
+    /// The answer to a call that takes effect once; after its batch.
+    Call(Box<CallPiece>),
     /// Events in their order, in JSON; at most [`EVENTS`].
     Events(Vec<String>),
     /// The last; how many came before it.
@@ -80,6 +82,25 @@ pub enum Piece {
         /// Pieces.
         pieces: u64,
     },
+}
+
+/// What was answered to a call.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CallPiece {
+    /// Whose.
+    pub account: String,
+    /// The caller's name for the call.
+    pub key: String,
+    /// A digest of what was asked for.
+    pub fingerprint: [u8; 32],
+    /// Which try it was.
+    pub attempt: BatchId,
+    /// It is kept until then, and until its batch has ended.
+    pub until: Timestamp,
+    /// On which batch it took effect.
+    pub batch: BatchId,
+    /// What was answered.
+    pub answer: Vec<u8>,
 }
 
 /// A lot with everything that happened to its recipients.

@@ -4,7 +4,8 @@ use super::Fixture;
 use super::support::*;
 use crate::backup::{BackupReader, BackupWriter};
 use crate::{
-    BatchChange, Erase, MIXED, Note, Piece, Result, Store, StoreError, Suppression, Suspension,
+    BatchChange, Begun, CallKey, EndedCall, Erase, MIXED, NewBatch, NewCall, Note, Piece, Result,
+    Store, StoreError, Suppression, Suspension,
 };
 use model::{
     Actor, AttemptResult, BatchId, BatchState, Event, HitKind, SuppressionReason, Timestamp,
@@ -35,8 +36,21 @@ async fn imported(store: &dyn Store, file: &[u8], now: Timestamp) -> Result<()> 
     Ok(())
 }
 
-fn ids(events: &[Event]) -> BTreeSet<uuid::Uuid> {
+fn ids_of(events: &[Event]) -> BTreeSet<uuid::Uuid> {
     events.iter().map(|event| event.id).collect()
+}
+
+/// A call that takes effect once.
+fn called(attempt: BatchId) -> NewCall {
+    let key = CallKey {
+        account: "acme".into(),
+        key: "the call".into(),
+    };
+    NewCall {
+        key,
+        fingerprint: [7; 32],
+        attempt,
+    }
 }
 
 /// What a store of every kind of thing has: the batches of it.
@@ -75,7 +89,22 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
     }
     let mut coming = Spec::new(3, people(5, "later.example"));
     coming.head.release_at = T0 + secs(5_000);
-    let coming = coming.submit(store, T0).await?;
+    let call = called(coming.head.id);
+    assert_eq!(store.begin_call(call.clone(), T0, TTL).await?, Begun::Fresh);
+    store
+        .stage_lots(coming.head.id, coming.lots(store.partitions()))
+        .await?;
+    let answered = EndedCall {
+        key: call.key,
+        attempt: call.attempt,
+        answer: b"202".as_slice().into(),
+    };
+    let committed = NewBatch {
+        call: Some(answered),
+        ..coming.committed()
+    };
+    store.commit_batch(committed, T0).await?;
+    let coming = coming.head.id;
     let suppression = Suppression {
         email: "gone@x.example".into(),
         account: "acme".into(),
@@ -145,7 +174,7 @@ pub async fn a_store_moves(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
         assert_eq!(all_rows(&*new, batch).await?, all_rows(&*old, batch).await?);
         assert_eq!(new.content(batch).await?, old.content(batch).await?);
     }
-    assert_eq!(ids(&all_events(&*new).await?), ids(&told));
+    assert_eq!(ids_of(&all_events(&*new).await?), ids_of(&told));
     let of = |email: &'static str| {
         let (old, new) = (&old, &new);
         async move {
@@ -164,6 +193,10 @@ pub async fn a_store_moves(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
         new.high_water(node.journal).await?,
         old.high_water(node.journal).await?
     );
+
+    // Who calls again because an answer was lost gets the answer, and sends nothing twice.
+    let again = new.begin_call(called(id(99)), T0, TTL).await?;
+    assert_eq!(again, Begun::Done(b"202".as_slice().into()));
 
     // Nothing leaves before somebody says so.
     let next = Node::new(2);

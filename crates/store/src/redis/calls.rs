@@ -7,6 +7,7 @@ use super::commit::{Commit, Outcome};
 use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{Version, new_version};
+use crate::backup::CallPiece;
 use crate::{Begun, CALL_KEPT, CallKey, EndedCall, NewCall, Result, StoreError};
 use ::redis::Cmd;
 use model::{BatchId, BatchState, Timestamp};
@@ -168,6 +169,67 @@ impl Inner {
         commit.check(stored.clone(), Some(of.version));
         commit.write::<&[u8]>("DEL", stored, []);
         commit.write("ZREM", keys::calls(HOME), [name(key)]);
+        commit.run(self, false).await.map(drop)
+    }
+
+    /// The answers that are kept, of those after `from` in the order of their time; how many were
+    /// looked at.
+    pub(super) async fn kept_calls(
+        &self,
+        from: usize,
+        limit: usize,
+    ) -> Result<(usize, Vec<CallPiece>)> {
+        let mut page = Cmd::new();
+        page.arg("ZRANGE")
+            .arg(keys::calls(HOME))
+            .arg(from)
+            .arg(from + limit - 1);
+        let members = answer::list(self.link.short(&page).await?);
+        let looked = members.len();
+        let mut found = Vec::new();
+        for member in members {
+            let member = answer::bytes(member).unwrap_or_default();
+            let text = String::from_utf8_lossy(&member).into_owned();
+            let Some((account, key)) = text.split_once('\0') else {
+                continue;
+            };
+            let key = CallKey {
+                account: account.to_owned(),
+                key: key.to_owned(),
+            };
+            let known = self.call(&key).await?;
+            let piece = known.and_then(|of| {
+                Some(CallPiece {
+                    account: key.account,
+                    key: key.key,
+                    fingerprint: of.fingerprint,
+                    attempt: of.attempt,
+                    until: Timestamp::from_millis(of.until),
+                    batch: of.batch,
+                    answer: of.answer?,
+                })
+            });
+            found.extend(piece);
+        }
+        Ok((looked, found))
+    }
+
+    /// Keeps an answer of another store.
+    pub(super) async fn restore_call(&self, of: CallPiece) -> Result<()> {
+        let key = CallKey {
+            account: of.account,
+            key: of.key,
+        };
+        let known = Known {
+            version: [0; 8],
+            fingerprint: of.fingerprint,
+            attempt: of.attempt,
+            until: of.until.millis(),
+            batch: of.batch,
+            answer: Some(of.answer),
+        };
+        let mut commit = Commit::new(HOME);
+        put(&mut commit, &key, None, &known);
         commit.run(self, false).await.map(drop)
     }
 

@@ -82,6 +82,17 @@ impl Inner {
                 _ => break,
             }
         }
+        let mut from = 0;
+        loop {
+            let (looked, calls) = self.kept_calls(from, AT_ONCE).await?;
+            for call in calls {
+                give(to, Piece::Call(Box::new(call))).await?;
+            }
+            if looked < AT_ONCE {
+                break;
+            }
+            from += looked;
+        }
         self.give_events(to).await?;
         give(to, Piece::End { pieces: 0 }).await
     }

@@ -89,6 +89,7 @@ impl Inner {
                 self.put_notes(vec![note], now).await
             }
             Piece::Lot(lot) => self.take_lot(&lot, now).await,
+            Piece::Call(call) => self.restore_call(*call).await,
             Piece::Batch(batch) => self.take_batch(*batch, now).await,
             Piece::Events(told) => self.take_events(&told, now).await,
             Piece::End { .. } => {

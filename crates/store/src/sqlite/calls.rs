@@ -2,6 +2,7 @@
 //!
 //! Must not know what is asked for.
 
+use crate::backup::CallPiece;
 use crate::{Begun, CALL_KEPT, CallKey, EndedCall, NewCall, Result, StoreError};
 use model::{BatchId, BatchState, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -119,6 +120,48 @@ pub(super) fn end(
             "another try of the same call has taken over".to_owned(),
         ));
     }
+    Ok(())
+}
+
+/// Looks at every answer that is kept.
+pub(super) fn each(
+    connection: &Connection,
+    mut each: impl FnMut(CallPiece) -> Result<()>,
+) -> Result<()> {
+    let mut sql = connection.prepare(
+        "SELECT account, key, fingerprint, attempt, until, batch, answer FROM call
+         WHERE answer IS NOT NULL AND batch IS NOT NULL",
+    )?;
+    let mut rows = sql.query([])?;
+    while let Some(row) = rows.next()? {
+        each(CallPiece {
+            account: row.get(0)?,
+            key: row.get(1)?,
+            fingerprint: row.get(2)?,
+            attempt: BatchId::from_bytes(row.get(3)?),
+            until: Timestamp::from_millis(row.get(4)?),
+            batch: BatchId::from_bytes(row.get(5)?),
+            answer: row.get(6)?,
+        })?;
+    }
+    Ok(())
+}
+
+/// Keeps an answer of another store.
+pub(super) fn restore(connection: &Connection, of: &CallPiece) -> Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT INTO call (account, key, fingerprint, attempt, until, batch, answer) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            of.account,
+            of.key,
+            of.fingerprint,
+            of.attempt.to_bytes(),
+            of.until.millis(),
+            of.batch.to_bytes(),
+            of.answer
+        ])?;
     Ok(())
 }
 

@@ -51,6 +51,9 @@ pub(super) fn export(
     for no in batches {
         batch(reading, no, &sink)?;
     }
+    super::calls::each(reading.connection, |call| {
+        sink.give(Piece::Call(Box::new(call)))
+    })?;
     all_events(reading, &sink)?;
     sink.give(Piece::End { pieces: 0 })
 }

@@ -94,6 +94,7 @@ fn take(step: &mut Step<'_>, partitions: u16, piece: Piece, now: Timestamp) -> R
             super::shared::put_notes(connection, vec![note], now)
         }
         Piece::Lot(lot) => take_lot(step, &lot),
+        Piece::Call(call) => super::calls::restore(connection, &call),
         Piece::Events(told) => take_events(step, &told),
         // Taken elsewhere.
         Piece::Batch(_) => Ok(()),
