@@ -3,11 +3,11 @@
 use super::Fixture;
 use super::support::*;
 use crate::{
-    Control, EVENT_CURSORS, Erase, EventQuery, Note, Result, Retire, Retired, Store, Suppression,
-    SuppressionQuery,
+    Control, EVENT_CURSORS, Erase, EventQuery, LeasedRange, Note, Result, Retire, Retired, Store,
+    Suppression, SuppressionQuery,
 };
 use model::{
-    Actor, AttemptResult, BatchState, Event, EventKind, HitKind, MessageId, Status,
+    Actor, AttemptResult, BatchId, BatchState, Event, EventKind, HitKind, MessageId, Status,
     SuppressionReason, Timestamp,
 };
 
@@ -183,39 +183,46 @@ fn with_person(number: u128) -> Spec {
     Spec::new(number, emails)
 }
 
-/// Of a person who is erased nothing is left but a suppression under a name; counters and statuses
-/// keep their place, what comes later is counted, and nobody else is touched.
-pub async fn an_erased_person_leaves_only_a_suppression(fixture: &dyn Fixture) -> Result<()> {
-    let store = fixture.mta().await;
-    let elsewhere = fixture.another().await;
-    let mut node = Node::new(1);
+/// The batches in which the person was.
+struct Lived {
+    delivered: BatchId,
+    deferred: BatchId,
+    coming: BatchId,
+    /// Of another account.
+    foreign: BatchId,
+    flying: BatchId,
+    /// What a node holds of it.
+    in_flight: Vec<LeasedRange>,
+}
+
+/// Writes of the person whatever there is to be written.
+async fn lived(store: &dyn Store, node: &mut Node) -> Result<Lived> {
     // Delivered, opened and clicked; the rows are in the caches of both.
-    let delivered = with_person(1).submit(&*store, T0).await?;
-    let leased = node.lease(&*store, T0, "x.example", 100).await?;
+    let delivered = with_person(1).submit(store, T0).await?;
+    let leased = node.lease(store, T0, "x.example", 100).await?;
     let facts = outcomes(&leased, AttemptResult::Delivered, T0);
-    node.report(&*store, facts, T0).await?;
+    node.report(store, facts, T0).await?;
     for kind in [HitKind::Open, HitKind::Click] {
         let of_person = hit(delivered, 40, kind, Actor::Human, T0);
         let of_other = hit(delivered, 3, kind, Actor::Human, T0);
-        node.report(&*store, vec![of_person, of_other], T0).await?;
+        node.report(store, vec![of_person, of_other], T0).await?;
     }
-    assert!(names_the_person(&all_rows(&*elsewhere, delivered).await?));
     // Deferred, scheduled, held by a node, and of another account.
     let mut mixed = with_person(2);
     mixed.mixed = true;
-    let deferred = mixed.submit(&*store, T0).await?;
-    let leased = node.lease(&*store, T0, crate::MIXED, 100).await?;
+    let deferred = mixed.submit(store, T0).await?;
+    let leased = node.lease(store, T0, crate::MIXED, 100).await?;
     let facts = outcomes(&leased, later(T0 + secs(3_600)), T0);
-    node.report(&*store, facts, T0).await?;
+    node.report(store, facts, T0).await?;
     let mut coming = with_person(3);
     coming.head.release_at = T0 + secs(1_000_000);
-    let coming = coming.submit(&*store, T0).await?;
+    let coming = coming.submit(store, T0).await?;
     let mut foreign = with_person(4);
     foreign.head.account = "other".into();
     foreign.head.release_at = T0 + secs(1_000_000);
-    let foreign = foreign.submit(&*store, T0).await?;
-    let flying = with_person(5).submit(&*store, T0).await?;
-    let in_flight = node.lease(&*store, T0, "x.example", 100).await?;
+    let foreign = foreign.submit(store, T0).await?;
+    let flying = with_person(5).submit(store, T0).await?;
+    let in_flight = node.lease(store, T0, "x.example", 100).await?;
     let left = Suppression {
         email: PERSON.into(),
         account: "acme".into(),
@@ -225,11 +232,76 @@ pub async fn an_erased_person_leaves_only_a_suppression(fixture: &dyn Fixture) -
         created_at: T0,
     };
     store.suppress(vec![left], T0).await?;
-    let told = all_events(&*store).await?;
-    let others = |events: Vec<Event>| -> Vec<Event> {
-        let other = |event: &Event| event.account != "acme" || !names_the_person(event);
-        events.into_iter().filter(other).collect()
+    Ok(Lived {
+        delivered,
+        deferred,
+        coming,
+        foreign,
+        flying,
+        in_flight,
+    })
+}
+
+/// Events that do not name the person.
+fn others(mut events: Vec<Event>) -> Vec<Event> {
+    events.retain(|event| event.account != "acme" || !names_the_person(event));
+    events
+}
+
+/// Nothing that is read says who it was.
+async fn is_forgotten(store: &dyn Store, lived: &Lived, told: &[Event]) -> Result<()> {
+    let story = store.address("acme", WRITTEN).await?;
+    assert_eq!(story.messages, []);
+    let kept: Vec<_> = story
+        .suppressions
+        .iter()
+        .map(|of| (of.reason, &of.list))
+        .collect();
+    assert_eq!(kept, [(SuppressionReason::Erased, &None)]);
+    let query = SuppressionQuery {
+        account: "acme".into(),
+        limit: 100,
+        ..SuppressionQuery::default()
     };
+    let listed = store.suppressions(query).await?.items;
+    assert!(
+        listed.len() == 1 && !names_the_person(&listed),
+        "{listed:?}"
+    );
+    let events = all_events(store).await?;
+    assert_eq!(events, others(told.to_vec()));
+    for batch in [lived.delivered, lived.deferred, lived.coming, lived.flying] {
+        let rows = all_rows(store, batch).await?;
+        assert_eq!(rows.len(), 41);
+        assert!(!names_the_person(&rows));
+        assert_eq!(
+            (&rows[40].row.prospect_id, &rows[40].row.vars),
+            (&None, &None)
+        );
+    }
+    let message = MessageId {
+        batch: lived.delivered,
+        index: 40,
+    };
+    let story = store.message(message).await?.expect("it keeps its place");
+    assert!(!names_the_person(&story) && story.attempts.is_empty() && story.hits.is_empty());
+    assert_eq!(story.recipient.status, Status::Delivered);
+    assert_eq!(store.address("other", PERSON).await?.messages.len(), 1);
+    Ok(())
+}
+
+/// Of a person who is erased nothing is left but a suppression under a name; counters and statuses
+/// keep their place, what comes later is counted, and nobody else is touched.
+pub async fn an_erased_person_leaves_only_a_suppression(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let mut node = Node::new(1);
+    let of = lived(&*store, &mut node).await?;
+    // Now the rows are in the caches of both.
+    assert!(names_the_person(
+        &all_rows(&*elsewhere, of.delivered).await?
+    ));
+    let told = all_events(&*store).await?;
     let cursor = store.control(None).await?.next;
 
     assert_eq!(erase_all(&*store, T0).await?, 4);
@@ -239,61 +311,31 @@ pub async fn an_erased_person_leaves_only_a_suppression(fixture: &dyn Fixture) -
     assert!(heard.items.iter().any(stops), "{heard:?}");
 
     for store in [&store, &elsewhere] {
-        let story = store.address("acme", WRITTEN).await?;
-        assert_eq!(story.messages, []);
-        let kept: Vec<_> = story
-            .suppressions
-            .iter()
-            .map(|of| (of.reason, &of.list))
-            .collect();
-        assert_eq!(kept, [(SuppressionReason::Erased, &None)]);
-        let query = SuppressionQuery {
-            account: "acme".into(),
-            limit: 100,
-            ..SuppressionQuery::default()
-        };
-        let listed = store.suppressions(query).await?.items;
-        assert!(
-            listed.len() == 1 && !names_the_person(&listed),
-            "{listed:?}"
-        );
-        let events = all_events(&**store).await?;
-        assert_eq!(events, others(told.clone()));
-        for batch in [delivered, deferred, coming, flying] {
-            let rows = all_rows(&**store, batch).await?;
-            assert_eq!(rows.len(), 41);
-            assert!(!names_the_person(&rows));
-            assert_eq!(
-                (&rows[40].row.prospect_id, &rows[40].row.vars),
-                (&None, &None)
-            );
-        }
-        let message = MessageId {
-            batch: delivered,
-            index: 40,
-        };
-        let story = store.message(message).await?.expect("it keeps its place");
-        assert!(!names_the_person(&story) && story.attempts.is_empty() && story.hits.is_empty());
-        assert_eq!(story.recipient.status, Status::Delivered);
-        assert_eq!(store.address("other", PERSON).await?.messages.len(), 1);
+        is_forgotten(&**store, &of, &told).await?;
     }
     assert_eq!(
-        checked(&*store, delivered).await?.counters.clicked_unique,
+        checked(&*store, of.delivered)
+            .await?
+            .counters
+            .clicked_unique,
         2
     );
-    for batch in [deferred, coming, flying] {
+    for batch in [of.deferred, of.coming, of.flying] {
         assert_eq!(checked(&*store, batch).await?.counters.suppressed, 1);
     }
-    assert_eq!(checked(&*store, foreign).await?.counters.scheduled, 41);
+    assert_eq!(checked(&*store, of.foreign).await?.counters.scheduled, 41);
 
     // What a journal still had is counted, and brings nobody back.
-    let facts = outcomes(&in_flight, AttemptResult::Delivered, T0);
-    let leave = hit(delivered, 40, HitKind::Unsubscribe, Actor::Human, T0);
+    let facts = outcomes(&of.in_flight, AttemptResult::Delivered, T0);
+    let leave = hit(of.delivered, 40, HitKind::Unsubscribe, Actor::Human, T0);
     node.report(&*store, [facts, vec![leave]].concat(), T0)
         .await?;
-    let counters = checked(&*store, flying).await?.counters;
+    let counters = checked(&*store, of.flying).await?.counters;
     assert_eq!((counters.delivered, counters.suppressed), (41, 0));
-    assert_eq!(checked(&*store, delivered).await?.counters.unsubscribed, 1);
+    assert_eq!(
+        checked(&*store, of.delivered).await?.counters.unsubscribed,
+        1
+    );
     let mut new = all_events(&*store).await?.split_off(others(told).len());
     new.retain(|event| event.account == "acme");
     assert!(!names_the_person(&new));
