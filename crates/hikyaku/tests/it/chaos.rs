@@ -134,7 +134,7 @@ async fn nodes_and_primaries_die_and_the_books_balance() -> Result<()> {
         TrackerProcess::start(&sites[1]).await?,
     ];
     let first = nodes[0].as_ref().context("a node")?;
-    let id = first.submit(&newsletter(people, 20)).await?;
+    let id = first.submit(&newsletter(people, 4)).await?;
 
     let (mut allowed, mut counted, mut kills, mut failovers) = (0, 0.0, 0, 0);
     let mut beat = Instant::now();
@@ -205,7 +205,7 @@ async fn a_node_that_slept_starts_nothing() -> Result<()> {
     let [Some(sleeper), Some(other)] = &nodes[..] else {
         anyhow::bail!("two nodes");
     };
-    let id = sleeper.submit(&newsletter(PEOPLE, 4)).await?;
+    let id = sleeper.submit(&newsletter(PEOPLE, 1)).await?;
     until("both at work", async || {
         let mut delivered = Vec::new();
         for node in [sleeper, other] {
@@ -281,7 +281,7 @@ async fn a_rate_is_kept_by_all_nodes_together() -> Result<()> {
     let sites = sites(NODES, &redis.url(), &shaping)?;
     let nodes = start(&sites).await?;
     let first = nodes[0].as_ref().context("a node")?;
-    first.submit(&newsletter(PEOPLE, 12)).await?;
+    first.submit(&newsletter(PEOPLE, 1)).await?;
     // All three have a share, and then two windows pass.
     let begun = until("all at work", async || {
         for node in nodes.iter().flatten() {
