@@ -27,6 +27,7 @@ use crate::intake::parts::Filling;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::Keeping;
+use crate::jobs::engagement::Engagement;
 use crate::jobs::guardrails;
 use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
@@ -68,6 +69,7 @@ pub struct Mta {
 struct Shared {
     rules: Arc<ArcSwap<Rules>>,
     tracking: Arc<ArcSwap<KeyRing>>,
+    engagement: Arc<ArcSwap<engagement::Rules>>,
 }
 
 impl std::fmt::Debug for Mta {
@@ -108,6 +110,7 @@ impl Mta {
     fn take(&self, read: Reloaded, config: Config) {
         self.shared.rules.store(Arc::new(read.rules));
         self.shared.tracking.store(Arc::new(read.tracking));
+        self.shared.engagement.store(Arc::new(read.engagement));
         let sending = self.sending.clone();
         let reload = Reload {
             shaping: Arc::new(read.shaping),
@@ -138,6 +141,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     let shared = Shared {
         rules: Arc::new(ArcSwap::from_pointee(files.reloaded.rules)),
         tracking: Arc::new(ArcSwap::from_pointee(files.reloaded.tracking)),
+        engagement: Arc::new(ArcSwap::from_pointee(files.reloaded.engagement)),
     };
     let journal = files.journal;
     let sending = sending::start(sending_deps(
@@ -160,6 +164,15 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         deps.tasks
             .spawn("keeping", keeping.run(deps.shutdown.clone())),
     );
+    let engagement = Engagement {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        node: journal.id(),
+        rules: Arc::clone(&shared.engagement),
+        settle: config.tracker.settle,
+    };
+    let run = engagement.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("engagement", run));
     let explainer = Explainer {
         store: Arc::clone(&deps.store),
         sending: sending.clone(),
@@ -315,6 +328,7 @@ fn fresh_journal_id(deps: &Deps) -> anyhow::Result<JournalId> {
 struct Reloaded {
     rules: Rules,
     tracking: KeyRing,
+    engagement: engagement::Rules,
     shaping: ShapingFile,
 }
 
@@ -323,6 +337,7 @@ impl Reloaded {
         Ok(Self {
             rules: read_rules(config)?,
             tracking: tracking_keys(config)?,
+            engagement: engagement_rules(config)?,
             shaping: ShapingFile::load(&config.shaping.file)?,
         })
     }
@@ -363,6 +378,12 @@ fn read_rules(config: &Config) -> anyhow::Result<Rules> {
         let lines: Vec<_> = mistakes.iter().map(ToString::to_string).collect();
         anyhow::anyhow!("{}: {}", file.path.display(), lines.join("; "))
     })
+}
+
+fn engagement_rules(config: &Config) -> anyhow::Result<engagement::Rules> {
+    let file = &config.engagement.rules_file;
+    let read = file.parsed(engagement::Rules::shipped, engagement::Rules::parse);
+    read.map_err(anyhow::Error::msg)
 }
 
 /// The tracker may be started first or second: whoever comes first makes the key.
@@ -416,5 +437,7 @@ fn api(
         probes,
         explainer,
         hooks,
+        engagement: Arc::clone(&shared.engagement),
+        telling: tokio::sync::Semaphore::new(1),
     }
 }

@@ -17,9 +17,11 @@ mod ship;
 pub use keys::{KeysError, load as load_keys};
 
 use arc_swap::ArcSwap;
+use engagement::Rules;
 use hits::Recorder;
 use hits::visitor::Visitors;
 use http::admin::Admin;
+use http::page::Origins;
 use http::server::{Answers, Listening};
 use http::{Answer, Keyed, Public};
 use hyper::Request;
@@ -29,7 +31,7 @@ use keys::Hosts;
 use links::KeyRing;
 use model::JournalId;
 use service::clock::SharedClock;
-use service::config::Config;
+use service::config::{Config, ReadFile};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
 use ship::{Reported, Shipper};
@@ -73,6 +75,9 @@ pub enum StartError {
     /// No tracking keys.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// The rules of engagement cannot be used.
+    #[error("{0}")]
+    Rules(String),
     /// No journal.
     #[error("the journal did not open")]
     Journal(#[from] OpenError),
@@ -98,6 +103,8 @@ pub struct Tracker {
     admin_addr: SocketAddr,
     journal: JournalId,
     key_file: PathBuf,
+    rules_file: ReadFile,
+    rules: Arc<ArcSwap<Rules>>,
     cookie_domain: Option<String>,
     public: Arc<Public>,
 }
@@ -118,12 +125,22 @@ impl Tracker {
         self.journal
     }
 
-    /// Reads the key file again (SIGHUP). One that cannot be used changes nothing, and the log says
-    /// why. Blocks on the disk for a moment.
+    /// Reads the key file and the rules of engagement again (SIGHUP). One that cannot be used
+    /// changes nothing, and the log says why. Blocks on the disk for a moment.
     pub fn reload(&self) {
         match self.reload_keys() {
             Ok(()) => tracing::info!("tracking keys were read again"),
             Err(error) => tracing::error!(%error, "tracking keys stay as they were"),
+        }
+        match load_rules(&self.rules_file) {
+            Ok(rules) => {
+                tracing::info!(
+                    version = rules.version,
+                    "rules of engagement were read again"
+                );
+                self.rules.store(Arc::new(rules));
+            }
+            Err(error) => tracing::error!(%error, "rules of engagement stay as they were"),
         }
     }
 
@@ -163,9 +180,12 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
     let admin_listener = listen("tracker.admin_listen", settings.admin_listen).await?;
     let local = |listener: &TcpListener| listener.local_addr().map_err(StartError::System);
     let (addr, admin_addr) = (local(&listener)?, local(&admin_listener)?);
-    let ring = blocking({
-        let key_file = settings.key_file.clone();
-        move || keys::load(&key_file)
+    let (ring, rules) = blocking({
+        let (key_file, rules_file) = (
+            settings.key_file.clone(),
+            config.engagement.rules_file.clone(),
+        );
+        move || Ok::<_, StartError>((keys::load(&key_file)?, load_rules(&rules_file)?))
     })
     .await??;
     let journal = open_journal(config, &deps).await?;
@@ -174,14 +194,21 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
         .accounts
         .iter()
         .map(|account| account.tracking.base_url.as_str());
+    let origins = config.accounts.iter().flat_map(|account| {
+        let origins = account.tracking.page_origins.iter();
+        origins.map(|origin| (origin.as_str(), account.id.as_str()))
+    });
+    let rules = Arc::new(ArcSwap::from_pointee(rules));
     let public = Arc::new(Public {
         keyed: ArcSwap::from_pointee(Keyed::new(ring, cookie_domain.clone())),
         hosts: Hosts::of(base_urls),
+        origins: Origins::of(origins),
         recorder: Recorder {
             journal: journal.clone(),
             clock: deps.clock.clone(),
             metrics: deps.metrics.clone(),
             trusted_proxies: settings.trusted_proxies.clone(),
+            rules: rules.clone(),
         },
         trusted_proxies: settings.trusted_proxies.clone(),
         clock: deps.clock.clone(),
@@ -194,6 +221,8 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
         admin_addr,
         journal: journal.id(),
         key_file: settings.key_file.clone(),
+        rules_file: config.engagement.rules_file.clone(),
+        rules,
         cookie_domain,
         public,
     })
@@ -245,6 +274,11 @@ fn run(
         Stage::Close,
     )
     .start(admin_listener, admin);
+}
+
+fn load_rules(file: &ReadFile) -> Result<Rules, StartError> {
+    file.parsed(Rules::shipped, Rules::parse)
+        .map_err(StartError::Rules)
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {

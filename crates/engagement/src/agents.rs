@@ -1,7 +1,5 @@
-//! What user agents say of themselves: tables, each line with its source.
-//!
-//! A line that is wrong misjudges every recipient who uses that program, so a line needs a source
-//! and stays narrow. All texts are lower case and compared so.
+//! What user agents say of themselves, by the lists of the rules. All texts are lower case and
+//! compared so.
 
 /// What a user agent is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,107 +16,6 @@ pub(crate) enum Agent {
     Other,
 }
 
-/// Whole user agents of fetchers that come on their own, ahead of the person.
-const PREFETCHERS: &[&str] = &[
-    // Apple Mail Privacy Protection downloads all images in the background, read or unread, and
-    // shows only this (wordtothewise.com/2021/09/apple-mpp; support.apple.com/guide/mail).
-    "mozilla/5.0",
-    // Gmail fetching on arrival, before anyone looked (mautic/mautic#10245,
-    // ankane/ahoy_email#139); no browser has this order of parts.
-    "mozilla/5.0 (windows nt 10.0; win64; x64) applewebkit/537.36 (khtml, like gecko) chrome/42.0.2311.135 safari/537.36 edge/12.246 mozilla/5.0",
-];
-
-/// Parts of the user agents of proxies that fetch for a person.
-const IMAGE_PROXIES: &[&str] = &[
-    // browscap/browscap#1108: the same text whatever the person uses. Fetches when the mail is
-    // shown, but sometimes on arrival too (gophish/gophish#1390), so neither is certain.
-    "googleimageproxy",
-    "via ggpht.com",
-    // help.yahoo.com/kb/yahoo-mail-proxy-SLN28749.html
-    "yahoomailproxy",
-];
-
-/// Parts of the user agents of programs that act alone and say so.
-const AUTOMATED: &[&str] = &[
-    // What crawlers call themselves (github.com/monperrus/crawler-user-agents); `bot` is looked
-    // for with care, see `names_a_bot`.
-    "crawler",
-    "spider",
-    "slurp",
-    "scrapy",
-    "facebookexternalhit",
-    "whatsapp/",
-    "mediapartners-google",
-    "google-read-aloud",
-    "google favicon",
-    "googleother",
-    // Microsoft's link and page previews (crawler-user-agents).
-    "bingpreview",
-    "skypeuripreview",
-    "microsoftpreview",
-    "ms-office; ms-teams",
-    // Mail security scanners that show a name; most do not.
-    "barracuda",
-    "proofpoint",
-    "mimecast",
-    "safelinks",
-    "urlscan",
-    "censysinspect",
-    "zgrab",
-    "masscan",
-    "nmap scripting engine",
-    "expanse, a palo alto",
-    "virustotal",
-    // Browsers without a person before them, and their drivers (crawler-user-agents).
-    "headlesschrome",
-    "phantomjs",
-    "electron/headless",
-    "lighthouse",
-    // Monitors.
-    "uptime-kuma",
-    "site24x7",
-    "statuscake",
-    "nagios",
-    "check_http",
-    // HTTP libraries under their own name: the defaults of each project.
-    "curl/",
-    "wget/",
-    "libcurl",
-    "httpie/",
-    "python-requests",
-    "python-urllib",
-    "python-httpx",
-    "aiohttp",
-    "go-http-client",
-    "go-resty",
-    "java/",
-    "jakarta commons-httpclient",
-    "apache-httpclient",
-    "google-http-java-client",
-    "libwww-perl",
-    "lwp::simple",
-    "php/",
-    "guzzlehttp",
-    "ruby",
-    "faraday v",
-    "node-fetch",
-    "undici",
-    "axios/",
-    "got (https://",
-    "postmanruntime",
-    "insomnia/",
-    "restsharp",
-    "winhttp",
-    "powershell/",
-    "dart/",
-    "hyper/",
-    "reqwest/",
-];
-
-/// Phones whose names end in `bot` (JayBizzle/Crawler-Detect and omrilotan/isbot keep the same
-/// exception).
-const NOT_BOTS: &[&str] = &["cubot"];
-
 /// Parts, one of which every browser and every mail program with a rendering engine shows next to
 /// `Mozilla/`.
 const ENGINES: &[&str] = &[
@@ -132,41 +29,63 @@ const ENGINES: &[&str] = &[
     "microsoft outlook",
 ];
 
-/// Reads a user agent.
-pub(crate) fn read(user_agent: &str) -> Agent {
-    let agent = user_agent.trim().to_ascii_lowercase();
-    let has = |parts: &[&str]| parts.iter().any(|part| agent.contains(part));
-    if PREFETCHERS.contains(&agent.as_str()) {
-        Agent::Prefetcher
-    } else if has(IMAGE_PROXIES) {
-        Agent::ImageProxy
-    } else if has(AUTOMATED) || names_a_bot(&agent) {
-        Agent::Automated
-    } else if (agent.starts_with("mozilla/") || agent.starts_with("opera/")) && has(ENGINES) {
-        Agent::Browser
-    } else {
-        Agent::Other
+/// The lists of user agents.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Agents {
+    pub(crate) prefetchers: Texts,
+    pub(crate) image_proxies: Texts,
+    pub(crate) automated: Texts,
+    /// Parts of what persons use, which other rules would take for machines.
+    pub(crate) people: Vec<String>,
+}
+
+/// What a user agent is, or has in it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Texts {
+    pub(crate) whole: Vec<String>,
+    pub(crate) parts: Vec<String>,
+}
+
+impl Texts {
+    fn know(&self, agent: &str) -> bool {
+        self.whole.iter().any(|whole| whole == agent)
+            || self.parts.iter().any(|part| agent.contains(part.as_str()))
     }
 }
 
-/// Whether some word ends in `bot` or `bots`: `Googlebot/2.1`, `bot.html`, but not `robotics`.
-fn names_a_bot(agent: &str) -> bool {
-    agent
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| !NOT_BOTS.contains(word))
-        .any(|word| word.ends_with("bot") || word.ends_with("bots"))
+impl Agents {
+    /// Reads a user agent.
+    pub(crate) fn read(&self, user_agent: &str) -> Agent {
+        let agent = user_agent.trim().to_ascii_lowercase();
+        let has = |parts: &[&str]| parts.iter().any(|part| agent.contains(part));
+        if self.prefetchers.know(&agent) {
+            Agent::Prefetcher
+        } else if self.image_proxies.know(&agent) {
+            Agent::ImageProxy
+        } else if self.automated.know(&agent) || self.names_a_bot(&agent) {
+            Agent::Automated
+        } else if (agent.starts_with("mozilla/") || agent.starts_with("opera/")) && has(ENGINES) {
+            Agent::Browser
+        } else {
+            Agent::Other
+        }
+    }
+
+    /// Whether some word ends in `bot` or `bots`: `Googlebot/2.1`, `bot.html`, but not `robotics`.
+    fn names_a_bot(&self, agent: &str) -> bool {
+        agent
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .filter(|word| !self.people.iter().any(|person| person == word))
+            .any(|word| word.ends_with("bot") || word.ends_with("bots"))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn tables_are_lower_case() {
-        let all = [PREFETCHERS, IMAGE_PROXIES, AUTOMATED, NOT_BOTS, ENGINES].concat();
-        for text in all {
-            assert_eq!(text, text.to_ascii_lowercase());
-        }
+    fn agents() -> Agents {
+        crate::Rules::shipped().agents
     }
 
     #[test]
@@ -222,7 +141,7 @@ mod tests {
             ("Dalvik/2.1.0 (Linux; U; Android 14; Pixel 8)", Agent::Other),
             ("", Agent::Other),
         ] {
-            assert_eq!(read(text), what, "{text}");
+            assert_eq!(agents().read(text), what, "{text}");
         }
     }
 
@@ -236,7 +155,7 @@ mod tests {
             ("bottle/1", false),
             ("cubot x19", false),
         ] {
-            assert_eq!(names_a_bot(text), bot, "{text}");
+            assert_eq!(agents().names_a_bot(text), bot, "{text}");
         }
     }
 }

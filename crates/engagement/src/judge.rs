@@ -8,17 +8,17 @@
 //! | Apple's or Gmail's fetch ahead of the person | machine for an open, unknown for a click | `image_prefetch` |
 //! | an image proxy (Gmail, Yahoo) | unknown for an open, machine for a click, as image proxies follow no links | `image_proxy` |
 //! | the shape of a browser or mail program | human, unless `Sec-Fetch-*` says it was no navigation (click) or no image (open) | |
+//! | a network of scanners | machine | `network` |
 //! | anything else | unknown | |
 //!
 //! What this cannot see: a security scanner in the clothes of a browser counts as a person until
-//! the rules that look at several hits revise it. `human` therefore means "nothing speaks for a
+//! the rules that look at several hits revise it (`settle`). `human` therefore means "nothing speaks for a
 //! machine", and `unknown` that the evidence is no evidence, not that it is weak.
 
-use crate::agents::{self, Agent};
+use crate::agents::Agent;
+use crate::rules::{NetworkKind, Rules};
 use model::{Actor, HitKind, Verdict};
-
-/// The version of these rules, kept with each verdict.
-pub const RULES: u16 = 1;
+use std::net::IpAddr;
 
 /// What a request shows.
 #[derive(Debug, Clone, Copy)]
@@ -33,19 +33,23 @@ pub struct Observed<'a> {
     /// `Sec-Fetch-Dest`, which browsers send on https (W3C Fetch Metadata): `document` for a
     /// followed link, `image` for a picture.
     pub fetch_dest: Option<&'a str>,
+    /// The client's address, which is not kept.
+    pub address: Option<IpAddr>,
 }
 
-/// Judges one hit by itself.
-pub fn judge(observed: &Observed<'_>) -> Verdict {
-    let (actor, reason) = actor(observed);
-    Verdict {
-        actor,
-        machine_reasons: reason.into_iter().map(Into::into).collect(),
-        rules: RULES,
+impl Rules {
+    /// Judges one hit by itself.
+    pub fn judge(&self, observed: &Observed<'_>) -> Verdict {
+        let (actor, reason) = actor(self, observed);
+        Verdict {
+            actor,
+            machine_reasons: reason.into_iter().map(Into::into).collect(),
+            rules: self.version,
+        }
     }
 }
 
-fn actor(observed: &Observed<'_>) -> (Actor, Option<&'static str>) {
+fn actor(rules: &Rules, observed: &Observed<'_>) -> (Actor, Option<&'static str>) {
     let is_open = match observed.kind {
         HitKind::Probe => return (Actor::Machine, Some("head")),
         HitKind::Open => true,
@@ -54,7 +58,20 @@ fn actor(observed: &Observed<'_>) -> (Actor, Option<&'static str>) {
     if observed.prefetch {
         return (Actor::Machine, Some("prefetch"));
     }
-    match agents::read(observed.user_agent) {
+    let network = observed.address.and_then(|address| rules.network(address));
+    match (network, is_open) {
+        (Some(NetworkKind::Scanner), _) => return (Actor::Machine, Some("network")),
+        (Some(NetworkKind::Prefetcher), true) => return (Actor::Machine, Some("image_prefetch")),
+        (Some(NetworkKind::ImageProxy), false) => return (Actor::Machine, Some("image_proxy")),
+        (Some(NetworkKind::ImageProxy), true) => {
+            let agent = rules.agents.read(observed.user_agent);
+            if !matches!(agent, Agent::Automated | Agent::Prefetcher) {
+                return (Actor::Unknown, None);
+            }
+        }
+        (Some(NetworkKind::Prefetcher), false) | (None, _) => {}
+    }
+    match rules.agents.read(observed.user_agent) {
         Agent::Automated => (Actor::Machine, Some("user_agent")),
         Agent::Prefetcher if is_open => (Actor::Machine, Some("image_prefetch")),
         Agent::ImageProxy if !is_open => (Actor::Machine, Some("image_proxy")),
@@ -81,12 +98,17 @@ mod tests {
     const GMAIL: &str =
         "Mozilla/5.0 (Windows NT 5.1; rv:11.0) Gecko Firefox/11.0 (via ggpht.com GoogleImageProxy)";
 
+    fn rules() -> Rules {
+        Rules::shipped()
+    }
+
     fn seen(kind: HitKind, user_agent: &str) -> Observed<'_> {
         Observed {
             kind,
             user_agent,
             prefetch: false,
             fetch_dest: None,
+            address: None,
         }
     }
 
@@ -107,14 +129,14 @@ mod tests {
             (Open, "", Unknown, &[]),
             (Click, "Dalvik/2.1.0 (Linux; U; Android 14)", Unknown, &[]),
         ] {
-            let verdict = judge(&seen(kind, user_agent));
+            let verdict = rules().judge(&seen(kind, user_agent));
             let given: Vec<&str> = verdict.machine_reasons.iter().map(AsRef::as_ref).collect();
             assert_eq!(
                 (verdict.actor, given.as_slice()),
                 (actor, reasons),
                 "{kind} {user_agent}"
             );
-            assert_eq!(verdict.rules, RULES);
+            assert_eq!(verdict.rules, rules().version);
         }
     }
 
@@ -132,13 +154,13 @@ mod tests {
                 fetch_dest,
                 ..click
             };
-            assert_eq!(judge(&observed).actor, actor, "{observed:?}");
+            assert_eq!(rules().judge(&observed).actor, actor, "{observed:?}");
         }
         let open = Observed {
             fetch_dest: Some("image"),
             ..seen(HitKind::Open, CHROME)
         };
-        assert_eq!(judge(&open).actor, Actor::Human);
+        assert_eq!(rules().judge(&open).actor, Actor::Human);
     }
 
     proptest! {
@@ -150,10 +172,11 @@ mod tests {
                 user_agent: &text,
                 prefetch,
                 fetch_dest: dest.as_deref(),
+                address: None,
             };
-            let verdict = judge(&observed);
+            let verdict = rules().judge(&observed);
             prop_assert_eq!(verdict.actor == Actor::Machine, !verdict.machine_reasons.is_empty());
-            prop_assert_eq!(&verdict, &judge(&observed));
+            prop_assert_eq!(&verdict, &rules().judge(&observed));
         }
     }
 }

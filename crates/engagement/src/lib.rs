@@ -1,12 +1,17 @@
 //! Human or machine, bindings, scores, A/B statistics; pure.
 //!
-//! Owns the judgement of what a hit means. Must not do I/O, read a clock or remember anything:
-//! what it judges by comes in with the call. At present it judges one hit by itself; what only
-//! several hits tell (bursts, link order, the moment of the final dot) joins it later and revises.
+//! Owns the judgement of what a hit means: by itself ([`Rules::judge`]), together with others
+//! ([`settle`]), whose browser it was ([`identity`]) and what it says about a person
+//! ([`prospect`]). Must not do I/O or read a clock: what it judges by comes in with the call.
 #![forbid(unsafe_code)]
 
 pub mod abtest;
 mod agents;
+pub mod identity;
 mod judge;
+pub mod prospect;
+mod rules;
+pub mod settle;
 
-pub use judge::{Observed, RULES, judge};
+pub use judge::Observed;
+pub use rules::{Behaviour, Rules, RulesError};

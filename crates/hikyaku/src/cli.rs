@@ -10,7 +10,8 @@ use clap::{Parser, Subcommand};
 use service::config::{Environment, Mistakes};
 
 use crate::{
-    check_config, demo, dkim, doctor, journal_ship, send, store_file, top, trace, up, why,
+    check_config, demo, dkim, doctor, journal_ship, reclassify, send, store_file, top, trace, up,
+    why,
 };
 
 /// Sends bulk mail, tells what became of every message, and tracks opens and clicks.
@@ -52,6 +53,8 @@ enum Command {
     Top(top::Args),
     /// Listen to the SMTP sessions of a destination, or of one message
     Trace(trace::Args),
+    /// Judge all opens and clicks that are kept by the rules in force
+    Reclassify(reclassify::Args),
 }
 
 /// Why a command did not do what it was asked.
@@ -144,6 +147,7 @@ fn run(cli: Cli, terminal: &mut Terminal<'_>) -> Result<(), Failure> {
         Command::Dkim(command) => dkim::run(command, terminal),
         Command::Doctor(arguments) => doctor::run(&arguments, terminal),
         Command::Why(arguments) => why::run(&arguments, terminal),
+        Command::Reclassify(arguments) => reclassify::run(&arguments, terminal),
         Command::Top(arguments) => top::run(&arguments, terminal),
         Command::Trace(arguments) => trace::run(&arguments, terminal),
     }

@@ -11,6 +11,7 @@ mod dkim;
 mod doctor;
 mod journal_ship;
 mod reach;
+mod reclassify;
 mod send;
 mod show;
 mod store_file;

@@ -104,3 +104,24 @@ pub struct Event {
     /// What is particular to the type.
     pub data: serde_json::Value,
 }
+
+/// What an event is about, where no fact of a recipient tells it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct About {
+    /// The event's own id; none: the store makes one.
+    pub id: Option<uuid::Uuid>,
+    /// When it happened; none: when the store learned of it.
+    pub occurred_at: Option<Timestamp>,
+    /// The caller's name for the campaign.
+    pub campaign: Option<String>,
+    /// The batch.
+    pub batch_id: Option<BatchId>,
+    /// The message.
+    pub message_id: Option<MessageId>,
+    /// The variant of an A/B test.
+    pub variant: Option<String>,
+    /// The person.
+    pub recipient: Option<EventRecipient>,
+    /// What the caller gave.
+    pub metadata: serde_json::Value,
+}

@@ -4,7 +4,10 @@
 //! the end only, and raise [`Fact::FORM`] when an old form can no longer be read.
 
 use crate::status::words;
-use crate::{Blame, Class, LotNumber, MessageId, SuppressionReason, Timestamp, VisitorId};
+use crate::{
+    Blame, Class, JournalId, LotNumber, MessageId, SuppressionReason, Timestamp, TrackingMode,
+    VisitorId,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -183,10 +186,107 @@ pub struct Hit {
     pub network: Box<str>,
     /// The browser, when it has or got a cookie.
     pub visitor: Option<VisitorId>,
-    /// `one_click` or `page`, for an unsubscribe.
+    /// `one_click` or `page`, for an unsubscribe; [`Hit::OBJECTED`] for one of a browser that asks
+    /// not to be followed.
     pub method: Option<Box<str>>,
     /// Person or machine.
     pub verdict: Verdict,
+}
+
+impl Hit {
+    /// The method of an open or a click whose browser sent `Sec-GPC: 1`.
+    pub const OBJECTED: &str = "gpc";
+
+    /// The most that may be kept of it, whatever its message allows.
+    pub fn allows(&self) -> TrackingMode {
+        if self.method.as_deref() == Some(Self::OBJECTED) {
+            TrackingMode::Aggregate
+        } else {
+            TrackingMode::Individual
+        }
+    }
+}
+
+/// The name of a fact: its journal and its place there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FactId {
+    /// Who saw it.
+    pub journal: JournalId,
+    /// Its place.
+    pub seq: Seq,
+}
+
+impl fmt::Display for FactId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.journal, self.seq)
+    }
+}
+
+impl std::str::FromStr for FactId {
+    type Err = FactError;
+
+    fn from_str(text: &str) -> Result<Self, FactError> {
+        let (journal, seq) = text.split_once('-').ok_or(FactError::Damaged)?;
+        Ok(Self {
+            journal: journal.parse().map_err(|_| FactError::Damaged)?,
+            seq: seq.parse().map_err(|_| FactError::Damaged)?,
+        })
+    }
+}
+
+/// A page with the tag was seen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageView {
+    /// On whose site.
+    pub account: Box<str>,
+    /// When, by this node's clock.
+    pub at: Timestamp,
+    /// By which browser.
+    pub visitor: VisitorId,
+    /// At most 2 KiB.
+    pub url: Box<str>,
+    /// At most 2 KiB; empty: none.
+    pub referrer: Box<str>,
+    /// At most 256 bytes; empty: none.
+    pub title: Box<str>,
+    /// At most 256 bytes, printable.
+    pub user_agent: Box<str>,
+    /// The client's network, truncated.
+    pub network: Box<str>,
+    /// Person or machine.
+    pub verdict: Verdict,
+}
+
+/// What several hits together told about one of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revision {
+    /// The message that was hit.
+    pub message: MessageId,
+    /// When it was judged anew.
+    pub at: Timestamp,
+    /// Which hit.
+    pub hit: FactId,
+    /// When that was.
+    pub hit_at: Timestamp,
+    /// What it was.
+    pub kind: HitKind,
+    /// The verdict before.
+    pub was: Actor,
+    /// The verdict now.
+    pub verdict: Verdict,
+    /// Whether a person made another hit of this kind on the message.
+    pub others: bool,
+}
+
+/// The person answered a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// Which message.
+    pub message: MessageId,
+    /// When.
+    pub at: Timestamp,
+    /// What whoever told it says beside, as JSON.
+    pub data: Box<str>,
 }
 
 /// What happened.
@@ -196,17 +296,37 @@ pub enum Fact {
     Attempt(Box<Attempt>),
     /// An answered request to the tracker.
     Hit(Box<Hit>),
+    /// A page was seen.
+    Page(Box<PageView>),
+    /// A hit was judged anew.
+    Revision(Box<Revision>),
+    /// A message was answered.
+    Reply(Box<Reply>),
 }
 
 impl Fact {
     /// The version of the stored form, first byte of what [`Fact::write_to`] writes.
     pub const FORM: u8 = 1;
 
-    /// The message it is about.
-    pub fn message(&self) -> MessageId {
+    /// The message it is about; none: it is about none.
+    pub fn message(&self) -> Option<MessageId> {
         match self {
-            Self::Attempt(attempt) => attempt.message,
-            Self::Hit(hit) => hit.message,
+            Self::Attempt(attempt) => Some(attempt.message),
+            Self::Hit(hit) => Some(hit.message),
+            Self::Page(_) => None,
+            Self::Revision(revision) => Some(revision.message),
+            Self::Reply(reply) => Some(reply.message),
+        }
+    }
+
+    /// When it happened, by the clock of whoever saw it.
+    pub fn at(&self) -> Timestamp {
+        match self {
+            Self::Attempt(attempt) => attempt.at,
+            Self::Hit(hit) => hit.at,
+            Self::Page(page) => page.at,
+            Self::Revision(revision) => revision.at,
+            Self::Reply(reply) => reply.at,
         }
     }
 
@@ -283,6 +403,18 @@ mod tests {
         assert_eq!((rule.name(), rule.version()), ("a", Some("0f")));
         let old = RuleRef::new("a", "");
         assert_eq!((old.name(), old.version()), ("a", None));
+    }
+
+    #[test]
+    fn a_facts_name_reads_back() {
+        let id = FactId {
+            journal: JournalId::from_bytes([7; 16]),
+            seq: 42,
+        };
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for bad in ["", "-", "x-1", &format!("{}-", id.journal)] {
+            assert!(bad.parse::<FactId>().is_err(), "{bad}");
+        }
     }
 
     proptest! {

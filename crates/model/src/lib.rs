@@ -15,10 +15,10 @@ pub mod units;
 
 pub use address::{AddressError, Domain, EmailAddress};
 pub use batch::{BatchState, Counters, Guardrails, Priority, Row, SendWindow, TrackingMode};
-pub use event::{Event, EventKind, EventRecipient};
+pub use event::{About, Event, EventKind, EventRecipient};
 pub use fact::{
-    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, Hit, HitKind, Place, RuleRef,
-    Seq, Verdict,
+    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, FactError, FactId, Hit,
+    HitKind, PageView, Place, Reply, Revision, RuleRef, Seq, Verdict,
 };
 pub use id::{
     BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, WebhookId,

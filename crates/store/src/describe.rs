@@ -4,8 +4,10 @@
 
 use crate::erased;
 use crate::transition::{Cell, Engagement};
-use crate::{BatchHead, RecipientQuery, RecipientRow};
-use model::{Attempt, AttemptResult, Fact, Hit, HitKind, Row, Status, TrackingMode};
+use crate::{BatchHead, KeptHit, RecipientQuery, RecipientRow};
+use model::{
+    Attempt, AttemptResult, Fact, FactId, HitKind, Revision, Row, Status, Timestamp, TrackingMode,
+};
 
 /// Facts told of one message.
 const FACTS: usize = 10_000;
@@ -35,25 +37,38 @@ pub(crate) fn wanted(
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
     pub(crate) attempts: Vec<Attempt>,
-    pub(crate) hits: Vec<Hit>,
+    pub(crate) hits: Vec<KeptHit>,
+    pub(crate) replies: Vec<Timestamp>,
 }
 
 impl Facts {
     /// Adds a fact, up to a bound.
-    pub(crate) fn add(&mut self, fact: Fact) {
+    pub(crate) fn add(&mut self, id: FactId, fact: Fact) {
         if self.attempts.len() + self.hits.len() >= FACTS {
             return;
         }
         match fact {
             Fact::Attempt(attempt) => self.attempts.push(*attempt),
-            Fact::Hit(hit) => self.hits.push(*hit),
+            Fact::Hit(hit) => self.hits.push(KeptHit { id, hit: *hit }),
+            Fact::Revision(revision) => self.revise(*revision),
+            Fact::Reply(reply) => self.replies.push(reply.at),
+            // Belongs to no message, so it is in no log of one.
+            Fact::Page(_) => {}
+        }
+    }
+
+    /// The newest verdict holds. It came after the hit: its maker had read of that in an event.
+    fn revise(&mut self, revision: Revision) {
+        let hit = self.hits.iter_mut().find(|kept| kept.id == revision.hit);
+        if let Some(kept) = hit {
+            kept.hit.verdict = revision.verdict;
         }
     }
 
     /// Puts them in order of time.
     pub(crate) fn sort(&mut self) {
         self.attempts.sort_by_key(|attempt| attempt.at);
-        self.hits.sort_by_key(|hit| hit.at);
+        self.hits.sort_by_key(|kept| kept.hit.at);
     }
 }
 
@@ -101,6 +116,7 @@ pub(crate) fn describe(
         facts
             .hits
             .iter()
+            .map(|kept| &kept.hit)
             .filter(|hit| hit.kind == kind)
             .map(|hit| hit.at)
             .min()
@@ -133,6 +149,6 @@ pub(crate) fn describe(
         clicked_at: first(HitKind::Click),
         complained_at: None,
         unsubscribed_at: first(HitKind::Unsubscribe),
-        replied_at: None,
+        replied_at: facts.replies.iter().copied().min(),
     }
 }

@@ -7,8 +7,8 @@ use crate::form::LogEntry;
 use crate::{Result, StoreError, Suppression};
 use aws_lc_rs::{hmac, rand};
 use model::{
-    Actor, Attempt, AttemptDetail, EmailAddress, Fact, Hit, Row, SuppressionReason, Timestamp,
-    Verdict,
+    Actor, Attempt, AttemptDetail, EmailAddress, Fact, Hit, Reply, Revision, Row,
+    SuppressionReason, Timestamp, Verdict,
 };
 
 /// The setting that holds the key: 32 bytes in hex.
@@ -113,6 +113,19 @@ pub(crate) fn blank(entry: &mut LogEntry) {
                 rules: hit.verdict.rules,
             },
         })),
+        // These say nothing of the person beside the time, and of which hit they were.
+        Fact::Revision(of) => Fact::Revision(Box::new(Revision {
+            at: never,
+            hit_at: never,
+            ..(**of).clone()
+        })),
+        Fact::Reply(reply) => Fact::Reply(Box::new(Reply {
+            message: reply.message,
+            at: never,
+            data: "{}".into(),
+        })),
+        // Belongs to no message, so it is in no log of one.
+        Fact::Page(page) => Fact::Page(page.clone()),
     };
 }
 

@@ -210,6 +210,15 @@ pub(crate) enum StoredEvent {
     Gone,
     /// As it was told by another store: JSON. Its block has the bit [`TOLD_BIT`].
     Told(String),
+    /// Announced, with more than its account.
+    Announced {
+        kind: u8,
+        account: String,
+        /// JSON.
+        data: String,
+        /// [`model::About`] as JSON.
+        about: String,
+    },
 }
 
 /// The bit of a block, among those for types of events, that says that some came from another store.
@@ -227,7 +236,8 @@ impl StoredEvent {
             | Self::Unsent { kind, .. }
             | Self::Batch { kind, .. }
             | Self::Address { kind, .. }
-            | Self::Account { kind, .. } => Some(*kind),
+            | Self::Account { kind, .. }
+            | Self::Announced { kind, .. } => Some(*kind),
             Self::Gone | Self::Told(_) => None,
         }
     }

@@ -223,6 +223,36 @@ impl<L: Layer> Store for L {
         around(self, "note", self.inner().note(kind, key, now)).await
     }
 
+    async fn notes_after(
+        &self,
+        kind: &str,
+        after: Option<&str>,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<Page<Note>> {
+        let page = self.inner().notes_after(kind, after, limit, now);
+        around(self, "notes_after", page).await
+    }
+
+    async fn notes_by_key(
+        &self,
+        kind: &str,
+        keys: Vec<Box<str>>,
+        now: Timestamp,
+    ) -> Result<Vec<Note>> {
+        let notes = self.inner().notes_by_key(kind, keys, now);
+        around(self, "notes_by_key", notes).await
+    }
+
+    async fn derive(
+        &self,
+        notes: Vec<Note>,
+        news: Vec<Announcement>,
+        now: Timestamp,
+    ) -> Result<()> {
+        around(self, "derive", self.inner().derive(notes, news, now)).await
+    }
+
     async fn job_lease(
         &self,
         job: &str,

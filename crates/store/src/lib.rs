@@ -246,6 +246,29 @@ pub trait Store: Send + Sync + 'static {
     /// One note, unless it has expired.
     async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>>;
 
+    /// The notes of a kind that have not expired, in order of key: those after `after`, at most
+    /// `limit`. The cursor is the last key.
+    async fn notes_after(
+        &self,
+        kind: &str,
+        after: Option<&str>,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<Page<Note>>;
+
+    /// Those of these notes that are there and have not expired, in no order.
+    async fn notes_by_key(
+        &self,
+        kind: &str,
+        keys: Vec<Box<str>>,
+        now: Timestamp,
+    ) -> Result<Vec<Note>>;
+
+    /// Writes notes and puts events into the event stream, as one step: what is made of events
+    /// changes together with what it tells. At most some thousand at a time.
+    async fn derive(&self, notes: Vec<Note>, news: Vec<Announcement>, now: Timestamp)
+    -> Result<()>;
+
     /// Takes or renews the lease on a job that one node at a time is to run. The answer is a
     /// fencing token: the same while the holder renews in time, higher for every later lease;
     /// `None`: another node holds it. A `ttl` of zero gives it up.

@@ -3,10 +3,10 @@
 //! An id is computed from the fact's journal and sequence, so a fact has the same one whenever and
 //! wherever it is told. Pure, and the same for every engine. Must not do I/O.
 
-use crate::BatchHead;
+use crate::{Announcement, BatchHead};
 use model::{
-    Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, Hit, HitKind, JournalId,
-    MessageId, Row, RuleRef, Seq, Timestamp, partition_hash,
+    About, Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, FactId, Hit, HitKind,
+    JournalId, MessageId, PageView, Reply, Revision, Row, RuleRef, Seq, Timestamp, partition_hash,
 };
 use serde_json::{Value, json};
 
@@ -30,14 +30,67 @@ impl Told {
     ) -> Self {
         Self {
             kind,
-            occurred_at: match fact {
-                Fact::Attempt(attempt) => attempt.at,
-                Fact::Hit(hit) => hit.at,
-            },
-            identity: format!("{journal} fact {seq} {kind}"),
-            data: data_of(fact, head),
+            occurred_at: fact.at(),
+            identity: identity_of(FactId { journal, seq }, kind),
+            data: data_of(FactId { journal, seq }, fact, head),
         }
     }
+}
+
+/// What the id of a fact's event is made of.
+fn identity_of(id: FactId, kind: EventKind) -> String {
+    format!("{} fact {} {kind}", id.journal, id.seq)
+}
+
+/// A page view as it is announced: it belongs to no message.
+pub(crate) fn of_page(id: FactId, page: &PageView) -> Announcement {
+    let kind = EventKind::PageViewed;
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    Announcement {
+        kind,
+        account: page.account.clone(),
+        data: json!({
+            "visitor": page.visitor,
+            "url": page.url,
+            "referrer": text(&page.referrer),
+            "title": text(&page.title),
+            "actor": page.verdict.actor,
+            "machine_reasons": page.verdict.machine_reasons,
+            "user_agent": page.user_agent,
+            "network": page.network,
+        }),
+        about: About {
+            id: Some(event_id(page.at, &identity_of(id, kind))),
+            occurred_at: Some(page.at),
+            ..About::default()
+        },
+    }
+}
+
+/// What was announced, as an event.
+pub(crate) fn announced(
+    told: Told,
+    seq: u64,
+    now: Timestamp,
+    account: &str,
+    about: About,
+) -> Event {
+    let mut event = bare(told, seq, now, account.to_owned());
+    if let Some(occurred_at) = about.occurred_at {
+        event.occurred_at = occurred_at;
+    }
+    if let Some(id) = about.id {
+        event.id = id;
+    }
+    event.campaign = about.campaign;
+    event.batch_id = about.batch_id;
+    event.message_id = about.message_id;
+    event.variant = about.variant;
+    event.recipient = about.recipient;
+    if !about.metadata.is_null() {
+        event.metadata = about.metadata;
+    }
+    event
 }
 
 /// An event of an account alone.
@@ -138,11 +191,36 @@ fn metadata_of(head: &BatchHead, row: &Row) -> Value {
     }
 }
 
-fn data_of(fact: &Fact, head: &BatchHead) -> Value {
+fn data_of(id: FactId, fact: &Fact, head: &BatchHead) -> Value {
     match fact {
         Fact::Attempt(attempt) => data_of_attempt(attempt),
-        Fact::Hit(hit) => data_of_hit(hit, head),
+        Fact::Hit(hit) => data_of_hit(id, hit, head),
+        Fact::Page(page) => of_page(id, page).data,
+        Fact::Revision(revision) => data_of_revision(revision),
+        Fact::Reply(reply) => data_of_reply(reply),
     }
+}
+
+fn data_of_revision(of: &Revision) -> Value {
+    let kind = match of.kind {
+        HitKind::Open | HitKind::Probe => EventKind::EmailOpened,
+        HitKind::Click => EventKind::EmailClicked,
+        HitKind::Unsubscribe => EventKind::EmailUnsubscribed,
+    };
+    json!({
+        "event_id": event_id(of.hit_at, &identity_of(of.hit, kind)),
+        "type": kind,
+        "hit": of.hit.to_string(),
+        "hit_at": of.hit_at,
+        "was": of.was,
+        "actor": of.verdict.actor,
+        "machine_reasons": of.verdict.machine_reasons,
+        "rules": of.verdict.rules,
+    })
+}
+
+fn data_of_reply(reply: &Reply) -> Value {
+    serde_json::from_str(&reply.data).unwrap_or_else(|_| json!({}))
 }
 
 fn data_of_attempt(attempt: &Attempt) -> Value {
@@ -159,6 +237,7 @@ fn data_of_attempt(attempt: &Attempt) -> Value {
     let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     json!({
         "attempt": attempt.number,
+        "dot_at": attempt.dot_at,
         "smtp_code": detail.smtp_code,
         "enhanced_code": detail.enhanced_code.map(|code| code.to_string()),
         "class": detail.class,
@@ -176,12 +255,14 @@ fn data_of_attempt(attempt: &Attempt) -> Value {
     })
 }
 
-fn data_of_hit(hit: &Hit, head: &BatchHead) -> Value {
+fn data_of_hit(id: FactId, hit: &Hit, head: &BatchHead) -> Value {
     match hit.kind {
         HitKind::Unsubscribe => json!({ "list": head.list, "method": hit.method }),
         HitKind::Open | HitKind::Click | HitKind::Probe => json!({
             "actor": hit.verdict.actor,
             "machine_reasons": hit.verdict.machine_reasons,
+            "rules": hit.verdict.rules,
+            "hit": id.to_string(),
             "link": hit.link,
             "url": hit.target,
             "user_agent": hit.user_agent,

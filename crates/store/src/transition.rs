@@ -5,7 +5,10 @@
 //! that every unique count is one bit. Pure: every engine applies these same functions, and what
 //! they do not say does not happen. Must not do I/O.
 
-use model::{Actor, AttemptResult, Counters, EventKind, Hit, HitKind, Status, Timestamp, Verdict};
+use model::{
+    Actor, AttemptResult, Counters, EventKind, Fact, Hit, HitKind, Revision, Status, Timestamp,
+    Verdict,
+};
 
 /// The mutable part of a recipient: four bytes, of which a lot has an array.
 ///
@@ -143,6 +146,13 @@ impl Cell {
         new
     }
 
+    /// Takes a bit away; whether it was there.
+    const fn lose(&mut self, engagement: Engagement) -> bool {
+        let was = self.has(engagement);
+        self.engagement &= !(engagement as u8);
+        was
+    }
+
     fn move_to(&mut self, status: Status, released: bool, counters: &mut Counters) {
         let from = counters.of(self.status(released));
         debug_assert!(*from > 0, "a counter that misses its recipient");
@@ -267,6 +277,51 @@ pub fn hit(cell: &mut Cell, counters: &mut Counters, hit: &Hit) -> Option<EventK
         }
         HitKind::Probe => None,
     }
+}
+
+/// Judges a hit anew: the counters of people follow. The event that tells of it; none when the
+/// verdict is only confirmed, which makes good for a person's bit that another revision took.
+pub fn revise(cell: &mut Cell, counters: &mut Counters, of: &Revision) -> Option<EventKind> {
+    let (bit, total, unique) = match of.kind {
+        HitKind::Open => (
+            Engagement::OpenedHuman,
+            &mut counters.opened_total_human,
+            &mut counters.opened_unique_human,
+        ),
+        HitKind::Click => (
+            Engagement::ClickedHuman,
+            &mut counters.clicked_total_human,
+            &mut counters.clicked_unique_human,
+        ),
+        HitKind::Unsubscribe | HitKind::Probe => return None,
+    };
+    let (was, now) = (of.was == Actor::Human, of.verdict.actor == Actor::Human);
+    match (was, now) {
+        (true, false) => *total = total.saturating_sub(1),
+        (false, true) => *total += 1,
+        (true, true) | (false, false) => {}
+    }
+    if now || of.others {
+        *unique += u64::from(cell.gain(bit));
+    } else if was && cell.lose(bit) {
+        *unique = unique.saturating_sub(1);
+    }
+    (of.was != of.verdict.actor).then_some(EventKind::EngagementReclassified)
+}
+
+/// Applies what comes of a hit or of the mail later. The event that tells of it.
+pub(crate) fn later(cell: &mut Cell, counters: &mut Counters, fact: &Fact) -> Option<EventKind> {
+    match fact {
+        Fact::Revision(revision) => revise(cell, counters, revision),
+        Fact::Reply(_) => Some(reply(cell, counters)),
+        Fact::Attempt(_) | Fact::Hit(_) | Fact::Page(_) => None,
+    }
+}
+
+/// Notes that the person answered; the event that tells of it, each time.
+pub fn reply(cell: &mut Cell, counters: &mut Counters) -> EventKind {
+    counters.replied += u64::from(cell.gain(Engagement::Replied));
+    EventKind::EmailReplied
 }
 
 /// What the mode `last_date` leaves of a hit: that there was one, and the day.

@@ -2,9 +2,9 @@
 
 use model::units::Rate;
 use model::{
-    Attempt, BatchId, BatchState, Blame, Class, Counters, EnhancedCode, EventKind, Fact, Hit,
-    JournalId, LotNumber, MessageId, Place, Priority, Row, Seq, Status, SuppressionReason,
-    Timestamp, TrackingMode,
+    About, Attempt, BatchId, BatchState, Blame, Class, Counters, EnhancedCode, EventKind, Fact,
+    FactId, Hit, JournalId, LotNumber, MessageId, Place, Priority, Row, Seq, Status,
+    SuppressionReason, Timestamp, TrackingMode,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -639,6 +639,8 @@ pub struct Announcement {
     pub account: Box<str>,
     /// The event's `data`.
     pub data: serde_json::Value,
+    /// What else it says.
+    pub about: About,
 }
 
 /// Whose next attempt is brought forward.
@@ -766,8 +768,17 @@ pub struct MessageStory {
     pub recipient: RecipientRow,
     /// Attempts, oldest first.
     pub attempts: Vec<Attempt>,
-    /// Hits, oldest first.
-    pub hits: Vec<Hit>,
+    /// Hits, oldest first, with the verdict that holds now.
+    pub hits: Vec<KeptHit>,
+}
+
+/// A hit and its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptHit {
+    /// Its fact.
+    pub id: FactId,
+    /// What it was, judged as it is now.
+    pub hit: Hit,
 }
 
 /// What is known of an address.

@@ -151,7 +151,7 @@ pub(super) async fn message(
         campaign: story.batch.campaign.clone(),
         list: story.batch.list.clone(),
         timeline: story.attempts.into_iter().map(Into::into).collect(),
-        engagement: story.hits.into_iter().map(Into::into).collect(),
+        engagement: story.hits.into_iter().map(|kept| kept.hit.into()).collect(),
     }))
 }
 
@@ -230,7 +230,7 @@ fn delivery_status<'r>(messages: impl Iterator<Item = &'r RecipientRow>) -> Deli
 }
 
 /// None: not final, or it says nothing of the address.
-fn outcome(status: Status, class: Option<Class>) -> Option<DeliveryStatus> {
+pub(crate) fn outcome(status: Status, class: Option<Class>) -> Option<DeliveryStatus> {
     let by_class = match class {
         Some(Class::InvalidMailbox | Class::BadDomain | Class::NoMx) => {
             DeliveryStatus::InvalidAddress

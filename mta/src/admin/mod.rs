@@ -10,15 +10,17 @@ mod classify;
 mod destinations;
 mod events;
 mod health;
-mod messages;
+pub(crate) mod messages;
 mod openapi;
 mod params;
 pub(crate) mod problem;
+mod prospects;
 mod recipients;
 pub(crate) mod report;
 pub(crate) mod server;
 mod suppressions;
 mod tenants;
+mod told;
 mod trace;
 mod webhooks;
 mod why;
@@ -68,6 +70,9 @@ pub(crate) struct Api {
     pub(crate) probes: Vec<Probe>,
     pub(crate) explainer: Explainer,
     pub(crate) hooks: Hooks,
+    pub(crate) engagement: Arc<ArcSwap<engagement::Rules>>,
+    /// What callers tell is taken one at a time.
+    pub(crate) telling: tokio::sync::Semaphore,
 }
 
 /// A page of a list.
@@ -138,6 +143,11 @@ fn routes() -> Routes {
         .at(Method::PATCH, "/v1/webhooks/{id}", webhooks::change)
         .at(Method::DELETE, "/v1/webhooks/{id}", webhooks::delete)
         .at(Method::POST, "/v1/webhooks/{id}/replay", webhooks::replay)
+        .at(Method::POST, "/v1/events", told::tell)
+        .at(Method::GET, "/v1/prospects", prospects::list)
+        .at(Method::GET, "/v1/prospects/{prospect_id}", prospects::one)
+        .at(Method::POST, "/v1/bindings/{id}/revoke", told::revoke)
+        .at(Method::POST, "/v1/reclassify", told::reclassify)
         .at(Method::GET, "/v1/suppressions", suppressions::list)
         .at(Method::POST, "/v1/suppressions", suppressions::import)
         .at(Method::GET, "/v1/suppressions/{email}", suppressions::one)

@@ -82,7 +82,7 @@ impl RowView {
 
 /// How the caller wants them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     Page,
     Ndjson,
     Csv,
@@ -90,7 +90,7 @@ enum Form {
 
 impl Form {
     /// The first known type in `Accept`, which is how people write it.
-    fn wanted(headers: &HeaderMap) -> Self {
+    pub(super) fn wanted(headers: &HeaderMap) -> Self {
         let accept = headers
             .get(header::ACCEPT)
             .and_then(|value| value.to_str().ok())

@@ -1,8 +1,9 @@
-//! What is done beside sending, by one node for all: reports, retention, pushing events.
+//! What is done beside sending, by one node for all: reports, retention, pushing events, engagement.
 //!
 //! Owns when, and by whom; mail that the service writes itself goes the way of all mail. Must not
 //! be needed by anything that sends.
 
+pub(crate) mod engagement;
 pub(crate) mod guardrails;
 mod keeping;
 mod tls_reports;

@@ -34,7 +34,7 @@ const BETWEEN: char = ' ';
 /// Something to tell.
 #[derive(Debug)]
 enum News {
-    Event(Announcement),
+    Event(Box<Announcement>),
     Note(Note),
 }
 
@@ -78,11 +78,12 @@ impl LimitNotes {
             tracing::info!(destination = %limited.destination, source, kind = change.kind.text(),
                 from = change.from, to = change.to, reason = change.reason.as_str(), "a limit changed");
             for account in &limited.accounts {
-                self.send(News::Event(Announcement {
+                self.send(News::Event(Box::new(Announcement {
                     kind: EventKind::DestinationLimitChanged,
                     account: account.clone(),
                     data: data.clone(),
-                }));
+                    about: model::About::default(),
+                })));
             }
         }
     }
@@ -201,7 +202,7 @@ async fn tell(
         is_open = inbox.recv_many(&mut batch, WAITING_MAX).await > 0;
         for news in batch {
             match news {
-                News::Event(event) => events.push(event),
+                News::Event(event) => events.push(*event),
                 News::Note(note) => {
                     notes.insert((note.kind.clone(), note.key.clone()), note);
                 }

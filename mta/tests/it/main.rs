@@ -2,6 +2,7 @@
 
 mod contents;
 mod disk;
+mod engaging;
 mod explaining;
 mod fair;
 mod harness;

@@ -105,6 +105,11 @@ pub(crate) fn fetch_dest(headers: &HeaderMap) -> Option<&str> {
     text(headers, "sec-fetch-dest")
 }
 
+/// Whether the browser says that its person does not want to be followed (Global Privacy Control).
+pub(crate) fn objects(headers: &HeaderMap) -> bool {
+    text(headers, "sec-gpc").is_some_and(|value| value.trim() == "1")
+}
+
 fn text(headers: &HeaderMap, name: impl AsHeaderName) -> Option<&str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }

@@ -5,17 +5,19 @@
 //! store: shipping is `ship`'s.
 //!
 //! What is kept depends on the tracking mode that the token carries: `off` keeps nothing,
-//! `aggregate` and `last_date` nothing about the client. A proof keeps nothing.
+//! `aggregate` and `last_date` nothing about the client; nor is anything kept about a client that
+//! sends `Sec-GPC: 1`, which is only counted. A proof keeps nothing.
 
 pub(crate) mod client;
 pub(crate) mod visitor;
 
-use engagement::{Observed, judge};
+use arc_swap::ArcSwap;
+use engagement::{Observed, Rules};
 use hyper::HeaderMap;
 use ipnet::IpNet;
 use journal::{AppendError, Journal, RecordKind, WriteError};
 use links::Token;
-use model::{Fact, Hit, HitKind, MessageId, TrackingMode, VisitorId};
+use model::{Fact, Hit, HitKind, MessageId, PageView, TrackingMode, VisitorId};
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use std::net::IpAddr;
@@ -23,6 +25,8 @@ use std::sync::Arc;
 
 /// The longest target that is kept with a click, in bytes.
 const MAX_TARGET: usize = 2048;
+/// The longest title of a page that is kept, in bytes.
+const MAX_TITLE: usize = 256;
 
 /// Why a hit is not in the journal.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +69,16 @@ pub(crate) struct Recorder {
     pub(crate) clock: SharedClock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) trusted_proxies: Vec<IpNet>,
+    /// Replaced as a whole when they are read again.
+    pub(crate) rules: Arc<ArcSwap<Rules>>,
+}
+
+/// A page view as it was told.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Viewed {
+    pub(crate) url: String,
+    pub(crate) referrer: String,
+    pub(crate) title: String,
 }
 
 impl Recorder {
@@ -107,6 +121,44 @@ impl Recorder {
         Ok(self.journal.synced(seq).await?)
     }
 
+    /// Records a page view; returns when it is written. Cancel-safe: once begun, it is kept.
+    pub(crate) async fn page(
+        &self,
+        account: &str,
+        visitor: VisitorId,
+        viewed: &Viewed,
+        seen: Seen<'_>,
+    ) -> Result<(), NotRecorded> {
+        let user_agent = client::user_agent(seen.headers);
+        let address = client::address(seen.peer, seen.headers, &self.trusted_proxies);
+        let verdict = self.rules.load().judge(&Observed {
+            // Someone who is on a page got there as by a click.
+            kind: HitKind::Click,
+            user_agent: &user_agent,
+            prefetch: client::is_prefetch(seen.headers),
+            fetch_dest: None,
+            address: Some(address),
+        });
+        let printable = |text: &str, bytes| {
+            let text: String = text.chars().filter(|c| !c.is_control()).collect();
+            Box::from(cut(&text, bytes))
+        };
+        let page = PageView {
+            account: account.into(),
+            at: self.clock.now(),
+            visitor,
+            url: printable(&viewed.url, MAX_TARGET),
+            referrer: printable(&viewed.referrer, MAX_TARGET),
+            title: printable(&viewed.title, MAX_TITLE),
+            user_agent: user_agent.into(),
+            network: client::network(address).into(),
+            verdict,
+        };
+        let fact = Fact::Page(Box::new(page)).write_to(Vec::with_capacity(256));
+        let seq = self.journal.append(RecordKind::Open, &fact)?;
+        Ok(self.journal.written(seq).await?)
+    }
+
     fn describe(
         &self,
         kind: HitKind,
@@ -116,15 +168,18 @@ impl Recorder {
     ) -> Hit {
         let headers = seen.headers;
         let user_agent = client::user_agent(headers);
-        let verdict = judge(&Observed {
+        let address = client::address(seen.peer, headers, &self.trusted_proxies);
+        let verdict = self.rules.load().judge(&Observed {
             kind,
             user_agent: &user_agent,
             prefetch: client::is_prefetch(headers),
             fetch_dest: client::fetch_dest(headers),
+            address: Some(address),
         });
         let is_click = !token.target.is_empty();
-        let individual = token.flags.mode == TrackingMode::Individual;
-        let address = client::address(seen.peer, headers, &self.trusted_proxies);
+        let unsubscribe = kind == HitKind::Unsubscribe;
+        let objected = !unsubscribe && client::objects(headers);
+        let individual = token.flags.mode == TrackingMode::Individual && !objected;
         Hit {
             kind,
             message: MessageId {
@@ -145,7 +200,7 @@ impl Recorder {
                 "".into()
             },
             visitor: visitor.filter(|_| individual),
-            method: None,
+            method: objected.then(|| Hit::OBJECTED.into()),
             verdict,
         }
     }
@@ -190,6 +245,7 @@ mod tests {
             clock: Arc::new(Manual::at(Timestamp::from_millis(1))),
             metrics: Arc::new(Metrics::new()),
             trusted_proxies: Vec::new(),
+            rules: Arc::new(ArcSwap::from_pointee(Rules::shipped())),
         };
         let headers = HeaderMap::new();
         let seen = Seen {

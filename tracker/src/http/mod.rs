@@ -6,10 +6,12 @@
 //! touch the store.
 
 pub(crate) mod admin;
+pub(crate) mod page;
 mod pages;
 pub(crate) mod route;
 pub(crate) mod server;
 
+use crate::hits::client;
 use crate::hits::visitor::Visitors;
 use crate::hits::{Method as Way, Recorder, Seen};
 use crate::keys::Hosts;
@@ -26,6 +28,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use ipnet::IpNet;
 use links::{KeyRing, Kind, VerifiedToken};
 use model::{HitKind, TrackingMode};
+use page::Origins;
 use pages::{Page, ROBOTS};
 use route::Route;
 use service::clock::SharedClock;
@@ -59,6 +62,7 @@ pub(crate) struct Keyed {
 pub(crate) struct Public {
     pub(crate) keyed: ArcSwap<Keyed>,
     pub(crate) hosts: Hosts,
+    pub(crate) origins: Origins,
     pub(crate) recorder: Recorder,
     pub(crate) trusted_proxies: Vec<IpNet>,
     pub(crate) clock: SharedClock,
@@ -132,6 +136,8 @@ impl Public {
             Route::Open(token) => self.open(&asked, token).await,
             Route::Click(token) => self.click(&asked, token).await,
             Route::Unsubscribe(token) => self.unsubscribe(&asked, token, body).await,
+            Route::Tag => page::tag(&asked),
+            Route::Page => page::view(self, &asked, body).await,
             Route::Unknown => Counted {
                 answer: Page::NotFound.answer(),
                 kind: TrackerKind::Other,
@@ -186,7 +192,9 @@ impl Public {
         let mut answer = redirect(token.target);
         let individual = token.flags.mode == TrackingMode::Individual && !token.flags.proof;
         let mut visitor = None;
-        if hit == HitKind::Click && individual {
+        // Who objects gets no name; what is recorded is counted, no more.
+        let objects = client::objects(&asked.parts.headers);
+        if hit == HitKind::Click && individual && !objects {
             let keyed = self.keyed.load();
             let known = keyed.visitors.read(&asked.parts.headers);
             visitor = known.or_else(|| Visitors::fresh(self.clock.now()));

@@ -16,6 +16,10 @@ pub(crate) enum Route<'a> {
     Click(&'a str),
     /// `/u/TOKEN`
     Unsubscribe(&'a str),
+    /// `/t.js`
+    Tag,
+    /// `/p`
+    Page,
     /// Nothing of ours.
     Unknown,
 }
@@ -25,6 +29,11 @@ pub(crate) enum Route<'a> {
 pub(crate) fn route(path: &str) -> Route<'_> {
     let mut from_the_end = path.rsplit('/');
     let last = from_the_end.next().unwrap_or_default();
+    match last {
+        "t.js" => return Route::Tag,
+        "p" => return Route::Page,
+        _ => {}
+    }
     match from_the_end.next() {
         Some("o") => Route::Open(last.strip_suffix(".gif").unwrap_or(last)),
         Some("c") => Route::Click(last),
@@ -118,7 +127,9 @@ mod tests {
             ("/c/abc/", Route::Unknown),
             ("/c", Route::Unknown),
             ("/C/abc", Route::Unknown),
-            ("/t.js", Route::Unknown),
+            ("/t.js", Route::Tag),
+            ("/_t/t.js", Route::Tag),
+            ("/p", Route::Page),
             ("/", Route::Unknown),
             ("*", Route::Unknown),
             ("", Route::Unknown),

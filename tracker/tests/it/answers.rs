@@ -365,3 +365,19 @@ async fn keys_rotate_without_a_restart() {
     assert_eq!(visitors.len(), 4);
     assert_eq!(visitors[0], visitors[2]);
 }
+
+#[tokio::test]
+async fn who_objects_is_counted_and_not_followed() {
+    let place = Place::new(2).await;
+    let running = place.start().await;
+    let headers = [("User-Agent", CHROME), ("Sec-GPC", "1")];
+    let answer = running
+        .ask("GET", &path(Kind::Click, 1), &headers, b"")
+        .await;
+    assert_eq!(answer.header("location"), Some(TARGET));
+    assert_eq!(answer.header("set-cookie"), None);
+    let counters = place.counters(|counters| counters.clicked_total == 1).await;
+    assert_eq!(counters.clicked_unique_human, 1);
+    running.drain().await;
+    assert!(place.hits(1).await.is_empty());
+}

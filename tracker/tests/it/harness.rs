@@ -18,6 +18,8 @@ use tokio::net::TcpStream;
 use tracker::{Deps, Tracker};
 
 pub(crate) const HOST: &str = "t.brand.example";
+/// The site that may send page views.
+pub(crate) const SITE: &str = "https://shop.example";
 pub(crate) const TARGET: &str = "https://shop.example/spring?utm_source=mail&x=%20#top";
 pub(crate) const CHROME: &str = "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0.0.0 Safari/537.36";
 const SECRET: [u8; 32] = [42; 32];
@@ -83,7 +85,7 @@ impl Place {
         std::fs::write(data.join("tracking.key"), KeyRing::file_text(&SECRET)).expect("written");
         let text = format!(
             "data_dir = {data:?}\n[tracker]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n{tracker}\n\
-             [[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]\n[accounts.tracking]\nbase_url = \"http://{HOST}\"\n"
+             [[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]\n[accounts.tracking]\nbase_url = \"http://{HOST}\"\npage_origins = [\"{SITE}\"]\n"
         );
         let file = dir.path().join("hikyaku.toml");
         std::fs::write(&file, text).expect("written");
@@ -140,7 +142,8 @@ impl Place {
             index,
         };
         let story = self.store.message(id).await.expect("a store");
-        story.expect("the message").hits
+        let hits = story.expect("the message").hits.into_iter();
+        hits.map(|kept| kept.hit).collect()
     }
 }
 

@@ -4,6 +4,7 @@ mod answers;
 mod bounds;
 mod harness;
 mod killed;
+mod pages;
 mod shipping;
 mod tokens;
 mod unsubscribing;

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 
 pub use document::{ENV_PREFIX, Mistake};
 pub use sections::{
-    Account, Api, ApiKey, Bind, Bounces, Config, Dkim, Dns, Inbound, Journal, KeyMaterial, Pool,
-    Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp, SmtpTimeouts, Source, Store,
-    StoreUrl, TlsReports, Tracker, Tracking, Webhooks, WeightedSource, base_url, link_target,
-    page_origin,
+    Account, Api, ApiKey, Bind, Bounces, Config, Dkim, Dns, Engagement, Inbound, Journal,
+    KeyMaterial, Pool, Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp,
+    SmtpTimeouts, Source, Store, StoreUrl, TlsReports, Tracker, Tracking, Webhooks, WeightedSource,
+    base_url, link_target, page_origin,
 };
 pub use values::{
     AmbiguousPolicy, DanePolicy, DkimPolicy, Families, Scope, Secret, StatusProfile, TlsPolicy,
@@ -229,6 +229,21 @@ impl ReadFile {
             Ok(text) => Ok(Some(text)),
             Err(error) if !self.named && error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(unreadable(&self.path, &error)),
+        }
+    }
+
+    /// What it says, or what is shipped where it is a default that does not exist.
+    ///
+    /// # Errors
+    /// When it cannot be read or parsed, with its path.
+    pub fn parsed<T, E: std::fmt::Display>(
+        &self,
+        shipped: impl FnOnce() -> T,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, String> {
+        match self.read().map_err(|mistake| mistake.to_string())? {
+            None => Ok(shipped()),
+            Some(text) => parse(&text).map_err(|error| format!("{}: {error}", self.path.display())),
         }
     }
 }

@@ -68,6 +68,7 @@ fn the_sample_shows_the_defaults() {
         let mut config = config.clone();
         config.shaping.file.named = true;
         config.bounces.rules_file.named = true;
+        config.engagement.rules_file.named = true;
         format!("{config:#?}")
     };
     assert_eq!(same_but_named(&shown), same_but_named(&default));

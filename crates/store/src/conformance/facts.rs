@@ -4,8 +4,9 @@ use super::Fixture;
 use super::support::*;
 use crate::{Result, SuppressionQuery};
 use model::{
-    Actor, AttemptResult, BatchState, Class, Fact, HitKind, LotNumber, MessageId, Status,
-    SuppressionReason, Timestamp, TrackingMode,
+    Actor, AttemptResult, BatchState, Class, EventKind, Fact, FactId, HitKind, LotNumber,
+    MessageId, PageView, Reply, Revision, Status, SuppressionReason, Timestamp, TrackingMode,
+    Verdict, VisitorId,
 };
 use std::time::Duration;
 
@@ -395,6 +396,133 @@ pub async fn totals_and_uniques_are_counted_apart(fixture: &dyn Fixture) -> Resu
     Ok(())
 }
 
+/// A verdict is revised: totals and uniques of people follow, the story shows the new one, and one
+/// event tells of it; a confirmation tells nothing.
+pub async fn a_revision_moves_the_counters_of_people(fixture: &dyn Fixture) -> Result<()> {
+    use Actor::{Human, Machine};
+    use HitKind::{Click, Open};
+    let store = fixture.another().await;
+    let mta = fixture.mta().await;
+    let mut tracker = Node::new(1);
+    let mut judge = Node::new(2);
+    let batch = Spec::new(1, people(2, "x.example"))
+        .submit(&*mta, T0)
+        .await?;
+    let hits = [(0, Click, Human), (0, Click, Human), (1, Open, Machine)]
+        .map(|(index, kind, actor)| hit(batch, index, kind, actor, T0))
+        .into();
+    tracker.report(&*store, hits, T0).await?;
+    let revision = |seq, index, kind, was, actor, others| {
+        Fact::Revision(Box::new(Revision {
+            message: MessageId { batch, index },
+            at: T0 + secs(15),
+            hit: FactId {
+                journal: tracker.journal,
+                seq,
+            },
+            hit_at: T0,
+            kind,
+            was,
+            verdict: Verdict {
+                actor,
+                machine_reasons: vec!["burst".into()],
+                rules: 9,
+            },
+            others,
+        }))
+    };
+    let steps = [
+        (revision(1, 0, Click, Human, Machine, true), [1, 1, 0, 0]),
+        (revision(2, 0, Click, Human, Machine, false), [0, 0, 0, 0]),
+        // A person's click that came between: confirmed, its bit is there again.
+        (revision(2, 0, Click, Human, Human, false), [0, 1, 0, 0]),
+        (revision(3, 1, Open, Machine, Human, false), [0, 1, 1, 1]),
+    ];
+    for (fact, expected) in steps {
+        judge.report(&*store, vec![fact], T0 + secs(15)).await?;
+        let counters = checked(&*store, batch).await?.counters;
+        let people = [
+            counters.clicked_total_human,
+            counters.clicked_unique_human,
+            counters.opened_total_human,
+            counters.opened_unique_human,
+        ];
+        assert_eq!(people, expected);
+        assert_eq!((counters.clicked_total, counters.clicked_unique), (2, 1));
+    }
+    let story = store.message(MessageId { batch, index: 1 }).await?;
+    let story = story.expect("the message");
+    assert_eq!(story.hits[0].hit.verdict.actor, Human);
+    assert_eq!(story.hits[0].id.journal, tracker.journal);
+    let events = all_events(&*store).await?;
+    let clicked = events
+        .iter()
+        .find(|event| event.kind == EventKind::EmailClicked);
+    let revised: Vec<_> = events
+        .iter()
+        .filter(|event| event.kind == EventKind::EngagementReclassified)
+        .collect();
+    assert_eq!(revised.len(), 3);
+    let clicked = clicked.expect("a click");
+    assert_eq!(revised[0].data["event_id"], clicked.id.to_string());
+    assert_eq!(revised[0].data["actor"], "machine");
+    assert_eq!(revised[0].message_id, clicked.message_id);
+    Ok(())
+}
+
+/// A page view belongs to no message and is an event all the same; a reply is one of its message.
+pub async fn page_views_and_replies_are_facts(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut tracker = Node::new(1);
+    let batch = Spec::new(1, people(2, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let visitor = VisitorId::from_bytes([5; 16]);
+    let page = Fact::Page(Box::new(PageView {
+        account: "acme".into(),
+        at: T0 + secs(1),
+        visitor,
+        url: "https://shop.example/".into(),
+        referrer: "".into(),
+        title: "Shop".into(),
+        user_agent: "agent".into(),
+        network: "192.0.2.0/24".into(),
+        verdict: Verdict {
+            actor: Actor::Human,
+            machine_reasons: Vec::new(),
+            rules: 1,
+        },
+    }));
+    let reply = Fact::Reply(Box::new(Reply {
+        message: MessageId { batch, index: 1 },
+        at: T0 + secs(2),
+        data: r#"{"text":"yes"}"#.into(),
+    }));
+    let facts = vec![page, reply.clone(), reply];
+    let shipped = tracker.report(&*store, facts, T0 + secs(3)).await?;
+    assert_eq!(shipped.unknown, 0);
+    assert_eq!(checked(&*store, batch).await?.counters.replied, 1);
+    let rows = all_rows(&*store, batch).await?;
+    let replied: Vec<_> = rows.iter().map(|row| row.replied_at).collect();
+    assert_eq!(replied, [None, Some(T0 + secs(2))]);
+    let events = all_events(&*fixture.another().await).await?;
+    let page = events
+        .iter()
+        .find(|event| event.kind == EventKind::PageViewed);
+    let page = page.expect("a page view");
+    assert_eq!(page.occurred_at, T0 + secs(1));
+    assert_eq!(page.data["visitor"], visitor.to_string());
+    assert_eq!(page.data["url"], "https://shop.example/");
+    let replies = events
+        .iter()
+        .filter(|event| event.kind == EventKind::EmailReplied);
+    assert_eq!(
+        replies.map(|event| &event.data["text"]).next(),
+        Some(&"yes".into())
+    );
+    Ok(())
+}
+
 /// One step: flag, counter, suppression of the list, both events, the control item.
 pub async fn an_unsubscribe_leaves_the_list_in_the_same_step(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;
@@ -517,7 +645,11 @@ pub async fn an_archived_batch_leaves_no_trace_of_opens(fixture: &dyn Fixture) -
         store
             .message(MessageId { batch, index: 0 })
             .await?
-            .map(|story| story.hits),
+            .map(|story| story
+                .hits
+                .into_iter()
+                .map(|kept| kept.hit)
+                .collect::<Vec<_>>()),
         Some(vec![])
     );
     store

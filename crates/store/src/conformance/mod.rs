@@ -98,6 +98,8 @@ macro_rules! conformance_tests {
             unknown_facts_are_dropped_and_counted
             a_batch_completes_with_its_last_recipient
             totals_and_uniques_are_counted_apart
+            a_revision_moves_the_counters_of_people
+            page_views_and_replies_are_facts
             an_unsubscribe_leaves_the_list_in_the_same_step
             tracking_modes_are_kept
             an_archived_batch_leaves_no_trace_of_opens
@@ -126,6 +128,7 @@ macro_rules! conformance_tests {
             a_setting_has_one_first_writer
             notes_are_shared_until_they_expire
             a_note_is_swapped_once
+            what_is_derived_changes_with_what_it_tells
             a_job_is_one_nodes_at_a_time
             a_suspension_is_told_to_every_node
             announcements_are_events_of_their_account

@@ -353,7 +353,11 @@ pub async fn a_message_tells_its_story(fixture: &dyn Fixture) -> Result<()> {
         [(1, T0), (2, done)]
     );
     assert_eq!(
-        story.hits.iter().map(|hit| hit.at).collect::<Vec<_>>(),
+        story
+            .hits
+            .iter()
+            .map(|kept| kept.hit.at)
+            .collect::<Vec<_>>(),
         [done + secs(5), done + secs(9)]
     );
     assert_eq!(all_rows(&*store, batch).await?[3], story.recipient);

@@ -7,7 +7,7 @@ use crate::{
     Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, Result, Retire,
     StoreError, Suspension,
 };
-use model::{AttemptResult, EventKind, JournalId, Timestamp};
+use model::{About, AttemptResult, EventKind, EventRecipient, JournalId, MessageId, Timestamp};
 use std::time::Duration;
 
 fn note(kind: &str, key: &str, value: &[u8], expires_at: Option<Timestamp>) -> Note {
@@ -55,6 +55,80 @@ pub async fn notes_are_shared_until_they_expire(fixture: &dyn Fixture) -> Result
         matches!(refused, Err(StoreError::Refused(_))),
         "{refused:?}"
     );
+    Ok(())
+}
+
+/// Notes are paged by key; with events they change in one step, and an event says what it is about.
+pub async fn what_is_derived_changes_with_what_it_tells(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let batch = model::BatchId::new(T0, 7);
+    let about = About {
+        id: Some(uuid::Uuid::from_u128(7)),
+        occurred_at: Some(T0 - secs(5)),
+        campaign: Some("spring".into()),
+        batch_id: Some(batch),
+        message_id: Some(MessageId { batch, index: 3 }),
+        variant: None,
+        recipient: Some(EventRecipient {
+            email: "a@x.example".into(),
+            prospect_id: Some("p-1".into()),
+        }),
+        metadata: serde_json::json!({"k": 1}),
+    };
+    let news = Announcement {
+        kind: EventKind::IdentityBound,
+        account: "acme".into(),
+        data: serde_json::json!({"binding_id": "b"}),
+        about: about.clone(),
+    };
+    let mut notes: Vec<Note> = (0..5)
+        .map(|n| note("prospect", &format!("p-{n}"), &[n], None))
+        .collect();
+    notes.push(note("prospect", "q", b"x", Some(T0 + secs(60))));
+    notes.push(note("other", "p-9", b"x", None));
+    store.derive(notes.clone(), vec![news], T0).await?;
+    let first = elsewhere.notes_after("prospect", None, 4, T0).await?;
+    assert_eq!(first.items, notes[..4]);
+    let rest = elsewhere
+        .notes_after("prospect", first.next.as_deref(), 4, T0)
+        .await?;
+    assert_eq!((rest.items, rest.next), (notes[4..6].to_vec(), None));
+    let keys = vec!["p-2".into(), "none".into(), "q".into()];
+    let mut some = elsewhere.notes_by_key("prospect", keys, T0).await?;
+    some.sort_by(|a, b| a.key.cmp(&b.key));
+    assert_eq!(some, [notes[2].clone(), notes[5].clone()]);
+    store
+        .derive(vec![note("prospect", "p-1", b"", None)], Vec::new(), T0)
+        .await?;
+    let late = T0 + secs(60);
+    let left = elsewhere
+        .notes_after("prospect", Some("p-0"), 9, late)
+        .await?;
+    assert_eq!(left.items, notes[2..5]);
+    let events = all_events(&*elsewhere).await?;
+    let [event] = events.as_slice() else {
+        panic!("{events:?}")
+    };
+    assert_eq!(Some(event.id), about.id);
+    assert_eq!(Some(event.occurred_at), about.occurred_at);
+    assert_eq!((event.recorded_at, &*event.account), (T0, "acme"));
+    assert_eq!(
+        (event.batch_id, event.message_id),
+        (Some(batch), about.message_id)
+    );
+    assert_eq!(event.recipient, about.recipient);
+    assert_eq!(
+        (&event.metadata, &event.data["binding_id"]),
+        (&about.metadata, &"b".into())
+    );
+    let of_batch = EventQuery {
+        batch: Some(batch),
+        limit: 9,
+        ..EventQuery::default()
+    };
+    // No batch of that id is there: what is asked of it is nothing.
+    assert!(store.events(of_batch).await?.events.len() <= 1);
     Ok(())
 }
 
@@ -142,6 +216,7 @@ pub async fn announcements_are_events_of_their_account(fixture: &dyn Fixture) ->
         kind: EventKind::DestinationLimitChanged,
         account: account.into(),
         data: serde_json::json!({ "n": n }),
+        about: About::default(),
     };
     store
         .announce(vec![news("acme", 1), news("other", 2), news("acme", 3)], T0)

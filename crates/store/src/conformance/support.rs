@@ -288,7 +288,7 @@ pub(super) fn with(fact: Fact, change: impl FnOnce(&mut Attempt)) -> Fact {
             change(&mut attempt);
             Fact::Attempt(attempt)
         }
-        hit @ Fact::Hit(_) => hit,
+        other @ (Fact::Hit(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_)) => other,
     }
 }
 

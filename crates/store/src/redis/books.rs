@@ -370,8 +370,8 @@ impl<'a> Books<'a> {
     /// Notes an event of an account.
     pub(super) fn account_event(&mut self, of: Announcement) {
         let told = self.own(of.kind, format!("{}", fastrand::u128(..)), of.data);
-        self.events
-            .push(tell::bare(told, 0, self.now, of.account.into()));
+        let event = tell::announced(told, 0, self.now, &of.account, of.about);
+        self.events.push(event);
     }
 
     /// Ends a recipient that was not written to, with its event. Whether it was still open.

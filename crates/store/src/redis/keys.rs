@@ -92,6 +92,8 @@ keys! {
     suspensions() = "susp";
     /// Notes of a kind.
     notes(kind: &str) = "n:{}";
+    /// The keys of the notes of a kind, in order.
+    notes_index(kind: &str) = "ni:{}";
     /// When notes expire.
     notes_expiry() = "nx";
     /// Who runs a job.

@@ -401,6 +401,34 @@ impl Store for RedisStore {
         self.inner.note(kind, key, now).await
     }
 
+    async fn notes_after(
+        &self,
+        kind: &str,
+        after: Option<&str>,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<Page<Note>> {
+        self.inner.notes_after(kind, after, limit, now).await
+    }
+
+    async fn notes_by_key(
+        &self,
+        kind: &str,
+        keys: Vec<Box<str>>,
+        now: Timestamp,
+    ) -> Result<Vec<Note>> {
+        self.inner.notes_by_key(kind, keys, now).await
+    }
+
+    async fn derive(
+        &self,
+        notes: Vec<Note>,
+        news: Vec<Announcement>,
+        now: Timestamp,
+    ) -> Result<()> {
+        self.inner.derive(notes, news, now).await
+    }
+
     async fn job_lease(
         &self,
         job: &str,

@@ -18,7 +18,7 @@ use crate::{
 };
 use ::redis::{Cmd, Pipeline, Value};
 use futures_util::future::try_join_all;
-use model::{BatchId, BatchState, MessageId, Partition, Place, Timestamp};
+use model::{BatchId, BatchState, FactId, MessageId, Partition, Place, Timestamp};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -323,7 +323,11 @@ impl Inner {
             let block: LogBlock = form::unpack(version::LOG, &packed)?;
             for entry in block.entries {
                 if positions.contains(&entry.position) {
-                    all.entry(entry.position).or_default().add(entry.fact);
+                    let id = FactId {
+                        journal: block.journal,
+                        seq: entry.seq,
+                    };
+                    all.entry(entry.position).or_default().add(id, entry.fact);
                 }
             }
         }

@@ -9,7 +9,9 @@ use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{Range, new_version};
 use super::{Clock, Inner};
-use crate::{Announcement, Control, DueScope, NOTE_BYTES, Note, Result, StoreError, Suspension};
+use crate::{
+    Announcement, Control, DueScope, NOTE_BYTES, Note, Page, Result, StoreError, Suspension,
+};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, JournalId, Partition, Timestamp};
 use std::time::Duration;
@@ -39,8 +41,10 @@ fn write_note(commit: &mut Commit, note: Note) -> Result<()> {
         keys::notes(HOME, &note.kind),
         format!("{}\0{}", note.kind, note.key).into_bytes(),
     );
+    let index = keys::notes_index(HOME, &note.kind);
     if note.value.is_empty() {
         commit.write("HDEL", key, [note.key.as_bytes()]);
+        commit.write("ZREM", index, [note.key.as_bytes()]);
         commit.write("ZREM", expiry(), [named]);
         return Ok(());
     }
@@ -53,6 +57,7 @@ fn write_note(commit: &mut Commit, note: Note) -> Result<()> {
     let until = note.expires_at.map_or(NEVER, Timestamp::millis);
     let stored = [&until.to_le_bytes()[..], &note.value].concat();
     commit.write("HSET", key, [note.key.as_bytes(), &stored]);
+    commit.write("ZADD", index, [&b"0"[..], note.key.as_bytes()]);
     match note.expires_at {
         Some(_) => commit.write("ZADD", expiry(), [until.to_string().into_bytes(), named]),
         None => commit.write("ZREM", expiry(), [named]),
@@ -123,6 +128,86 @@ impl Inner {
         Ok(false)
     }
 
+    /// Writes notes and puts events into the stream.
+    pub(super) async fn derive(
+        &self,
+        notes: Vec<Note>,
+        news: Vec<Announcement>,
+        now: Timestamp,
+    ) -> Result<()> {
+        let mut books = Books::open(self, HOME, now);
+        self.forget_expired(&mut books.commit, now).await?;
+        for note in notes {
+            write_note(&mut books.commit, note)?;
+        }
+        news.into_iter().for_each(|of| books.account_event(of));
+        books.close(None, 0)?.0.run(self, false).await?;
+        self.wrote();
+        Ok(())
+    }
+
+    /// Notes of a kind after a key.
+    pub(super) async fn notes_after(
+        &self,
+        kind: &str,
+        after: Option<&str>,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<Page<Note>> {
+        let mut find = Cmd::new();
+        find.arg("ZRANGEBYLEX")
+            .arg(keys::notes_index(HOME, kind))
+            .arg(after.map_or_else(|| "-".to_owned(), |key| format!("({key}")))
+            .arg("+")
+            .arg("LIMIT")
+            .arg(0)
+            .arg(limit);
+        let found = answer::list(self.link.short(&find).await?);
+        let found: Vec<Vec<u8>> = found.into_iter().filter_map(answer::bytes).collect();
+        let Some(last) = found.last() else {
+            return Ok(Page {
+                items: Vec::new(),
+                next: None,
+            });
+        };
+        let full = found.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
+        let next = full.then(|| String::from_utf8_lossy(last).into_owned());
+        let mut get = Cmd::new();
+        get.arg("HMGET").arg(keys::notes(HOME, kind)).arg(&found);
+        let stored = answer::list(self.link.short(&get).await?);
+        let read = found.iter().zip(stored).filter_map(|(key, stored)| {
+            let stored = answer::bytes(stored)?;
+            read_note(kind, key, &stored)
+        });
+        Ok(Page {
+            items: read.filter(|note| holds(note, now)).collect(),
+            next,
+        })
+    }
+
+    /// Notes by their keys.
+    pub(super) async fn notes_by_key(
+        &self,
+        kind: &str,
+        keys: Vec<Box<str>>,
+        now: Timestamp,
+    ) -> Result<Vec<Note>> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut get = Cmd::new();
+        get.arg("HMGET").arg(keys::notes(HOME, kind));
+        for key in &keys {
+            get.arg(key.as_bytes());
+        }
+        let stored = answer::list(self.link.short(&get).await?);
+        let read = keys.iter().zip(stored).filter_map(|(key, stored)| {
+            let stored = answer::bytes(stored)?;
+            read_note(kind, key.as_bytes(), &stored)
+        });
+        Ok(read.filter(|note| holds(note, now)).collect())
+    }
+
     async fn forget_expired(&self, commit: &mut Commit, now: Timestamp) -> Result<()> {
         let mut find = Cmd::new();
         find.arg("ZRANGEBYSCORE")
@@ -137,6 +222,7 @@ impl Inner {
             let text = String::from_utf8_lossy(&named).into_owned();
             if let Some((kind, key)) = text.split_once('\0') {
                 commit.write("HDEL", keys::notes(HOME, kind), [key]);
+                commit.write("ZREM", keys::notes_index(HOME, kind), [key]);
             }
             commit.write("ZREM", keys::notes_expiry(HOME), [named]);
         }

@@ -15,12 +15,12 @@ use super::record::{BatchRecord, Holder, Range};
 use super::suppress;
 use crate::form::Ref;
 use crate::transition::{self, Applied};
-use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression};
+use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression, tell};
 use ::redis::Pipeline;
 use futures_util::future::try_join_all;
 use model::{
-    Attempt, AttemptResult, BatchState, Fact, Hit, HitKind, JournalId, Partition, Place, Seq,
-    Status, SuppressionReason, Timestamp, TrackingMode,
+    Attempt, AttemptResult, BatchState, Fact, FactId, Hit, HitKind, JournalId, MessageId,
+    Partition, Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
 };
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ struct Placed {
 
 impl Placed {
     fn key(&self) -> Option<LotKey> {
-        Some((self.fact.message().batch, self.place?.lot))
+        Some((self.fact.message()?.batch, self.place?.lot))
     }
 }
 
@@ -104,7 +104,12 @@ impl Inner {
         for (seq, fact) in shipment.facts {
             let place = match &fact {
                 Fact::Attempt(attempt) => Some(attempt.place),
-                Fact::Hit(hit) => self.place_of(hit.message.batch, hit.message.index).await?,
+                Fact::Hit(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => {
+                    match fact.message() {
+                        Some(of) => self.place_of(of.batch, of.index).await?,
+                        None => None,
+                    }
+                }
             };
             let of = place.map_or(HOME, |place| place.lot.partition());
             let known = parts.contains_key(&of);
@@ -192,7 +197,8 @@ async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Res
         ..Needs::default()
     };
     for placed in &part.facts {
-        needs.batches.insert(placed.fact.message().batch);
+        let batch = placed.fact.message().map(|message| message.batch);
+        needs.batches.extend(batch);
         needs.cells.extend(placed.key());
     }
     needs.lots.clone_from(&needs.cells);
@@ -222,6 +228,7 @@ fn suppresses(fact: &Fact) -> bool {
     match fact {
         Fact::Attempt(attempt) => attempt.suppress.is_some(),
         Fact::Hit(hit) => hit.kind == HitKind::Unsubscribe,
+        Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => false,
     }
 }
 
@@ -265,7 +272,16 @@ fn apply(
     journal: JournalId,
     shipped: &mut Shipped,
 ) -> Result<bool> {
-    let batch = placed.fact.message().batch;
+    let Some(MessageId { batch, .. }) = placed.fact.message() else {
+        if let Fact::Page(page) = &placed.fact {
+            let id = FactId {
+                journal,
+                seq: placed.seq,
+            };
+            books.account_event(tell::of_page(id, page));
+        }
+        return Ok(true);
+    };
     let Some(record) = books.batch(batch).filter(|of| of.has_rows()).cloned() else {
         return Ok(false);
     };
@@ -288,7 +304,34 @@ fn apply(
             (journal, placed),
             hit,
         ),
+        Fact::Revision(_) | Fact::Reply(_) => {
+            apply_later(books, (key, place.position), (journal, placed))
+        }
+        Fact::Page(_) => Ok(true),
     }
+}
+
+/// Applies what came of a hit, or of the mail, later.
+fn apply_later(
+    books: &mut Books<'_>,
+    (key, position): (LotKey, u16),
+    (journal, placed): (JournalId, &Placed),
+) -> Result<bool> {
+    let Some(mut cell) = books.cell(key, position)? else {
+        return Ok(false);
+    };
+    let event = books.count(key.0, |counters| {
+        transition::later(&mut cell, counters, &placed.fact)
+    });
+    books.set_cell(key, position, cell);
+    if cell.erased() {
+        return Ok(true);
+    }
+    books.log(key, position, placed.seq, placed.fact.clone());
+    if let Some(kind) = event {
+        books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
+    }
+    Ok(true)
 }
 
 fn apply_attempt(
@@ -381,7 +424,7 @@ fn apply_hit(
     let mode = if unsubscribe {
         TrackingMode::Individual
     } else {
-        tracking_of(books, record, key, position)?
+        tracking_of(books, record, key, position)?.min(hit.allows())
     };
     if mode == TrackingMode::Off {
         return Ok(true);

@@ -15,8 +15,8 @@ use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, versio
 use crate::transition::{self, Applied, Cell};
 use crate::{Announcement, BatchHead, Control, Result, StoreError};
 use model::{
-    BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq, Status,
-    Timestamp,
+    About, BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq,
+    Status, Timestamp,
 };
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -316,11 +316,23 @@ impl<'s, 'c> Books<'s, 'c> {
 
     /// Notes an event of an account.
     pub(super) fn account_event(&mut self, of: Announcement) {
-        self.events.push(Pending::Other(StoredEvent::Account {
-            kind: of.kind.code(),
-            account: of.account.into(),
-            data: of.data.to_string(),
-        }));
+        let (kind, account, data) = (of.kind.code(), of.account.into(), of.data.to_string());
+        let event = if of.about == About::default() {
+            StoredEvent::Account {
+                kind,
+                account,
+                data,
+            }
+        } else {
+            StoredEvent::Announced {
+                kind,
+                account,
+                data,
+                // Its types have no failing serializer.
+                about: serde_json::to_string(&of.about).unwrap_or_default(),
+            }
+        };
+        self.events.push(Pending::Other(event));
     }
 
     /// Tells every node.
@@ -456,6 +468,7 @@ fn write_block(step: &mut Step<'_>, events: Vec<StoredEvent>, now: Timestamp) ->
         StoredEvent::Batch { batch, .. } => *batch,
         StoredEvent::Address { .. }
         | StoredEvent::Account { .. }
+        | StoredEvent::Announced { .. }
         | StoredEvent::Gone
         | StoredEvent::Told(_) => 0,
     };

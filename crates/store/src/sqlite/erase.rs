@@ -11,7 +11,7 @@ use super::writer::Step;
 use crate::erased::{self, Eraser};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::{Control, Erase, Erased, MIXED, Result, StoreError, Suppression};
-use model::{Event, EventKind, SuppressionReason, Timestamp};
+use model::{About, Event, EventKind, SuppressionReason, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::time::Duration;
 
@@ -244,6 +244,11 @@ fn erase_events(
         EventKind::SuppressionRemoved,
         EventKind::EmailSuppressed,
         EventKind::EmailCancelled,
+        EventKind::EmailReplied,
+        EventKind::Conversion,
+        EventKind::IdentityBound,
+        EventKind::IdentityConflict,
+        EventKind::IdentityRevoked,
     ]
     .iter()
     .fold(1_i64 << form::TOLD_BIT, |mask, kind| {
@@ -280,6 +285,11 @@ fn erase_events(
                         && event
                             .recipient
                             .is_some_and(|person| person.email.to_lowercase() == of.email)
+                }
+                StoredEvent::Announced { account, about, .. } => {
+                    let about: About = serde_json::from_str(about).unwrap_or_default();
+                    let theirs = about.recipient.map(|person| person.email.to_lowercase());
+                    *account == of.account && theirs.as_deref() == Some(&of.email)
                 }
                 StoredEvent::Fact { .. }
                 | StoredEvent::Batch { .. }

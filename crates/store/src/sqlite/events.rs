@@ -10,7 +10,7 @@ use super::record::{By, record};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::tell::{self, Told};
 use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
-use model::{Event, EventKind, Timestamp};
+use model::{About, Event, EventKind, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -184,6 +184,20 @@ impl Telling<'_> {
             StoredEvent::Account { account, data, .. } => {
                 let event = || tell::bare(own(data), ids::nat(seq), recorded_at, account.clone());
                 Ok(self.of_account(account).then(event))
+            }
+            StoredEvent::Announced {
+                account,
+                data,
+                about,
+                ..
+            } => {
+                let about: About = serde_json::from_str(about).unwrap_or_default();
+                let wanted = self.query.account.as_deref();
+                let foreign = wanted.is_some_and(|wanted| wanted != account)
+                    || self.query.batch.is_some() && self.query.batch != about.batch_id;
+                let event =
+                    || tell::announced(own(data), ids::nat(seq), recorded_at, account, about);
+                Ok((!foreign).then(event))
             }
             StoredEvent::Batch { batch, data, .. } => {
                 let Some(head) = self.wanted(*batch)? else {

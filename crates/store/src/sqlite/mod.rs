@@ -433,6 +433,55 @@ impl Store for SqliteStore {
         Ok(found.into_iter().next())
     }
 
+    async fn notes_after(
+        &self,
+        kind: &str,
+        after: Option<&str>,
+        limit: u32,
+        now: Timestamp,
+    ) -> Result<Page<Note>> {
+        let (kind, after) = (kind.to_owned(), after.map(str::to_owned));
+        self.readers
+            .read(move |reading| {
+                shared::notes_after(reading.connection, &kind, after.as_deref(), limit, now)
+            })
+            .await
+    }
+
+    async fn notes_by_key(
+        &self,
+        kind: &str,
+        keys: Vec<Box<str>>,
+        now: Timestamp,
+    ) -> Result<Vec<Note>> {
+        let kind = kind.to_owned();
+        self.readers
+            .read(move |reading| {
+                let found = keys
+                    .iter()
+                    .map(|key| shared::notes(reading.connection, &kind, Some(key), now));
+                let found: Vec<Vec<Note>> = found.collect::<Result<_>>()?;
+                Ok(found.into_iter().flatten().collect())
+            })
+            .await
+    }
+
+    async fn derive(
+        &self,
+        notes: Vec<Note>,
+        news: Vec<Announcement>,
+        now: Timestamp,
+    ) -> Result<()> {
+        self.writer()?
+            .write(move |step| {
+                shared::put_notes(step.connection, notes, now)?;
+                let mut books = Books::open(step, now);
+                news.into_iter().for_each(|of| books.account_event(of));
+                books.close(None).map(drop)
+            })
+            .await
+    }
+
     async fn job_lease(
         &self,
         job: &str,

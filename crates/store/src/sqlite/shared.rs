@@ -5,7 +5,7 @@
 use super::books::Books;
 use super::ids;
 use super::writer::Step;
-use crate::{Control, NOTE_BYTES, Note, Result, StoreError, Suspension};
+use crate::{Control, NOTE_BYTES, Note, Page, Result, StoreError, Suspension};
 use model::{JournalId, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::time::Duration;
@@ -75,6 +75,36 @@ pub(super) fn notes(
         })
     })?;
     Ok(found.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Notes of a kind after a key.
+pub(super) fn notes_after(
+    connection: &Connection,
+    kind: &str,
+    after: Option<&str>,
+    limit: u32,
+    now: Timestamp,
+) -> Result<Page<Note>> {
+    let mut sql = connection.prepare_cached(
+        "SELECT key, value, expires_at FROM note
+         WHERE kind=?1 AND key>?2 AND (expires_at IS NULL OR expires_at>?3) ORDER BY key LIMIT ?4",
+    )?;
+    let after = after.unwrap_or_default();
+    let found = sql.query_map(params![kind, after, now.millis(), limit], |row| {
+        Ok(Note {
+            kind: kind.into(),
+            key: row.get::<_, String>(0)?.into(),
+            value: row.get::<_, Vec<u8>>(1)?.into(),
+            expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
+        })
+    })?;
+    let items: Vec<Note> = found.collect::<rusqlite::Result<_>>()?;
+    let full = items.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
+    let last = items.last().filter(|_| full);
+    Ok(Page {
+        next: last.map(|note| note.key.to_string()),
+        items,
+    })
 }
 
 /// Takes or renews the lease on a job.

@@ -13,10 +13,10 @@ use super::suppress;
 use super::writer::Step;
 use crate::form::Ref;
 use crate::transition::{self, Applied};
-use crate::{Result, Shipment, Shipped};
+use crate::{Result, Shipment, Shipped, tell};
 use model::{
-    Attempt, AttemptResult, BatchId, BatchState, Fact, Hit, HitKind, JournalId, MessageId, Place,
-    Seq, Status, SuppressionReason, Timestamp, TrackingMode,
+    Attempt, AttemptResult, BatchId, BatchState, Fact, FactId, Hit, HitKind, JournalId, MessageId,
+    Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
 };
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::json;
@@ -45,7 +45,8 @@ pub(super) fn ship(step: &mut Step<'_>, shipment: Shipment) -> Result<Shipped> {
             continue;
         }
         last = last.max(seq);
-        if !apply(&mut books, &mut batches, seq, fact, &mut shipped)? {
+        let of = FactId { journal, seq };
+        if !apply(&mut books, &mut batches, of, fact, &mut shipped)? {
             shipped.unknown += 1;
         }
     }
@@ -93,11 +94,16 @@ fn move_window(
 fn apply(
     books: &mut Books<'_, '_>,
     numbers: &mut HashMap<BatchId, Option<i64>>,
-    seq: Seq,
+    FactId { journal, seq }: FactId,
     fact: Fact,
     shipped: &mut Shipped,
 ) -> Result<bool> {
-    let message = fact.message();
+    let Some(message) = fact.message() else {
+        if let Fact::Page(page) = &fact {
+            books.account_event(tell::of_page(FactId { journal, seq }, page));
+        }
+        return Ok(true);
+    };
     let no = match numbers.get(&message.batch) {
         Some(known) => *known,
         None => {
@@ -117,6 +123,8 @@ fn apply(
     match fact {
         Fact::Attempt(attempt) => apply_attempt(books, &batch, seq, *attempt, shipped),
         Fact::Hit(hit) => apply_hit(books, &batch, seq, *hit),
+        Fact::Revision(_) | Fact::Reply(_) => apply_later(books, &batch, seq, message, fact),
+        Fact::Page(_) => Ok(true),
     }
 }
 
@@ -244,7 +252,7 @@ fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit)
     let mode = if unsubscribe {
         TrackingMode::Individual
     } else {
-        tracking_of(books, batch, lot, place.position)?
+        tracking_of(books, batch, lot, place.position)?.min(hit.allows())
     };
     if mode == TrackingMode::Off {
         return Ok(true);
@@ -284,6 +292,35 @@ fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit)
             let entry = suppress::entry(&head.account, email, list, reason, &source, at);
             suppress::add(books, entry, true)?;
         }
+    }
+    Ok(true)
+}
+
+/// Applies what came of a hit, or of the mail, later.
+fn apply_later(
+    books: &mut Books<'_, '_>,
+    batch: &BatchRecord,
+    seq: Seq,
+    message: MessageId,
+    fact: Fact,
+) -> Result<bool> {
+    let Some(place) = books.place_of(batch.no, message.index)? else {
+        return Ok(false);
+    };
+    let lot = ids::lot_id(batch.no, place.lot);
+    let Some(mut cell) = books.cell(lot, place.position)? else {
+        return Ok(false);
+    };
+    let event = books.count(lot, |counters| {
+        transition::later(&mut cell, counters, &fact)
+    })?;
+    books.set_cell(lot, place.position, cell)?;
+    if cell.erased() {
+        return Ok(true);
+    }
+    let entry = books.log(lot, place.position, seq, fact)?;
+    if let Some(kind) = event {
+        books.fact_event(kind, lot, entry);
     }
     Ok(true)
 }

@@ -16,7 +16,7 @@ use crate::{
     AddressStory, BatchHead, MIXED, MessageStory, Page, RecipientQuery, RecipientRow, Result,
     StoreError, address_hash,
 };
-use model::{MessageId, Place};
+use model::{FactId, MessageId, Place};
 use rusqlite::{OptionalExtension as _, params};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -47,7 +47,11 @@ fn facts_of(
             if !positions.contains(&entry.position) {
                 continue;
             }
-            all.entry(entry.position).or_default().add(entry.fact);
+            let id = FactId {
+                journal: block.journal,
+                seq: entry.seq,
+            };
+            all.entry(entry.position).or_default().add(id, entry.fact);
         }
     }
     Ok(all)

@@ -54,6 +54,8 @@ pub struct Config {
     pub shaping: Shaping,
     /// Rules for replies.
     pub bounces: Bounces,
+    /// `[engagement]`
+    pub engagement: Engagement,
     /// Where events may be pushed to.
     pub webhooks: Webhooks,
     /// Daily reports to other domains on how TLS with them went.
@@ -133,6 +135,13 @@ pub struct Bounces {
     pub rules_file: ReadFile,
 }
 
+/// `[engagement]`
+#[derive(Debug, Clone)]
+pub struct Engagement {
+    /// Who is a machine, and what interest is worth. Read by the tracker and by the MTA's job.
+    pub rules_file: ReadFile,
+}
+
 /// `[webhooks]`
 #[derive(Debug, Clone)]
 pub struct Webhooks {
@@ -169,6 +178,9 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
         }),
         bounces: root.table("bounces", |section| Bounces {
             rules_file: read_path(section, "rules_file", "bounce-rules.toml"),
+        }),
+        engagement: root.table("engagement", |section| Engagement {
+            rules_file: read_path(section, "rules_file", "engagement.toml"),
         }),
         webhooks: root.table("webhooks", |section| Webhooks {
             allow_private: section.list("allow_private").unwrap_or_default(),

@@ -1,0 +1,399 @@
+//! Engagement: verdicts on hits together, whose browser it was, what a person did.
+//!
+//! One node at a time reads the events by cursor. Hits wait for company and are judged
+//! ([`engagement::settle`]); what differs from the first verdict is shipped as a fact, so counters
+//! and the event change in the step that takes it. What is made of events (prospects, browsers,
+//! bindings) is written together with what it tells. A checkpoint stands before the oldest hit
+//! that waits: what is read twice after a crash changes nothing twice, since a verdict is compared
+//! with the one that holds, and a prospect knows its events. Must not decide what a hit means.
+
+mod docs;
+mod people;
+mod revise;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::engagement::Rules;
+use ::engagement::settle::{Judge, Judged, Trace};
+use arc_swap::ArcSwap;
+use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq, Timestamp, Verdict};
+use service::clock::SharedClock;
+use service::tasks::Shutdown;
+use store::{EventQuery, FeedPlace, Note, Store, StoreError};
+
+pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of};
+pub(crate) use people::revocation;
+
+/// The job's name.
+const JOB: &str = "engagement";
+/// The notes that keep where it is: `cursor`, and `reclassify` when somebody asked for it.
+pub(crate) const NOTES: &str = "engagement";
+pub(crate) const RECLASSIFY: &str = "reclassify";
+const CURSOR: &str = "cursor";
+
+/// How long the job is one node's; renewed after a third, given up before its end.
+const LEASE: Duration = Duration::from_secs(45);
+const RENEW: Duration = Duration::from_secs(15);
+const LAST: Duration = Duration::from_secs(30);
+/// Between tries to get the job, and after the store failed.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Between turns: hits and deliveries come in numbers, and each turn is a step of the store.
+const BREATH: Duration = Duration::from_millis(200);
+/// A checkpoint is written so often when nothing else is.
+const CHECKPOINT: Duration = Duration::from_secs(5);
+/// Events read at once.
+const PAGE: u32 = 500;
+/// Hits that wait; beyond, nothing more is read.
+const WAITING: usize = 50_000;
+
+/// What is read.
+const KINDS: &[EventKind] = &[
+    EventKind::EmailDelivered,
+    EventKind::EmailTemporaryError,
+    EventKind::EmailBounced,
+    EventKind::EmailFailed,
+    EventKind::EmailOpened,
+    EventKind::EmailClicked,
+    EventKind::EmailUnsubscribed,
+    EventKind::EmailComplained,
+    EventKind::EmailReplied,
+    EventKind::Conversion,
+    EventKind::PageViewed,
+    EventKind::IdentityRevoked,
+];
+
+/// The job; see the module.
+pub(crate) struct Engagement {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) clock: SharedClock,
+    /// Who runs it.
+    pub(crate) node: JournalId,
+    /// Replaced when they are read again.
+    pub(crate) rules: Arc<ArcSwap<Rules>>,
+    /// `tracker.settle`
+    pub(crate) settle: Duration,
+}
+
+impl Engagement {
+    /// Runs until the end begins.
+    pub(crate) async fn run(self, shutdown: Shutdown) {
+        let keep = async {
+            loop {
+                if let Err(error) = self.tenure().await {
+                    tracing::debug!(%error, "engagement goes on later");
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = keep => {}
+            () = shutdown.begun() => {}
+        }
+        let now = self.clock.now();
+        let ended = self.store.job_lease(JOB, self.node, now, Duration::ZERO);
+        if let Err(error) = ended.await {
+            tracing::debug!(%error, "the lease on engagement ends by itself");
+        }
+    }
+
+    /// Works as long as the job is this node's.
+    async fn tenure(&self) -> Result<(), StoreError> {
+        let mut held = Held { since: None };
+        if !held.keep(self).await? {
+            return Ok(());
+        }
+        let mut worker = Worker::resume(self).await?;
+        while held.keep(self).await? {
+            worker.turn(&held).await?;
+            if worker.asked_to_reclassify().await? {
+                worker.reclassify(&mut held).await?;
+            }
+            worker.wait().await;
+        }
+        Ok(())
+    }
+}
+
+/// The lease on the job.
+struct Held {
+    since: Option<Instant>,
+}
+
+impl Held {
+    /// Renews when it is time; whether the job is this node's.
+    async fn keep(&mut self, of: &Engagement) -> Result<bool, StoreError> {
+        let began = of.clock.instant();
+        let age = self.since.map(|at| began.saturating_duration_since(at));
+        if age.is_some_and(|age| age < RENEW) {
+            return Ok(true);
+        }
+        let lease = of.store.job_lease(JOB, of.node, of.clock.now(), LEASE);
+        let mine = lease.await?.is_some();
+        self.since = mine.then_some(began);
+        Ok(mine)
+    }
+
+    /// Whether a write may still begin.
+    fn holds(&self, of: &Engagement) -> Result<(), StoreError> {
+        let now = of.clock.instant();
+        let age = self.since.map(|at| now.saturating_duration_since(at));
+        match age {
+            Some(age) if age < LAST => Ok(()),
+            Some(_) | None => Err(StoreError::Unavailable("the job's lease is over".into())),
+        }
+    }
+}
+
+/// A page of events of which some hits still wait.
+struct Open {
+    before: Option<String>,
+    waiting: usize,
+}
+
+/// One node's work on the job.
+struct Worker<'a> {
+    of: &'a Engagement,
+    judge: Judge,
+    /// Through where events were read.
+    cursor: Option<String>,
+    /// What was written last.
+    checkpoint: Option<String>,
+    written: Instant,
+    /// Pages with hits that wait, by number.
+    pages: BTreeMap<u64, Open>,
+    page: u64,
+    /// Events of the hits that wait, and their page.
+    events: HashMap<FactId, (u64, Event)>,
+    /// The journal of this tenure's verdicts.
+    journal: JournalId,
+    seq: Seq,
+}
+
+/// What a turn has to write.
+#[derive(Default)]
+struct Work {
+    /// Other events, in order.
+    told: Vec<Event>,
+    /// Hits with their verdicts, in order.
+    judged: Vec<(Judged, Option<Event>)>,
+}
+
+impl<'a> Worker<'a> {
+    /// Goes on where the last one stopped.
+    async fn resume(of: &'a Engagement) -> Result<Self, StoreError> {
+        let now = of.clock.now();
+        let known = of.store.note(NOTES, CURSOR, now).await?;
+        let cursor = known.and_then(|note| String::from_utf8(note.value.into()).ok());
+        Ok(Self {
+            of,
+            judge: Judge::new(of.settle),
+            checkpoint: cursor.clone(),
+            cursor,
+            written: of.clock.instant(),
+            pages: BTreeMap::new(),
+            page: 0,
+            events: HashMap::new(),
+            journal: JournalId::new(now, fastrand::u128(..)),
+            seq: 0,
+        })
+    }
+
+    /// Reads what is new, judges what is due, writes what follows.
+    async fn turn(&mut self, held: &Held) -> Result<(), StoreError> {
+        loop {
+            let mut work = Work::default();
+            let mut caught_up = true;
+            let mut now = self.of.clock.now();
+            if self.judge.waiting() < WAITING {
+                let page = self.read(self.cursor.clone()).await?;
+                caught_up = page.events.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
+                if !caught_up && let Some(last) = page.events.last() {
+                    // Who lags behind has not seen all the company that a hit had.
+                    now = now.min(last.recorded_at);
+                }
+                self.take(page.events, &mut work);
+                self.cursor = Some(page.next);
+            }
+            for judged in self.judge.due(&self.of.rules.load(), now) {
+                let event = self.close(&judged.trace.id);
+                work.judged.push((judged, event));
+            }
+            self.write(work, held).await?;
+            if caught_up {
+                return Ok(());
+            }
+            held.holds(self.of)?;
+        }
+    }
+
+    async fn read(&self, after: Option<String>) -> Result<store::EventPage, StoreError> {
+        let query = EventQuery {
+            after,
+            account: None,
+            kinds: KINDS.to_vec(),
+            batch: None,
+            limit: PAGE,
+        };
+        self.of.store.events(query).await
+    }
+
+    /// Shows events to the judge; hits wait, everything else is work at once.
+    fn take(&mut self, events: Vec<Event>, work: &mut Work) {
+        let before = self.cursor.clone();
+        self.page += 1;
+        let mut waiting = 0;
+        for event in events {
+            match show(&mut self.judge, &event, false) {
+                Some(id) => {
+                    waiting += 1;
+                    self.events.insert(id, (self.page, event));
+                }
+                None => work.told.push(event),
+            }
+        }
+        if waiting > 0 {
+            self.pages.insert(self.page, Open { before, waiting });
+        }
+    }
+
+    /// A hit waits no longer: its event.
+    fn close(&mut self, id: &FactId) -> Option<Event> {
+        let (page, event) = self.events.remove(id)?;
+        if let Some(open) = self.pages.get_mut(&page) {
+            open.waiting -= 1;
+            if open.waiting == 0 {
+                self.pages.remove(&page);
+            }
+        }
+        Some(event)
+    }
+
+    /// Ships verdicts that changed, then writes what is made of events with the checkpoint.
+    async fn write(&mut self, work: Work, held: &Held) -> Result<(), StoreError> {
+        held.holds(self.of)?;
+        let revised = self.revise(&work.judged, false).await?;
+        held.holds(self.of)?;
+        let now = self.of.clock.now();
+        let mut docs = docs::Docs::new(&*self.of.store, now);
+        docs.prefetch(&work.told).await?;
+        for event in &work.told {
+            people::told(&mut docs, event).await?;
+        }
+        for (judged, event) in &work.judged {
+            if let (false, Some(event)) = (judged.again, event) {
+                people::judged(&mut docs, event, judged).await?;
+            }
+        }
+        for revised in &revised {
+            people::revised(&mut docs, revised).await?;
+        }
+        let oldest = self.pages.first_key_value();
+        let safe = oldest.map_or_else(|| self.cursor.clone(), |(_, open)| open.before.clone());
+        let age = self
+            .of
+            .clock
+            .instant()
+            .saturating_duration_since(self.written);
+        let moved = safe != self.checkpoint;
+        if moved && (!docs.is_clean() || age >= CHECKPOINT) {
+            let value = safe.clone().unwrap_or_default();
+            docs.note(Note {
+                kind: NOTES.into(),
+                key: CURSOR.into(),
+                value: value.into_bytes().into(),
+                expires_at: None,
+            });
+            self.written = self.of.clock.instant();
+            self.checkpoint = safe;
+        }
+        docs.write().await
+    }
+
+    /// Until there is something to do.
+    async fn wait(&self) {
+        tokio::time::sleep(BREATH).await;
+        let now = self.of.clock.now();
+        let due = self.judge.next_due().map(|due| {
+            let millis = due.millis().saturating_sub(now.millis());
+            Duration::from_millis(u64::try_from(millis).unwrap_or(0))
+        });
+        let at_most = due.unwrap_or(RENEW).min(CHECKPOINT);
+        if let Some(cursor) = &self.cursor
+            && !at_most.is_zero()
+        {
+            self.of
+                .store
+                .changed(FeedPlace::Events(cursor), at_most)
+                .await;
+        }
+    }
+}
+
+/// Shows an event to the judge; the name of the hit that it is, if it is one.
+fn show(judge: &mut Judge, event: &Event, settled: bool) -> Option<FactId> {
+    let message = event.message_id?;
+    match event.kind {
+        EventKind::EmailTemporaryError => judge.deferred(message, event.recorded_at),
+        EventKind::EmailDelivered => {
+            let dot_at = moment(&event.data["dot_at"]);
+            judge.delivered(message, dot_at, event.occurred_at, event.recorded_at);
+        }
+        _ => {}
+    }
+    let trace = trace_of(event)?;
+    let id = trace.id;
+    judge.hit(trace, settled);
+    Some(id)
+}
+
+/// A hit as its event tells it.
+fn trace_of(event: &Event) -> Option<Trace> {
+    let kind = match event.kind {
+        EventKind::EmailOpened => HitKind::Open,
+        EventKind::EmailClicked => HitKind::Click,
+        _ => return None,
+    };
+    let data = &event.data;
+    let text = |name: &str| Box::from(data[name].as_str().unwrap_or_default());
+    let reasons = data["machine_reasons"].as_array().map(Vec::as_slice);
+    let reasons = reasons.unwrap_or_default().iter();
+    Some(Trace {
+        id: data["hit"].as_str()?.parse().ok()?,
+        event_id: event.id.to_string().into(),
+        message: event.message_id?,
+        kind,
+        at: event.occurred_at,
+        recorded_at: event.recorded_at,
+        link: data["link"]
+            .as_u64()
+            .and_then(|link| u16::try_from(link).ok()),
+        user_agent: text("user_agent"),
+        network: text("network"),
+        verdict: Verdict {
+            actor: actor_of(event),
+            machine_reasons: reasons
+                .filter_map(|of| of.as_str())
+                .map(Into::into)
+                .collect(),
+            rules: data["rules"]
+                .as_u64()
+                .and_then(|of| u16::try_from(of).ok())
+                .unwrap_or(0),
+        },
+    })
+}
+
+/// The verdict that an event was told with.
+fn actor_of(event: &Event) -> Actor {
+    let actor = event.data["actor"]
+        .as_str()
+        .and_then(|actor| actor.parse().ok());
+    actor.unwrap_or(Actor::Unknown)
+}
+
+/// A moment as it stands in an event's data.
+fn moment(value: &serde_json::Value) -> Option<Timestamp> {
+    serde_json::from_value(value.clone()).ok()
+}

@@ -1,0 +1,424 @@
+//! Engagement from outside: hits come as a tracker ships them; people, browsers and verdicts are
+//! read through the API.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::{Method, StatusCode};
+use model::{
+    Actor, BatchId, Fact, Hit, HitKind, JournalId, MessageId, PageView, Timestamp, Verdict,
+    VisitorId,
+};
+use serde_json::{Value, json};
+use service::clock::SystemClock;
+use store::sqlite::{Role, SqliteOptions, SqliteStore};
+use store::{Shipment, Store as _};
+
+use crate::harness::{Service, batch};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const PERSON: &str = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0";
+
+/// A service with a short settle time, and a tracker's store beside it.
+struct Place {
+    service: Service,
+    store: SqliteStore,
+    journal: JournalId,
+    seq: AtomicU64,
+    batch: BatchId,
+}
+
+fn now() -> Timestamp {
+    SystemClock::shared().now()
+}
+
+fn browser(byte: u8) -> VisitorId {
+    VisitorId::from_bytes([byte; 16])
+}
+
+impl Place {
+    async fn new() -> Self {
+        let service = Service::with_api("[tracker]\nsettle = \"300ms\"").await;
+        let recipients: Vec<Value> = (0..6)
+            .map(|n| json!({"email": format!("r{n}@x.example"), "prospect_id": format!("p-{n}")}))
+            .collect();
+        let mut submission = batch(&json!(recipients));
+        // Nothing is attempted: what is delivered when is not this test's.
+        submission["send_at"] = json!("2999-01-01T00:00:00Z");
+        let accepted = service.api.submit(&submission).await.json();
+        let id = accepted["id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{accepted}"));
+        let options = SqliteOptions {
+            path: service.home.store_file(),
+            partitions: 1,
+            role: Role::Tracker,
+        };
+        Self {
+            batch: id.parse().expect("an id"),
+            store: SqliteStore::open(options).await.expect("a store"),
+            journal: JournalId::new(now(), 7),
+            seq: AtomicU64::new(0),
+            service,
+        }
+    }
+
+    async fn ship(&self, facts: Vec<Fact>) {
+        let number = |fact| (self.seq.fetch_add(1, Ordering::Relaxed) + 1, fact);
+        let facts: Vec<_> = facts.into_iter().map(number).collect();
+        let shipment = Shipment {
+            journal: self.journal,
+            through: self.seq.load(Ordering::Relaxed),
+            facts,
+            windows: Vec::new(),
+            finished: Vec::new(),
+            now: now(),
+        };
+        let shipped = self.store.ship(shipment).await.expect("shipped");
+        assert_eq!(shipped.unknown, 0);
+    }
+
+    fn click(&self, index: u32, link: u16, visitor: VisitorId, at: Timestamp) -> Fact {
+        Fact::Hit(Box::new(Hit {
+            kind: HitKind::Click,
+            message: MessageId {
+                batch: self.batch,
+                index,
+            },
+            at,
+            link: Some(link),
+            target: Some("https://shop.example/".into()),
+            user_agent: PERSON.into(),
+            network: "203.0.113.0/24".into(),
+            visitor: Some(visitor),
+            method: None,
+            verdict: person(),
+        }))
+    }
+
+    fn page(visitor: VisitorId, url: &str) -> Fact {
+        Fact::Page(Box::new(PageView {
+            account: "default".into(),
+            at: now(),
+            visitor,
+            url: url.into(),
+            referrer: "".into(),
+            title: "".into(),
+            user_agent: PERSON.into(),
+            network: "203.0.113.0/24".into(),
+            verdict: person(),
+        }))
+    }
+
+    /// The answer at `path` once `enough` says so.
+    async fn once(&self, path: &str, enough: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let reached = async {
+            loop {
+                let reply = self.service.api.get(path).await;
+                if reply.status == StatusCode::OK {
+                    last = reply.json();
+                    if enough(&last) {
+                        return;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(PATIENCE, reached).await;
+        assert!(in_time.is_ok(), "{path} never came so far: {last}");
+        last
+    }
+
+    /// The events of a type, once there are `count`.
+    async fn events(&self, kind: &str, count: usize) -> Vec<Value> {
+        let path = format!("/v1/events?types={kind}&limit=1000");
+        let enough = |page: &Value| {
+            page["events"]
+                .as_array()
+                .is_some_and(|all| all.len() >= count)
+        };
+        let page = self.once(&path, enough).await;
+        page["events"].as_array().cloned().unwrap_or_default()
+    }
+
+    async fn tell(&self, body: &Value) -> (u16, Value) {
+        let reply = self
+            .service
+            .api
+            .call(
+                Method::POST,
+                "/v1/events",
+                &[],
+                Bytes::from(body.to_string()),
+            )
+            .await;
+        (reply.status.as_u16(), reply.json())
+    }
+}
+
+fn person() -> Verdict {
+    Verdict {
+        actor: Actor::Human,
+        machine_reasons: Vec::new(),
+        rules: 2,
+    }
+}
+
+fn timeline(person: &Value) -> Vec<&str> {
+    let entries = person["timeline"].as_array().expect("a timeline").iter();
+    entries.filter_map(|entry| entry["type"].as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_click_binds_a_browser_and_a_conflict_moves_nobody() {
+    let place = Place::new().await;
+    // Anonymous at first: what was seen then joins the person.
+    place
+        .ship(vec![Place::page(browser(1), "https://shop.example/before")])
+        .await;
+    place.ship(vec![place.click(0, 0, browser(1), now())]).await;
+    let bound = place.events("identity.bound", 1).await;
+    let binding = bound[0]["data"]["binding_id"]
+        .as_str()
+        .expect("a name")
+        .to_owned();
+    assert_eq!(bound[0]["recipient"]["prospect_id"], "p-0");
+    assert_eq!(bound[0]["data"]["visitor"], browser(1).to_string());
+    assert_eq!(
+        bound[0]["data"]["evidence"]["message_id"],
+        format!("{}.0", place.batch)
+    );
+    place
+        .ship(vec![Place::page(browser(1), "https://shop.example/after")])
+        .await;
+    let known = |person: &Value| timeline(person).len() == 3;
+    let first = place.once("/v1/prospects/p-0", known).await;
+    assert_eq!(
+        timeline(&first),
+        ["page.viewed", "email.clicked", "page.viewed"]
+    );
+    assert_eq!(
+        (&first["score"], &first["clicked"]),
+        (&json!(5 + 2), &json!(true))
+    );
+    assert_eq!(first["email"], "r0@x.example");
+    assert_eq!(first["visitors"][0]["binding_id"], binding.as_str());
+    assert!(first["last_human_activity"].is_string());
+
+    // The same browser clicks in a mail to somebody else.
+    place.ship(vec![place.click(1, 0, browser(1), now())]).await;
+    let conflict = place.events("identity.conflict", 1).await;
+    assert_eq!(conflict[0]["data"]["prospect_id"], "p-0");
+    assert_eq!(conflict[0]["recipient"]["prospect_id"], "p-1");
+    let bound = place.events("identity.bound", 2).await;
+    let second = &bound[1]["data"];
+    assert_eq!(second["visitor"], conflict[0]["data"]["new_visitor"]);
+    assert_ne!(second["visitor"], browser(1).to_string());
+    place
+        .ship(vec![Place::page(browser(1), "https://shop.example/second")])
+        .await;
+    let theirs = |person: &Value| timeline(person).len() == 2;
+    place.once("/v1/prospects/p-1", theirs).await;
+    let first = place.service.api.get("/v1/prospects/p-0").await.json();
+    assert_eq!(timeline(&first).len(), 3);
+
+    // Undone: the browser is the first one's again, and the page goes with it.
+    let path = format!(
+        "/v1/bindings/{}/revoke",
+        second["binding_id"].as_str().expect("a name")
+    );
+    let revoked = place.service.api.post(&path).await;
+    assert_eq!(revoked.status, StatusCode::OK);
+    assert!(revoked.json()["revoked_at"].is_string());
+    assert_eq!(place.service.api.post(&path).await.status, StatusCode::OK);
+    assert_eq!(place.events("identity.revoked", 1).await.len(), 1);
+    let without = |person: &Value| timeline(person) == ["email.clicked"];
+    place.once("/v1/prospects/p-1", without).await;
+    place
+        .ship(vec![Place::page(browser(1), "https://shop.example/back")])
+        .await;
+    let back = |person: &Value| timeline(person).len() == 4;
+    place.once("/v1/prospects/p-0", back).await;
+    let unknown = place.service.api.post("/v1/bindings/none/revoke").await;
+    assert_eq!(unknown.status, StatusCode::NOT_FOUND);
+    let stranger = place.service.api.with_key("hk_other");
+    assert_eq!(stranger.post(&path).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(
+        stranger.get("/v1/prospects/p-0").await.status,
+        StatusCode::NOT_FOUND
+    );
+    place.service.stop().await;
+}
+
+#[tokio::test]
+async fn a_scanner_is_found_by_what_it_does_and_binds_nobody() {
+    let place = Place::new().await;
+    let (at, visitor) = (now(), browser(2));
+    let clicks = (0..5)
+        .map(|link| place.click(0, link, visitor, at))
+        .collect();
+    place.ship(clicks).await;
+    place.ship(vec![place.click(1, 3, browser(3), now())]).await;
+    let revised = place.events("engagement.reclassified", 5).await;
+    let first = &revised[0];
+    assert_eq!(
+        (&first["data"]["was"], &first["data"]["actor"]),
+        (&json!("human"), &json!("machine"))
+    );
+    assert_eq!(first["data"]["machine_reasons"], json!(["burst"]));
+    let clicked = place.events("email.clicked", 6).await;
+    assert!(
+        clicked
+            .iter()
+            .any(|event| event["id"] == first["data"]["event_id"])
+    );
+    let path = format!("/v1/batches/{}", place.batch);
+    let settled = |batch: &Value| batch["counters"]["clicked_total_human"] == 1;
+    let counters = place.once(&path, settled).await["counters"].clone();
+    assert_eq!(counters["clicked_total"], 6);
+    assert_eq!(
+        (
+            &counters["clicked_unique"],
+            &counters["clicked_unique_human"]
+        ),
+        (&json!(2), &json!(1))
+    );
+    let bound = place.events("identity.bound", 1).await;
+    assert_eq!(bound.len(), 1);
+    assert_eq!(bound[0]["recipient"]["prospect_id"], "p-1");
+    let story = place
+        .service
+        .api
+        .get(&format!("/v1/messages/{}.0", place.batch))
+        .await
+        .json();
+    let actors: Vec<_> = story["engagement"]
+        .as_array()
+        .expect("hits")
+        .iter()
+        .map(|hit| &hit["actor"])
+        .collect();
+    assert_eq!(actors, vec!["machine"; 5]);
+    place.service.stop().await;
+}
+
+#[tokio::test]
+async fn callers_tell_what_only_they_know_and_search() {
+    let place = Place::new().await;
+    place
+        .ship(vec![
+            place.click(0, 0, browser(1), now()),
+            place.click(1, 0, browser(2), now()),
+        ])
+        .await;
+    let reply =
+        json!({"type": "email.replied", "message_id": format!("{}.0", place.batch), "id": "r-1"});
+    for _ in 0..2 {
+        assert_eq!(place.tell(&reply).await, (202, json!({"id": "r-1"})));
+    }
+    let sale =
+        json!({"type": "conversion", "prospect_id": "p-1", "data": {"yen": 9800}, "id": "c-1"});
+    for _ in 0..2 {
+        assert_eq!(place.tell(&sale).await.0, 202);
+    }
+    for (bad, code) in [
+        (
+            json!({"type": "email.opened", "prospect_id": "p"}),
+            "invalid_field",
+        ),
+        (json!({"type": "conversion"}), "invalid_field"),
+        (
+            json!({"type": "conversion", "prospect_id": "p", "more": 1}),
+            "unknown_field",
+        ),
+        (
+            json!({"type": "email.replied", "message_id": format!("{}.77", place.batch)}),
+            "invalid_field",
+        ),
+    ] {
+        let (status, problem) = place.tell(&bad).await;
+        assert_eq!((status, &problem["code"]), (422, &json!(code)), "{bad}");
+    }
+    let answered = |person: &Value| person["replied"] == json!(true);
+    place.once("/v1/prospects/p-0", answered).await;
+    let sold = |person: &Value| person["score"] == json!(5 + 30);
+    let person = place.once("/v1/prospects/p-1", sold).await;
+    assert_eq!(person["mailable"], true);
+    assert_eq!(place.events("email.replied", 1).await.len(), 1);
+    let conversions = place.events("conversion", 1).await;
+    assert_eq!(
+        (conversions.len(), &conversions[0]["data"]["yen"]),
+        (1, &json!(9800))
+    );
+    let counters = place
+        .service
+        .api
+        .get(&format!("/v1/batches/{}", place.batch))
+        .await
+        .json();
+    assert_eq!(counters["counters"]["replied"], 1);
+
+    for (query, expected) in [
+        ("clicked=true&replied=false", &["p-1"][..]),
+        ("campaign=spring&clicked=true", &["p-0", "p-1"]),
+        ("campaign=autumn", &[]),
+        ("min_score=35", &["p-1"]),
+        ("inactive_for=30d", &[]),
+        ("status=mailable&limit=1", &["p-0"]),
+        ("status=invalid_address", &[]),
+    ] {
+        let page = place
+            .service
+            .api
+            .get(&format!("/v1/prospects?{query}"))
+            .await
+            .json();
+        let items = page["items"].as_array().unwrap_or_else(|| panic!("{page}"));
+        let found: Vec<_> = items
+            .iter()
+            .filter_map(|item| item["prospect_id"].as_str())
+            .collect();
+        assert_eq!(found, expected, "{query}");
+    }
+    let lines = place
+        .service
+        .api
+        .call(
+            Method::GET,
+            "/v1/prospects",
+            &[("accept", "application/x-ndjson")],
+            Bytes::new(),
+        )
+        .await;
+    assert_eq!(
+        lines
+            .bytes
+            .split(|byte| *byte == b'\n')
+            .filter(|line| !line.is_empty())
+            .count(),
+        2
+    );
+    let table = place
+        .service
+        .api
+        .call(
+            Method::GET,
+            "/v1/prospects",
+            &[("accept", "text/csv")],
+            Bytes::new(),
+        )
+        .await;
+    assert!(table.bytes.starts_with(
+        b"prospect_id,email,score,status,last_human_activity,opened,clicked,replied\n"
+    ));
+    let bad = place
+        .service
+        .api
+        .get("/v1/prospects?status=nice")
+        .await
+        .problem();
+    assert_eq!((bad.0, bad.1.as_str()), (422, "invalid_field"));
+    place.service.stop().await;
+}
