@@ -263,6 +263,7 @@ pub async fn a_time_has_its_cursor(fixture: &dyn Fixture) -> Result<()> {
         kind: EventKind::DestinationLimitChanged,
         account: "acme".into(),
         data: serde_json::json!({ "n": n }),
+        about: About::default(),
     };
     store.announce(vec![news(1), news(2)], T0).await?;
     let middle = store.event_cursor(never).await?;
@@ -284,6 +285,7 @@ pub async fn a_cursor_older_than_what_is_kept_goes_on(fixture: &dyn Fixture) -> 
         kind: EventKind::DestinationLimitChanged,
         account: "acme".into(),
         data: serde_json::json!({ "n": n }),
+        about: About::default(),
     };
     store.announce(vec![news(1)], T0).await?;
     let mut query = EventQuery {
