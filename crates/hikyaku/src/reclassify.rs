@@ -1,7 +1,5 @@
 //! `hikyaku reclassify`: has all hits that are kept judged by the rules in force.
 
-use std::io::Write;
-
 use serde_json::json;
 use service::config::Scope;
 

@@ -93,6 +93,7 @@ impl World {
             kind: EventKind::DestinationLimitChanged,
             account: "default".into(),
             data: serde_json::json!({ "n": number }),
+            about: model::About::default(),
         });
         self.store
             .announce(news.collect(), self.clock.now())
