@@ -196,18 +196,11 @@ impl Webhooks {
         }
     }
 
-    /// Whether this node is the one for it: of all that live, the one with the highest hash.
+    /// Whether this node is the one for it.
     fn is_ours(&self, id: WebhookId) -> bool {
         let me = self.deps.node.to_string();
-        let score = |node: &str| {
-            let text = format!("{node} {id}");
-            digest::digest(&digest::SHA256, text.as_bytes())
-                .as_ref()
-                .to_vec()
-        };
-        let others = self.nodes.iter().filter(|node| ***node != *me);
-        let own = score(&me);
-        others.map(|node| score(node)).all(|other| other < own)
+        let others = self.nodes.iter().map(|node| &**node);
+        server(others.chain([me.as_str()]), id) == Some(me.as_str())
     }
 
     // ---- who serves it ------------------------------------------------------------------
@@ -361,4 +354,14 @@ impl Webhooks {
             }
         }
     }
+}
+
+/// Which of these nodes is the one for it: the one with the highest hash of both.
+fn server<'n>(nodes: impl Iterator<Item = &'n str>, id: WebhookId) -> Option<&'n str> {
+    let score = |node: &&str| {
+        let text = format!("{node} {id}");
+        let hash = digest::digest(&digest::SHA256, text.as_bytes());
+        hash.as_ref().to_vec()
+    };
+    nodes.max_by_key(score)
 }
