@@ -10,5 +10,6 @@ pub mod daemon;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod power;
 pub mod secrets;
 pub mod tasks;

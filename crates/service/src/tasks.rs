@@ -11,11 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::Instrument as _;
+
+use crate::power::Power;
 
 /// A task ended by a panic; its state is lost, so the process has to end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +35,8 @@ pub struct TaskPanicked {
 pub struct Tasks {
     tracker: TaskTracker,
     failure: Arc<watch::Sender<Option<TaskPanicked>>>,
+    /// Only simulated processes have one.
+    power: Option<Power>,
 }
 
 impl Default for Tasks {
@@ -46,6 +51,15 @@ impl Tasks {
         Self {
             tracker: TaskTracker::new(),
             failure: Arc::new(watch::Sender::new(None)),
+            power: None,
+        }
+    }
+
+    /// No tasks yet; those to come run while `power` is on.
+    pub fn powered(power: &Power) -> Self {
+        Self {
+            power: Some(power.clone()),
+            ..Self::new()
         }
     }
 
@@ -64,10 +78,17 @@ impl Tasks {
         };
         let span = tracing::info_span!("task", task = name);
         let tracked = self.tracker.track_future(guarded.instrument(span));
-        Task {
-            name,
-            handle: tokio::spawn(tracked),
-        }
+        let handle = match self.power.clone() {
+            None => tokio::spawn(tracked),
+            Some(power) => tokio::spawn(async move {
+                let killed = || TaskPanicked {
+                    name,
+                    message: "killed".to_owned(),
+                };
+                power.run(tracked).await.unwrap_or_else(|| Err(killed()))
+            }),
+        };
+        Task { name, handle }
     }
 
     /// Starts an operating system thread of that name, for what blocks or computes for long
@@ -126,6 +147,26 @@ impl Tasks {
     pub fn running(&self) -> usize {
         self.tracker.len()
     }
+}
+
+/// Runs what blocks the thread that it is on. In a runtime of several threads that is one of those
+/// kept for such work. In one of a single thread it is this one: another would make the order of
+/// events depend on how fast it is, and such runtimes are those of tests and simulations. Not
+/// cancel-safe: what was begun goes on.
+///
+/// # Errors
+/// When it panicked.
+pub async fn blocking<T: Send + 'static>(
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, TaskPanicked> {
+    if Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread {
+        return Ok(run());
+    }
+    let ended = tokio::task::spawn_blocking(run).await;
+    ended.map_err(|error| TaskPanicked {
+        name: "blocking",
+        message: error.to_string(),
+    })
 }
 
 fn report(

@@ -2,6 +2,7 @@
 //!
 //! Owns the passing on. Must not change what is asked or answered: a layer delays or refuses.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,22 @@ pub trait Layer: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Waits for the answer of the store behind. Here a layer may look at it, or decide where the
+    /// work is done.
+    async fn wait<'a, T: Send + 'static>(
+        &'a self,
+        call: &'static str,
+        asked: Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>,
+    ) -> Result<T> {
+        let _ = call;
+        asked.await
+    }
+
+    /// Stands for [`Store::changed`], which cannot fail.
+    async fn until_changed(&self, after: FeedPlace<'_>, at_most: Duration) {
+        self.inner().changed(after, at_most).await;
+    }
+
     /// Comes after each call that can fail; an error takes the place of its answer, as when a
     /// network loses it.
     async fn after(&self, call: &'static str) -> Result<()> {
@@ -39,13 +56,13 @@ pub trait Layer: Send + Sync + 'static {
 }
 
 /// `answer` is asked for only when it is awaited.
-async fn around<L: Layer, T>(
-    layer: &L,
+async fn around<'a, L: Layer, T: Send + 'static>(
+    layer: &'a L,
     call: &'static str,
-    answer: impl Future<Output = Result<T>>,
+    asked: Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>,
 ) -> Result<T> {
     layer.before(call).await?;
-    let answer = answer.await;
+    let answer = layer.wait(call, asked).await;
     layer.after(call).await?;
     answer
 }
@@ -164,7 +181,7 @@ impl<L: Layer> Store for L {
     }
 
     async fn changed(&self, after: FeedPlace<'_>, at_most: Duration) {
-        self.inner().changed(after, at_most).await;
+        self.until_changed(after, at_most).await;
     }
 
     async fn suppress(&self, entries: Vec<Suppression>, now: Timestamp) -> Result<()> {

@@ -1,4 +1,4 @@
-//! Scripted SMTP peers, DNS server, manual clock and failing disk for tests and the demo's sandbox.
+//! Scripted SMTP peers, DNS server, a network in memory, manual clock and failing disk for tests and the demo's sandbox.
 #![forbid(unsafe_code)]
 
 pub mod distance;
@@ -7,5 +7,6 @@ pub mod https;
 pub mod proxy;
 pub mod redis;
 pub mod smtp_peer;
+pub mod strand;
 pub mod tls;
 pub mod webhook;

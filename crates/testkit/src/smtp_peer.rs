@@ -18,7 +18,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +33,33 @@ pub use temper::{Answer, Question, Temper};
 /// How long [`SmtpPeer::wait_until`] is patient: long enough for a busy machine, short enough for
 /// a test that would hang.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a connection of a peer is made of.
+pub trait PeerStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// Prepares it.
+    ///
+    /// # Errors
+    /// When it is of no use.
+    fn prepare(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Makes its end a reset (RST).
+    ///
+    /// # Errors
+    /// As the system gives them.
+    fn reset(&mut self) -> io::Result<()>;
+}
+
+impl PeerStream for TcpStream {
+    fn prepare(&mut self) -> io::Result<()> {
+        self.set_nodelay(true)
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.set_zero_linger()
+    }
+}
 
 /// A running server. Dropping it ends its connections too, without waiting for them.
 #[derive(Debug)]
@@ -66,25 +94,34 @@ impl SmtpPeer {
     /// When the address cannot be had.
     pub async fn bind(address: SocketAddr, temper: Temper) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
-        let shared = Arc::new(Shared {
-            keep: temper.keep,
-            record: Mutex::default(),
-            temper: Mutex::new(Arc::new(temper)),
-            counts: watch::Sender::new(Counts::default()),
-            stop: CancellationToken::new(),
-        });
-        let tasks = TaskTracker::new();
-        let accept = accept(listener, Arc::clone(&shared), tasks.clone());
+        let peer = Self::detached(listener.local_addr()?, temper);
+        let (shared, tasks) = (Arc::clone(&peer.shared), peer.tasks.clone());
         let stop = shared.stop.clone();
-        tasks.spawn(async move {
+        let accept = accept(listener, shared, tasks);
+        peer.tasks.spawn(async move {
             stop.run_until_cancelled(accept).await;
         });
-        Ok(Self {
+        Ok(peer)
+    }
+
+    /// Listens nowhere: connections are brought by [`Self::serve`].
+    pub fn detached(address: SocketAddr, temper: Temper) -> Self {
+        Self {
             address,
-            shared,
-            tasks,
-        })
+            shared: Arc::new(Shared {
+                keep: temper.keep,
+                record: Mutex::default(),
+                temper: Mutex::new(Arc::new(temper)),
+                counts: watch::Sender::new(Counts::default()),
+                stop: CancellationToken::new(),
+            }),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// Serves a connection, as if it had been accepted.
+    pub fn serve(&self, stream: impl PeerStream, from: SocketAddr) {
+        serve(stream, from, &self.shared, &self.tasks);
     }
 
     /// Where it listens.
@@ -154,16 +191,20 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, tasks: TaskTracker) 
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         };
-        let temper = Arc::clone(&lock(&shared.temper));
-        let connection = Connection::new(stream, from, temper, Arc::clone(&shared));
-        let stop = shared.stop.clone();
-        tasks.spawn(async move {
-            stop.run_until_cancelled(connection.run()).await;
-        });
+        serve(stream, from, &shared, &tasks);
     }
 }
 
+fn serve(stream: impl PeerStream, from: SocketAddr, shared: &Arc<Shared>, tasks: &TaskTracker) {
+    let temper = Arc::clone(&lock(&shared.temper));
+    let connection = Connection::new(stream, from, temper, Arc::clone(shared));
+    let stop = shared.stop.clone();
+    tasks.spawn(async move {
+        stop.run_until_cancelled(connection.run()).await;
+    });
+}
+
 /// A panic in a test's closure must not hide the failure behind a poisoned lock.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

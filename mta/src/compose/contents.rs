@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 use content::{Content, RenderContext, Tracker};
 use links::KeyRing;
 use model::{BatchId, Domain};
+use service::tasks::blocking;
 use store::{BatchHead, Store, StoreError};
 
 use super::{Prepared, load_keys};
@@ -100,7 +101,7 @@ impl Contents {
             .ok_or_else(|| LoadError::Final("the batch has no content in the store".to_owned()))?;
         let this = Arc::clone(self);
         // Compiling takes milliseconds, and keys are read from disk.
-        let compiled = tokio::task::spawn_blocking(move || {
+        let compiled = blocking(move || {
             let prepared = this.prepare(&head, &bytes)?;
             this.keep(head.id, prepared, bytes.len());
             Ok(())

@@ -10,7 +10,7 @@ mod threads;
 
 pub use contents::{Contents, LoadError};
 pub use keys::{KeysError, domain_selectors, load_keys};
-pub use threads::{Composer, Request};
+pub use threads::{Composer, Request, Threads};
 
 use std::sync::Arc;
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use service::metrics::Metrics;
 use service::tasks::Tasks;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::{Composed, Contents};
 use crate::queue::Event;
@@ -24,6 +24,16 @@ const TURN: usize = 32;
 
 /// Turns that wait to be handed over; threads wait when it is full.
 const TURNS_MAX: usize = 64;
+
+/// On which threads messages are composed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// On none of their own, but in a task among the others: for a simulation, in which the order
+    /// of events must not hang on how fast a thread is.
+    None,
+    /// On as many as there are processors.
+    Processors,
+}
 
 /// A message to be composed.
 #[derive(Debug)]
@@ -46,6 +56,8 @@ struct Desk {
     threads: usize,
     waiting: Mutex<Waiting>,
     arrived: Condvar,
+    /// Wakes the task that composes in place, where there is one.
+    called: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -57,29 +69,40 @@ struct Waiting {
 }
 
 impl Composer {
-    /// Starts as many threads as there are processors. What cannot be composed is reported to
-    /// `queue`.
+    /// Starts so many threads. What cannot be composed is reported to `queue`.
     ///
     /// # Errors
     /// When the system gives no threads.
     pub fn start(
+        threads: Threads,
         tasks: &Tasks,
         contents: &Arc<Contents>,
         metrics: &Arc<Metrics>,
         queue: &mpsc::Sender<Event>,
     ) -> std::io::Result<Self> {
-        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let count = match threads {
+            Threads::None => 0,
+            Threads::Processors => {
+                std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+            }
+        };
         let desk = Arc::new(Desk {
-            threads,
+            threads: count.max(1),
             waiting: Mutex::default(),
             arrived: Condvar::new(),
+            called: Notify::new(),
         });
         let composer = Self {
             desk: Arc::clone(&desk),
         };
         let (turns, made) = mpsc::channel(TURNS_MAX);
         tasks.spawn("hand-over", hand_over(made, queue.clone()));
-        for _ in 0..threads {
+        if threads == Threads::None {
+            let (contents, metrics) = (Arc::clone(contents), Arc::clone(metrics));
+            tasks.spawn("compose", compose_in_place(desk, contents, metrics, turns));
+            return Ok(composer);
+        }
+        for _ in 0..count {
             let (desk, contents, metrics, turns) = (
                 Arc::clone(&desk),
                 Arc::clone(contents),
@@ -88,10 +111,9 @@ impl Composer {
             );
             tasks.thread("compose", move || {
                 while let Some(requests) = desk.take() {
-                    let made = requests.into_iter();
-                    let made = made.map(|request| Made::of(request, &contents, &metrics));
+                    let made = Made::all(requests, &contents, &metrics);
                     // Fails only at the end of the process, when nobody waits for any of them.
-                    if turns.blocking_send(made.collect()).is_err() {
+                    if turns.blocking_send(made).is_err() {
                         return;
                     }
                 }
@@ -111,6 +133,7 @@ impl Composer {
         for _ in 0..wake {
             self.desk.arrived.notify_one();
         }
+        self.desk.called.notify_one();
         requests.collect()
     }
 }
@@ -119,10 +142,28 @@ impl Drop for Composer {
     fn drop(&mut self) {
         self.desk.lock().closed = true;
         self.desk.arrived.notify_all();
+        self.desk.called.notify_one();
     }
 }
 
 impl Desk {
+    /// The requests of the next turn, where the caller is the only one who takes any; none when
+    /// there will be no more.
+    async fn taken(&self) -> Option<Vec<Request>> {
+        loop {
+            {
+                let mut waiting = self.lock();
+                if !waiting.requests.is_empty() {
+                    return Some(waiting.requests.drain(..).collect());
+                }
+                if waiting.closed {
+                    return None;
+                }
+            }
+            self.called.notified().await;
+        }
+    }
+
     /// The requests of the next turn, once there are any; none when there will be no more.
     fn take(&self) -> Option<Vec<Request>> {
         let mut waiting = self.lock();
@@ -155,6 +196,12 @@ struct Made {
 }
 
 impl Made {
+    fn all(requests: Vec<Request>, contents: &Contents, metrics: &Metrics) -> Vec<Self> {
+        let made = requests.into_iter();
+        made.map(|request| Self::of(request, contents, metrics))
+            .collect()
+    }
+
     fn of(Request { job, to }: Request, contents: &Contents, metrics: &Metrics) -> Self {
         Self {
             job: job.id,
@@ -175,6 +222,20 @@ fn compose(job: Job, contents: &Contents, metrics: &Metrics) -> Result<Composed,
         body,
         smtp_utf8,
     })
+}
+
+async fn compose_in_place(
+    desk: Arc<Desk>,
+    contents: Arc<Contents>,
+    metrics: Arc<Metrics>,
+    turns: mpsc::Sender<Vec<Made>>,
+) {
+    while let Some(requests) = desk.taken().await {
+        let made = Made::all(requests, &contents, &metrics);
+        if turns.send(made).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Gives the messages of each turn to their connections, which then run together: their start

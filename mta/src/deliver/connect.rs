@@ -7,6 +7,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 
+use async_trait::async_trait;
 use service::config::{Proxy, Source};
 use smtp::{SessionError, Stage};
 use socket2::SockRef;
@@ -14,11 +15,12 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::Deliver;
+use super::network::{Network, Pulse, Socket};
 use super::proxy::{self, ProxyError};
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum ConnectError {
+pub enum ConnectError {
     /// The source: its address is not of this machine, or its proxy does not do its work.
     Source(String),
     /// The host.
@@ -41,31 +43,49 @@ fn at_connect(kind: io::ErrorKind) -> SessionError {
     }
 }
 
+impl ConnectError {
+    /// The host cannot be reached, for this reason.
+    pub fn host(kind: io::ErrorKind) -> Self {
+        Self::Host(at_connect(kind))
+    }
+}
+
 impl Deliver {
     /// A connection to `address` as `source`.
     pub(super) async fn connect(
         &self,
         source: &Source,
         address: SocketAddr,
-    ) -> Result<TcpStream, ConnectError> {
-        let connecting = async {
-            match &source.proxy {
-                None => direct(source.bind.towards(address.ip()), address).await,
-                Some(proxy) => through(proxy, source, address).await,
-            }
-        };
+    ) -> Result<Socket, ConnectError> {
         let late = SessionError::TimedOut {
             stage: Stage::Connect,
         };
-        let stream = timeout(self.timeouts.connect, connecting)
-            .await
-            // With a proxy it may be the host behind it that does not answer.
-            .map_err(|_| ConnectError::Host(late))??;
+        timeout(
+            self.timeouts.connect,
+            self.network.connect(source, address),
+        )
+        .await
+        // With a proxy it may be the host behind it that does not answer.
+        .map_err(|_| ConnectError::Host(late))?
+    }
+}
+
+/// The network of the machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Internet;
+
+#[async_trait]
+impl Network for Internet {
+    async fn connect(&self, source: &Source, address: SocketAddr) -> Result<Socket, ConnectError> {
+        let stream = match &source.proxy {
+            None => direct(source.bind.towards(address.ip()), address).await,
+            Some(proxy) => through(proxy, source, address).await,
+        }?;
         // A flight is one write; waiting for more to send would only delay it.
         stream
             .set_nodelay(true)
-            .map_err(|error| ConnectError::Host(at_connect(error.kind())))?;
-        Ok(stream)
+            .map_err(|error| ConnectError::host(error.kind()))?;
+        Ok(Socket::Tcp(stream))
     }
 }
 
@@ -105,17 +125,6 @@ async fn through(
         }
     }
     Ok(stream)
-}
-
-/// What the kernel holds of a connection that nobody has read from for a while.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pulse {
-    /// Nothing: it is as it was left.
-    Quiet,
-    /// Bytes that were not asked for.
-    Unread,
-    /// The peer has closed it, or it is lost.
-    Gone,
 }
 
 /// Asks the kernel itself: what the runtime knows may be a moment old.

@@ -13,9 +13,9 @@ use smtp::{ClientSession, Reply, Stage, TxId};
 
 use tokio::sync::mpsc::error::TryRecvError;
 
-use super::connect::Pulse;
 use super::dial::Established;
 use super::io::Wire;
+use super::network::Pulse;
 use super::{Deliver, Plan};
 use crate::classify::{Action, Classification, Peer, Scope};
 use crate::compose::Composed;

@@ -8,11 +8,10 @@ use std::time::Duration;
 use crate::trace::Tap;
 use smtp::ClientSession;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
-use super::connect::{Pulse, pulse};
+use super::network::{Pulse, Socket};
 
 /// Slices handed to the kernel in one write.
 const SLICES: usize = 16;
@@ -24,8 +23,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// A connection's bytes.
 #[derive(Debug)]
 pub(super) enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Plain(Socket),
+    Tls(Box<TlsStream<Socket>>),
 }
 
 impl Stream {
@@ -60,7 +59,7 @@ impl Stream {
     }
 
     /// The plaintext stream, to be upgraded; `None` when it already was.
-    pub(super) fn into_plain(self) -> Option<TcpStream> {
+    pub(super) fn into_plain(self) -> Option<Socket> {
         match self {
             Self::Plain(stream) => Some(stream),
             Self::Tls(_) => None,
@@ -95,8 +94,8 @@ impl Wire {
     /// What the kernel holds of what the peer sent.
     pub(super) fn pulse(&self) -> Pulse {
         match &self.stream {
-            Stream::Plain(stream) => pulse(stream),
-            Stream::Tls(stream) => pulse(stream.get_ref().0),
+            Stream::Plain(stream) => stream.pulse(),
+            Stream::Tls(stream) => stream.get_ref().0.pulse(),
         }
     }
 

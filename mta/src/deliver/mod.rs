@@ -10,10 +10,13 @@ mod connection;
 mod dial;
 mod hosts;
 mod io;
+mod network;
 mod proxy;
 mod secure;
 mod tls;
 
+pub use connect::{ConnectError, Internet};
+pub use network::{Link, Network, Pulse, Socket};
 pub use tls::{TlsConfigs, TlsSetupError};
 
 use std::sync::Arc;
@@ -52,6 +55,7 @@ pub struct Deliver {
     rules: Arc<ArcSwap<Rules>>,
     view: Arc<ControlView>,
     clock: SharedClock,
+    network: Arc<dyn Network>,
     metrics: Arc<Metrics>,
     timeouts: SmtpTimeouts,
     sources: Vec<Source>,
@@ -78,6 +82,8 @@ pub struct DeliverDeps {
     pub view: Arc<ControlView>,
     /// The time.
     pub clock: SharedClock,
+    /// How hosts are reached.
+    pub network: Arc<dyn Network>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// Deadlines.
@@ -128,6 +134,7 @@ impl Deliver {
             rules: deps.rules,
             view: deps.view,
             clock: deps.clock,
+            network: deps.network,
             metrics: deps.metrics,
             timeouts: deps.timeouts,
             sources: deps.sources,

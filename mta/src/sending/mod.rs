@@ -20,14 +20,14 @@ use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
 use service::config::{Account, Dns as DnsConfig, Pool, Smtp, TlsReports};
 use service::metrics::Metrics;
-use service::tasks::{Hold, Shutdown, Stage, Tasks};
+use service::tasks::{Hold, Shutdown, Stage, Tasks, blocking};
 use store::{Control, Store};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::Rules;
-use crate::compose::{Composer, Contents};
-use crate::deliver::{Deliver, DeliverDeps, TlsConfigs, TlsSetupError};
+use crate::compose::{Composer, Contents, Threads};
+use crate::deliver::{Deliver, DeliverDeps, Internet, Network, TlsConfigs, TlsSetupError};
 use crate::explain::troubles::Troubles;
 use crate::http::HttpClient;
 use crate::jobs::TlsReporting;
@@ -227,15 +227,48 @@ impl SendingHandle {
 /// # Errors
 /// See [`StartError`]; nothing runs then.
 pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
+    let surroundings = Surroundings {
+        dns: dns(&deps)?,
+        network: Arc::new(Internet),
+        tls: Arc::new(TlsConfigs::new(deps.smtp.ca_file.as_deref())?),
+        composing: Threads::Processors,
+    };
+    start_in(deps, surroundings).await
+}
+
+/// What lies around a process, beside its store and its disk.
+pub struct Surroundings {
+    /// How DNS is asked.
+    pub dns: Arc<dyn Dns>,
+    /// How hosts are reached.
+    pub network: Arc<dyn Network>,
+    /// Whom TLS trusts.
+    pub tls: Arc<TlsConfigs>,
+    /// On which threads messages are composed.
+    pub composing: Threads,
+}
+
+/// As [`start`], in other surroundings than those of the machine.
+///
+/// # Errors
+/// See [`StartError`]; nothing runs then.
+pub async fn start_in(
+    deps: SendingDeps,
+    surroundings: Surroundings,
+) -> Result<SendingHandle, StartError> {
+    let Surroundings {
+        dns,
+        network,
+        tls,
+        composing,
+    } = surroundings;
     let failed = CancellationToken::new();
     let now = deps.clock.instant();
-    let tls = Arc::new(TlsConfigs::new(deps.smtp.ca_file.as_deref())?);
-    let dns = dns(&deps)?;
     let resolver = resolver(&deps, Arc::clone(&dns));
     let http = Arc::new(HttpClient::new(Arc::clone(&resolver), tls.https()?));
     let policies = policies(&deps, dns, &http);
     let journal = deps.journal.clone();
-    let starts = tokio::task::spawn_blocking(move || recover(&journal))
+    let starts = blocking(move || recover(&journal))
         .await
         .map_err(std::io::Error::other)??;
 
@@ -253,7 +286,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         deps.dkim_dir.clone(),
         deps.smtp.bounce_domain.clone(),
     ));
-    let composer = Composer::start(&deps.tasks, &contents, &deps.metrics, &queue)?;
+    let composer = Composer::start(composing, &deps.tasks, &contents, &deps.metrics, &queue)?;
     let troubles = Arc::new(Troubles::default());
     let traces = Arc::new(Traces::new(deps.clock.clone()));
     let deliver = Arc::new(Deliver::new(DeliverDeps {
@@ -262,6 +295,7 @@ pub async fn start(deps: SendingDeps) -> Result<SendingHandle, StartError> {
         rules: Arc::clone(&deps.rules),
         view: Arc::clone(&view),
         clock: deps.clock.clone(),
+        network,
         metrics: Arc::clone(&deps.metrics),
         timeouts: deps.smtp.timeouts,
         sources: deps.smtp.sources.clone(),

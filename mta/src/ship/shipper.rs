@@ -7,7 +7,7 @@ use journal::{Journal, RecordKind};
 use model::{BatchId, Fact, Place, Seq};
 use service::clock::SharedClock;
 use service::metrics::{DuplicateCause, Metrics};
-use service::tasks::{Shutdown, Stage};
+use service::tasks::{Shutdown, Stage, blocking};
 use store::{LeasedRange, RangeRef, Release, Shipment, Shipped, Store, StoreError};
 use tokio::sync::mpsc;
 
@@ -218,7 +218,7 @@ impl Shipper {
         if self.finishing {
             // The sync thread may be idle: ask.
             let journal = self.deps.journal.clone();
-            let synced = tokio::task::spawn_blocking(move || journal.sync()).await;
+            let synced = blocking(move || journal.sync()).await;
             if !matches!(synced, Ok(Ok(()))) {
                 tokio::time::sleep(PACE).await;
             }

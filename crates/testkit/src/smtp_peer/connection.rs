@@ -11,12 +11,11 @@ use std::time::Duration;
 
 use smtp::{ServerEvent, ServerSession};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::record::digest;
-use super::{Answer, Counts, Keep, Question, Received, Shared, Temper, lock};
+use super::{Answer, Counts, Keep, PeerStream, Question, Received, Shared, Temper, lock};
 
 /// Room made in the input buffer for each read.
 const READ_BYTES: usize = 64 * 1024;
@@ -35,8 +34,8 @@ enum End {
     Upgrade,
 }
 
-pub(super) struct Connection {
-    stream: Option<TcpStream>,
+pub(super) struct Connection<S> {
+    stream: Option<S>,
     dialogue: Dialogue,
 }
 
@@ -53,9 +52,9 @@ struct Dialogue {
     ahead: u64,
 }
 
-impl Connection {
+impl<S: PeerStream> Connection<S> {
     pub(super) fn new(
-        stream: TcpStream,
+        stream: S,
         from: SocketAddr,
         temper: Arc<Temper>,
         shared: Arc<Shared>,
@@ -95,20 +94,20 @@ impl Connection {
         }
     }
 
-    async fn serve(&mut self, mut stream: TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
+    async fn serve(&mut self, mut stream: S) -> io::Result<()> {
+        stream.prepare()?;
         let end = self.dialogue.talk(&mut stream).await?;
         if end != End::Upgrade {
             self.dialogue.closes();
         }
         match end {
             End::Close => close(&mut stream).await,
-            End::Reset => stream.set_zero_linger(),
+            End::Reset => stream.reset(),
             End::Upgrade => self.serve_tls(stream).await,
         }
     }
 
-    async fn serve_tls(&mut self, stream: TcpStream) -> io::Result<()> {
+    async fn serve_tls(&mut self, stream: S) -> io::Result<()> {
         let Some(config) = self.dialogue.temper.tls.as_ref() else {
             return Ok(());
         };
@@ -126,12 +125,12 @@ impl Connection {
         self.dialogue.closes();
         match end {
             End::Close | End::Upgrade => close(&mut stream).await,
-            End::Reset => stream.get_ref().0.set_zero_linger(),
+            End::Reset => stream.get_mut().0.reset(),
         }
     }
 }
 
-impl Drop for Connection {
+impl<S> Drop for Connection<S> {
     fn drop(&mut self) {
         self.dialogue.closes();
     }
