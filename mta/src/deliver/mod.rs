@@ -179,6 +179,7 @@ impl Deliver {
         avoided: &[Arc<str>],
     ) -> Result<Established, DialError> {
         tokio::select! {
+            biased;
             dialled = self.dial(plan.conn, &plan.route, &plan.policy, source, avoided) => dialled,
             () = plan.quit.cancelled() => Err(DialError::Asked),
         }

@@ -199,6 +199,7 @@ impl Follower {
     /// Follows from `cursor` until nothing more is sent.
     pub(super) async fn run(self, cursor: ControlCursor, shutdown: &Shutdown) {
         tokio::select! {
+            biased;
             () = self.follow(cursor) => {}
             () = shutdown.reached(Stage::Journal) => {}
         }

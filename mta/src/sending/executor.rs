@@ -106,10 +106,9 @@ impl Executor {
         while !self.drained {
             let wake = self.parts.state.wakes_at();
             tokio::select! {
-                _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => {
-                    self.gather(&mut events).await;
-                    self.apply(std::mem::take(&mut events));
-                }
+                // In this order: what comes seldom first, so that events, of which there are always
+                // some, keep nothing waiting.
+                biased;
                 _ = ticks.tick() => self.tick(),
                 () = until(wake), if wake.is_some() => self.wake(),
                 Some(ask) = self.parts.asked.recv() => self.answer(ask),
@@ -122,6 +121,10 @@ impl Executor {
                     self.apply(vec![Event::Drain]);
                 }
                 () = shutdown.reached(Stage::Journal) => break,
+                _ = self.parts.events.recv_many(&mut events, EVENTS_PER_TURN) => {
+                    self.gather(&mut events).await;
+                    self.apply(std::mem::take(&mut events));
+                }
             }
             while !self.at_once.is_empty() {
                 let events = std::mem::take(&mut self.at_once);
@@ -367,6 +370,7 @@ impl Executor {
                 Ok((policies.judge(&domain, route).await, ttl))
             };
             let answer = tokio::select! {
+                biased;
                 answer = asked => answer,
                 // Nobody needs it any more, and a dead name server takes its time.
                 () = shutdown.begun() => return,

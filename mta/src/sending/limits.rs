@@ -212,6 +212,7 @@ async fn tell(
         events.drain(..surplus);
         write(&*store, &clock, &mut events, &mut notes).await;
         tokio::select! {
+            biased;
             () = tokio::time::sleep(PERIOD) => {}
             () = shutdown.reached(Stage::Journal) => {}
         }

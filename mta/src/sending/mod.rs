@@ -461,6 +461,7 @@ async fn begin(
         (page.next, limits, shipper, back)
     };
     let (cursor, mut events, shipper, back) = tokio::select! {
+        biased;
         found = asked_before_leasing => found,
         () = deps.shutdown.begun() => {
             tracing::info!("ended before the store answered; facts of the last run stay in the journal");

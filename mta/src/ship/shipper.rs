@@ -197,8 +197,9 @@ impl Shipper {
                 .set(i64::try_from(self.deps.journal.pending_records()).unwrap_or(i64::MAX));
             let closing = self.deps.shutdown.clone().reached_close();
             tokio::select! {
-                () = self.something_to_do() => {}
+                biased;
                 () = closing => break,
+                () = self.something_to_do() => {}
             }
         }
         if !self.is_done() {
@@ -236,6 +237,7 @@ impl Shipper {
             }
         }
         tokio::select! {
+            biased;
             readable = self.deps.journal.readable(self.shipped) => if readable.is_err() {
                 tokio::time::sleep(IDLE).await;
             },

@@ -202,6 +202,7 @@ impl Policies {
     /// Keeps what it knows fresh and shared until the end begins.
     pub async fn run(self: Arc<Self>, shutdown: Shutdown) {
         tokio::select! {
+            biased;
             () = self.keep() => {}
             () = shutdown.begun() => {}
         }

@@ -13,6 +13,7 @@ mod peers;
 mod reading;
 mod sending;
 mod serving;
+mod simulation;
 mod station;
 mod storm;
 mod tenants;

@@ -142,41 +142,13 @@ impl Station {
     ) -> BatchId {
         let now = SystemClock.now();
         let id = BatchId::new(now, u128::from(fastrand::u64(..)));
-        let rows = to
-            .iter()
-            .enumerate()
-            .map(|(index, email)| row(u32::try_from(index).expect("few"), email));
-        let mut by_domain = std::collections::BTreeMap::<String, Vec<Row>>::new();
-        for row in rows {
-            by_domain
-                .entry(row.email.domain().to_owned())
-                .or_default()
-                .push(row);
-        }
-        let (single, mixed): (Vec<_>, Vec<_>) =
-            by_domain.into_iter().partition(|(_, rows)| rows.len() > 1);
-        let mixed: Vec<Row> = mixed.into_iter().flat_map(|(_, rows)| rows).collect();
-        let queues = single
-            .into_iter()
-            .chain(std::iter::once((store::MIXED.to_owned(), mixed)));
-        let mut lots = Vec::new();
-        for (queue, rows) in queues {
-            for some in rows.chunks(store::LOT_ROWS) {
-                let number = LotNumber::new(Partition(0), u32::try_from(lots.len()).expect("few"))
-                    .expect("a lot number");
-                lots.push(NewLot {
-                    number,
-                    queue: queue.as_str().into(),
-                    rows: some.to_vec(),
-                });
-            }
-        }
+        let lots = lots(to);
         self.store.stage_lots(id, lots).await.expect("staged");
         let mut head = head(id, now);
         change(&mut head);
         let batch = NewBatch {
             head,
-            content: self.content().into(),
+            content: content(&self.ring, &["s1"]).into(),
             accepted: to.len() as u64,
             rejected: 0,
             call: None,
@@ -186,23 +158,6 @@ impl Station {
             .await
             .expect("committed");
         id
-    }
-
-    fn content(&self) -> Vec<u8> {
-        let spec = serde_json::json!({
-            "from": {"email": "news@brand.example", "name": "Brand"}, "subject": "Hello",
-            "html": "<p>Hello <a href=\"https://shop.example/\">shop</a></p>", "text": "Hello", "list_unsubscribe": true
-        });
-        let released = Released {
-            form: Released::FORM,
-            spec: serde_json::from_value(spec).expect("a content"),
-            dkim_selectors: vec!["s1".into()],
-            tracker_base_url: "http://127.0.0.1:8026".into(),
-            tracking_key: self.ring.load().ids().next().expect("a key"),
-            allow_duplicates: false,
-            proof: false,
-        };
-        released.to_bytes().expect("bytes")
     }
 
     /// Starts sending, with the journal that lies in the directory.
@@ -349,6 +304,58 @@ impl Running {
     }
 }
 
+/// Rows for these addresses, in lots by domain.
+pub(crate) fn lots(to: &[String]) -> Vec<NewLot> {
+    let rows = to
+        .iter()
+        .enumerate()
+        .map(|(index, email)| row(u32::try_from(index).expect("few"), email));
+    let mut by_domain = std::collections::BTreeMap::<String, Vec<Row>>::new();
+    for row in rows {
+        by_domain
+            .entry(row.email.domain().to_owned())
+            .or_default()
+            .push(row);
+    }
+    let (single, mixed): (Vec<_>, Vec<_>) =
+        by_domain.into_iter().partition(|(_, rows)| rows.len() > 1);
+    let mixed: Vec<Row> = mixed.into_iter().flat_map(|(_, rows)| rows).collect();
+    let queues = single
+        .into_iter()
+        .chain(std::iter::once((store::MIXED.to_owned(), mixed)));
+    let mut lots = Vec::new();
+    for (queue, rows) in queues {
+        for some in rows.chunks(store::LOT_ROWS) {
+            let number = LotNumber::new(Partition(0), u32::try_from(lots.len()).expect("few"))
+                .expect("a lot number");
+            lots.push(NewLot {
+                number,
+                queue: queue.as_str().into(),
+                rows: some.to_vec(),
+            });
+        }
+    }
+    lots
+}
+
+/// A small content, signed with these keys of its From domain.
+pub(crate) fn content(ring: &ArcSwap<KeyRing>, dkim_selectors: &[&str]) -> Vec<u8> {
+    let spec = serde_json::json!({
+        "from": {"email": "news@brand.example", "name": "Brand"}, "subject": "Hello",
+        "html": "<p>Hello <a href=\"https://shop.example/\">shop</a></p>", "text": "Hello", "list_unsubscribe": true
+    });
+    let released = Released {
+        form: Released::FORM,
+        spec: serde_json::from_value(spec).expect("a content"),
+        dkim_selectors: dkim_selectors.iter().map(ToString::to_string).collect(),
+        tracker_base_url: "http://127.0.0.1:8026".into(),
+        tracking_key: ring.load().ids().next().expect("a key"),
+        allow_duplicates: false,
+        proof: false,
+    };
+    released.to_bytes().expect("bytes")
+}
+
 fn row(index: u32, email: &str) -> Row {
     Row {
         index,
@@ -361,7 +368,8 @@ fn row(index: u32, email: &str) -> Row {
     }
 }
 
-fn head(id: BatchId, now: Timestamp) -> BatchHead {
+/// The head of a batch released at `now`.
+pub(crate) fn head(id: BatchId, now: Timestamp) -> BatchHead {
     BatchHead {
         id,
         account: "default".into(),

@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::tls::SelfSigned;
 
-trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin {}
-impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Stream for T {}
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 
 /// A plain client: one session, one recipient a message, to its end.
 struct Client {
