@@ -23,10 +23,10 @@ async fn status_of(running: &Running, request: &[u8]) -> String {
 async fn nonsense_is_answered_in_kind() {
     let place = Place::new(1).await;
     let running = place.start().await;
-    for path in ["/", "/t.js", "/robots.txt", "/c", "/x/y"] {
+    for path in ["/", "/t.css", "/robots.txt", "/c", "/x/y"] {
         assert_eq!(running.get(path).await.status, 404, "{path}");
     }
-    assert_eq!(running.ask("POST", "/p", &[], b"{}").await.status, 404);
+    assert_eq!(running.ask("POST", "/q", &[], b"{}").await.status, 404);
     for kind in ["c", "o"] {
         let answer = running.ask("POST", &format!("/{kind}/x"), &[], b"").await;
         assert_eq!(
