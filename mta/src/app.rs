@@ -415,6 +415,7 @@ fn api(
         tenants: Arc::clone(&tenants),
         pools: config.pools.clone(),
         dkim_dir: config.dkim.dir.clone(),
+        bounce_domain: config.smtp.bounce_domain.clone(),
         tracking: Arc::clone(&shared.tracking),
         data_dir: config.data_dir.clone(),
         sizes: Sizes {

@@ -4,6 +4,7 @@
 //! and every recipient, grouping recipients into lots, and the commit. Nothing of a batch is
 //! visible before its commit, and memory does not grow with it. Must not send anything.
 
+mod advice;
 mod csv_rows;
 pub(crate) mod decode;
 pub(crate) mod fields;

@@ -12,6 +12,7 @@ use model::{Partition, Row};
 use store::NewLot;
 use tokio::sync::mpsc;
 
+use super::advice::Advice;
 use super::fields::Mistakes;
 use super::lots::{Bounds, LotBuilder};
 use super::row::{self, Parsed, Rejection, RejectionCode};
@@ -34,6 +35,8 @@ pub(crate) struct Sorted {
     pub(crate) rejected_count: u64,
     /// The first that was accepted, for a dry run.
     pub(crate) first: Option<Row>,
+    /// What the list looks like.
+    pub(crate) advice: Advice,
 }
 
 /// Everything that recipients are judged by.
@@ -107,6 +110,7 @@ impl<'c> Judge<'c> {
                     self.sorted.first = Some(row.clone());
                 }
                 self.sorted.accepted += 1;
+                self.sorted.advice.look(&row.email);
                 lots.push(partition, row)
                     .map_err(|error| too_many(&error))?;
                 send_if(lots.sealed_rows() >= GROUP_ROWS, &mut lots, out)?;

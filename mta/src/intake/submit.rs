@@ -12,7 +12,7 @@ use aws_lc_rs::rand;
 use axum::body::Body;
 use content::{LinkReport, RenderContext, Tracker};
 use links::KeyRing;
-use model::{BatchId, BatchState, Row, Timestamp};
+use model::{BatchId, BatchState, Domain, Row, Timestamp};
 use serde::Serialize;
 use service::clock::SharedClock;
 use service::config::{Account, Pool};
@@ -43,6 +43,8 @@ pub(crate) struct Intake {
     pub(crate) tenants: Arc<Tenants>,
     pub(crate) pools: Vec<Pool>,
     pub(crate) dkim_dir: PathBuf,
+    /// `smtp.bounce_domain`
+    pub(crate) bounce_domain: Option<Domain>,
     pub(crate) tracking: Arc<ArcSwap<KeyRing>>,
     /// Where spools lie while a body arrives.
     pub(crate) data_dir: PathBuf,
@@ -95,6 +97,50 @@ pub(crate) struct Checked {
     warnings: Vec<String>,
     /// Of the first good recipient.
     rendered: Option<Rendered>,
+    /// What receivers will find of DMARC (RFC 7489 §3.1).
+    alignment: Alignment,
+}
+
+/// Which domains a message speaks for, and whether they are that of its From.
+#[derive(Debug, Serialize)]
+pub(crate) struct Alignment {
+    from: String,
+    dkim: Aligned,
+    reverse_path: Aligned,
+    /// One of them is enough.
+    aligned: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Aligned {
+    /// None: the mail is not signed.
+    domain: Option<String>,
+    aligned: bool,
+}
+
+impl Alignment {
+    fn of(prepared: &Prepared, bounce_domain: Option<&Domain>) -> Self {
+        let from = prepared.released.spec.from.email.domain().to_owned();
+        let signed = !prepared.released.dkim_selectors.is_empty();
+        let bounces = bounce_domain
+            .map_or(from.as_str(), Domain::as_str)
+            .to_owned();
+        // Relaxed, as far as that is known without the list of public suffixes.
+        let below = |a: &str, b: &str| a.strip_suffix(b).is_some_and(|rest| rest.ends_with('.'));
+        let spf = bounces == from || below(&bounces, &from) || below(&from, &bounces);
+        Self {
+            dkim: Aligned {
+                domain: signed.then(|| from.clone()),
+                aligned: signed,
+            },
+            reverse_path: Aligned {
+                domain: Some(bounces),
+                aligned: spf,
+            },
+            aligned: signed || spf,
+            from,
+        }
+    }
 }
 
 /// A message as it would leave, unsigned, with links that lead nowhere.
@@ -102,6 +148,8 @@ pub(crate) struct Checked {
 pub(crate) struct Rendered {
     email: String,
     message: String,
+    /// Bytes on the wire, without the signatures.
+    size: usize,
 }
 
 /// Renders with a tracking key that nobody has: a dry run must not make links that work.
@@ -127,6 +175,7 @@ fn render(prepared: &Prepared, row: &Row, account: &Account) -> Answer<Rendered>
         .map_err(|error| failed(&error))?;
     Ok(Rendered {
         email: row.email.to_string(),
+        size: message.size(),
         message: String::from_utf8_lossy(&message.into_bytes()).into_owned(),
     })
 }
@@ -159,7 +208,8 @@ impl Intake {
                 rejected: sorted.rejected,
                 rejected_count: sorted.rejected_count,
                 links: prepared.content.links().clone(),
-                warnings: prepared.warnings,
+                alignment: Alignment::of(&prepared, intake.bounce_domain.as_ref()),
+                warnings: [prepared.warnings, sorted.advice.warnings()].concat(),
                 rendered,
             })
         })
@@ -443,7 +493,7 @@ fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> 
             rejected: sorted.rejected,
             rejected_count: sorted.rejected_count,
             links: prepared.content.links().clone(),
-            warnings: prepared.warnings.clone(),
+            warnings: [prepared.warnings.clone(), sorted.advice.warnings()].concat(),
         }),
     };
     json.map_err(|error| Refusal::internal("answer", &error))
