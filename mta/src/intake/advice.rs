@@ -130,7 +130,7 @@ fn meant(domain: &str) -> Option<&'static str> {
             && large.len().abs_diff(domain.len()) <= 1
             && strsim::damerau_levenshtein(large, domain) == 1
     };
-    LARGE.iter().copied().find(|large| near(&large))
+    LARGE.iter().copied().find(|large| near(large))
 }
 
 #[cfg(test)]
