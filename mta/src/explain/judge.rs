@@ -14,11 +14,14 @@ use super::{
     Constraint, End, Explanation, Kind, Part, Recipients, Source, State, Subject, SubjectKind,
 };
 use crate::queue::snapshot::{Block, ContentView, DestinationView, Whereabouts};
+use crate::shaping::Reason;
 
 /// Destinations told of a batch.
 const PARTS_MAX: usize = 20;
 /// How far ahead messages are handed to connections: a permit within it holds nobody up.
 const SOON: Duration = Duration::from_millis(500);
+/// The word for a pace that a warm-up sets.
+const WARM_UP: &str = Reason::WarmUp.as_str();
 /// An ETA beyond this says nothing.
 const ETA_MAX: Duration = Duration::from_secs(400 * 86_400);
 
@@ -617,15 +620,27 @@ fn at_most_connections(destination: &DestinationFacts, view: &DestinationView) -
 
 fn rate(destination: &DestinationFacts, end: End) -> Constraint {
     let each: Vec<_> = destination.limits.iter().map(told).collect();
-    let detail = format!("{} takes {} from us", destination.name, each.join(", "));
-    let adapted = destination
-        .limits
-        .iter()
-        .any(|limits| limits.rate.reason.is_some());
-    let source = if adapted { said(destination) } else { None };
     let line = destination.limits.first().and_then(|of| of.rate.line);
-    let source = source.or_else(|| Some(at_line(&destination.configured, line)));
-    Constraint::new(Kind::Rate, end, source, detail)
+    let in_file = || Some(at_line(&destination.configured, line));
+    let mut reasons = destination.limits.iter().map(reason);
+    if !destination.limits.is_empty() && reasons.all(|reason| reason == Some(WARM_UP)) {
+        let detail = format!(
+            "all sources are new to {}, which gets {} from us on this day of the warm-up",
+            destination.name,
+            each.join(", ")
+        );
+        return Constraint::new(Kind::WarmUp, end, in_file(), detail);
+    }
+    let detail = format!("{} takes {} from us", destination.name, each.join(", "));
+    let mut reasons = destination.limits.iter().filter_map(reason);
+    let adapted = reasons.any(|reason| reason != WARM_UP);
+    let source = if adapted { said(destination) } else { None };
+    Constraint::new(Kind::Rate, end, source.or_else(in_file), detail)
+}
+
+/// Why the rate of a source is not as configured, in a word.
+fn reason(limits: &SourceLimits) -> Option<&str> {
+    limits.rate.reason.as_deref()
 }
 
 /// The place of one limit in the file of all.

@@ -212,6 +212,8 @@ pub(crate) enum Kind {
     ProcessConnections,
     /// Sessions broke; the next connection waits.
     Reconnect,
+    /// The sources are new to the destination, and the budget of the day is spread over it.
+    WarmUp,
     /// The rate of the destination.
     Rate,
     /// The connections that the destination gets.

@@ -383,6 +383,14 @@ fn the_hand_of_an_operator_and_the_word_of_the_peer_hold_a_destination() {
             Kind::Dns,
             None,
         ),
+        (
+            with(|of, view| {
+                of.limits[0].rate.reason = Some("warm_up".to_owned());
+                view.sources[0].next_permit_at = at(90);
+            }),
+            Kind::WarmUp,
+            Some(at(90)),
+        ),
         // What is over holds nothing.
         (
             with(|of, view| {
@@ -401,7 +409,7 @@ fn the_hand_of_an_operator_and_the_word_of_the_peer_hold_a_destination() {
         let explanation = of_domain("x.example", &destination, &stock, &node());
         let (_, found, found_next) = told(&explanation);
         assert_eq!((found, found_next), (Some(kind), next));
-        if kind != Kind::Rate {
+        if !matches!(kind, Kind::Rate | Kind::WarmUp) {
             assert_eq!(explanation.state, State::Waiting, "{kind:?}");
         }
     }
