@@ -357,7 +357,7 @@ fn the_hand_of_an_operator_and_the_word_of_the_peer_hold_a_destination() {
         since: NOW,
         until,
     };
-    let table: [(DestinationFacts, Kind, Option<Timestamp>); 6] = [
+    let table: [(DestinationFacts, Kind, Option<Timestamp>); 7] = [
         (
             with(|of, _| of.suspension = Some(suspended(None))),
             Kind::Suspension,
