@@ -216,14 +216,18 @@ pub async fn events_say_what_the_contract_says(fixture: &dyn Fixture) -> Result<
         "attempt": 1, "smtp_code": 451, "enhanced_code": "4.7.1", "class": "greylisted", "blame": "destination",
         "reply": "reply to a@x.example", "host": "mx.x.example (192.0.2.1)", "tls": "TLSv1.3",
         "destination": "x.example", "source": "default", "rule": "greylist", "rules_version": "0f", "ambiguous": false,
-        "next_attempt_at": retry, "transaction_ms": 0,
+        "next_attempt_at": retry, "transaction_ms": 0, "dot_at": told.data["dot_at"],
     });
     assert_eq!(told.data, data);
+    // When the final dot was sent: what machines are told from people by.
+    assert!(told.data["dot_at"].is_string(), "{}", told.data);
     let data = serde_json::json!({
         "actor": "human", "machine_reasons": [], "link": 2, "url": "https://x.example/", "user_agent": "agent",
-        "network": "192.0.2.0/24", "visitor": null,
+        "network": "192.0.2.0/24", "visitor": null, "rules": 1, "hit": events[3].data["hit"],
     });
     assert_eq!(events[3].data, data);
+    let hit = events[3].data["hit"].as_str().expect("its fact");
+    assert!(hit.parse::<model::FactId>().is_ok(), "{hit}");
     Ok(())
 }
 
