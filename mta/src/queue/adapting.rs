@@ -238,57 +238,9 @@ impl World {
                 source,
                 permits,
                 ..
-            } => {
-                self.opened.push(self.now);
-                if self.unreachable {
-                    let trouble = Trouble {
-                        class: model::Class::ConnectFailure,
-                        blame: model::Blame::Destination,
-                        text: "nobody answers".to_owned(),
-                        reply: None,
-                        host: "mx.x.example".into(),
-                        is_final: false,
-                    };
-                    let end = ConnEnd::Unreachable(trouble);
-                    self.later.push_back(Event::Closed(conn, end));
-                    return;
-                }
-                let made = Conn {
-                    source,
-                    permits,
-                    jobs: VecDeque::new(),
-                    ready: true,
-                    busy: None,
-                    begun: 0,
-                };
-                self.conns.insert(conn, made);
-                let security = Arc::new(Security {
-                    host: "mx.x.example".into(),
-                    level: Level::Plaintext,
-                    dane_kept: false,
-                    observed: false,
-                });
-                self.later.push_back(Event::Ready(conn, security));
-            }
-            Action::Send(job) => {
-                let conn = self.conns.get_mut(&job.conn).expect("a connection");
-                conn.jobs.push_back(job);
-                let out = self
-                    .conns
-                    .values()
-                    .map(|conn| conn.jobs.len() + usize::from(conn.busy.is_some()));
-                self.most_out = self.most_out.max(out.sum());
-            }
-            Action::Close(id) => {
-                if let Some(conn) = self.conns.remove(&id) {
-                    let left = conn.jobs.into_iter().chain(conn.busy.map(|(job, _)| job));
-                    for job in left {
-                        let fate = Fate::Returned(super::job::Returned::Closed);
-                        self.later.push_back(Event::Report(job.id, fate));
-                    }
-                    self.later.push_back(Event::Closed(id, ConnEnd::Planned));
-                }
-            }
+            } => self.open(conn, source, permits),
+            Action::Send(job) => self.send(job),
+            Action::Close(id) => self.close(id),
             Action::Limits(limited) => self.limited(*limited),
             Action::Keep(all) => {
                 for (destination, source, kept) in all {
@@ -307,6 +259,61 @@ impl World {
             | Action::Claim(_)
             | Action::Drained => {}
         }
+    }
+
+    fn open(&mut self, conn: ConnId, source: usize, permits: SharedPacer) {
+        self.opened.push(self.now);
+        if self.unreachable {
+            let trouble = Trouble {
+                class: model::Class::ConnectFailure,
+                blame: model::Blame::Destination,
+                text: "nobody answers".to_owned(),
+                reply: None,
+                host: "mx.x.example".into(),
+                is_final: false,
+            };
+            let end = ConnEnd::Unreachable(trouble);
+            self.later.push_back(Event::Closed(conn, end));
+            return;
+        }
+        let made = Conn {
+            source,
+            permits,
+            jobs: VecDeque::new(),
+            ready: true,
+            busy: None,
+            begun: 0,
+        };
+        self.conns.insert(conn, made);
+        let security = Arc::new(Security {
+            host: "mx.x.example".into(),
+            level: Level::Plaintext,
+            dane_kept: false,
+            observed: false,
+        });
+        self.later.push_back(Event::Ready(conn, security));
+    }
+
+    fn send(&mut self, job: Job) {
+        let conn = self.conns.get_mut(&job.conn).expect("a connection");
+        conn.jobs.push_back(job);
+        let out = self
+            .conns
+            .values()
+            .map(|conn| conn.jobs.len() + usize::from(conn.busy.is_some()));
+        self.most_out = self.most_out.max(out.sum());
+    }
+
+    fn close(&mut self, id: ConnId) {
+        let Some(conn) = self.conns.remove(&id) else {
+            return;
+        };
+        let left = conn.jobs.into_iter().chain(conn.busy.map(|(job, _)| job));
+        for job in left {
+            let fate = Fate::Returned(super::job::Returned::Closed);
+            self.later.push_back(Event::Report(job.id, fate));
+        }
+        self.later.push_back(Event::Closed(id, ConnEnd::Planned));
     }
 
     fn limited(&mut self, limited: Limited) {

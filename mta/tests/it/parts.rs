@@ -106,6 +106,26 @@ async fn parts_in_every_form_are_added_and_the_batch_is_started() {
         "{added}"
     );
 
+    is_open_with_five(api, &id).await;
+    for _ in 0..2 {
+        let started = api.post(&format!("/v1/batches/{id}/start")).await;
+        assert_eq!(
+            (started.status, &started.json()["state"]),
+            (StatusCode::OK, &json!("in_progress"))
+        );
+    }
+    let late = add(api, &id, NDJSON, "{\"email\":\"z@x.example\"}").await;
+    assert_eq!(
+        (late.status, late.problem().1),
+        (StatusCode::CONFLICT, "invalid_state".into())
+    );
+    let row = api.get(&format!("/v1/messages/{id}.6")).await.json();
+    assert_eq!(row["email"], "e@x.example", "{row}");
+    service.stop().await;
+}
+
+/// What is shown of a batch while it takes parts.
+async fn is_open_with_five(api: &Caller, id: &str) {
     let found = api.get(&format!("/v1/batches/{id}")).await.json();
     assert_eq!(
         (&found["state"], &found["started_at"]),
@@ -130,25 +150,9 @@ async fn parts_in_every_form_are_added_and_the_batch_is_started() {
         .collect();
     assert_eq!(rows, [0, 2, 3, 5, 6]);
     let open = api.get("/v1/batches?state=open").await.json();
-    assert_eq!(open["items"][0]["id"], id.as_str());
+    assert_eq!(open["items"][0]["id"], id);
     let paused = api.post(&format!("/v1/batches/{id}/pause")).await;
     assert_eq!(paused.problem().1, "invalid_state");
-
-    for _ in 0..2 {
-        let started = api.post(&format!("/v1/batches/{id}/start")).await;
-        assert_eq!(
-            (started.status, &started.json()["state"]),
-            (StatusCode::OK, &json!("in_progress"))
-        );
-    }
-    let late = add(api, &id, NDJSON, "{\"email\":\"z@x.example\"}").await;
-    assert_eq!(
-        (late.status, late.problem().1),
-        (StatusCode::CONFLICT, "invalid_state".into())
-    );
-    let row = api.get(&format!("/v1/messages/{id}.6")).await.json();
-    assert_eq!(row["email"], "e@x.example", "{row}");
-    service.stop().await;
 }
 
 #[tokio::test]

@@ -353,6 +353,7 @@ mod tests {
         metrics.outcomes("delivered", "", &there).inc();
         metrics.limit(&there, LimitKind::Rate, 5.0, 10.0);
         metrics.throttled(&there, ThrottleReason::Rate).inc();
+        metrics.egress_source("ip1", true);
         metrics.store_seconds("lease").observe(0.001);
         let open = metrics.connection(&there);
         let page = metrics.render();
