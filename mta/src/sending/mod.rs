@@ -280,12 +280,7 @@ pub async fn start_in(
         Arc::clone(&deps.metrics),
         failed.clone(),
     ));
-    let contents = Arc::new(Contents::new(
-        Arc::clone(&deps.store),
-        Arc::clone(&deps.ring),
-        deps.dkim_dir.clone(),
-        deps.smtp.bounce_domain.clone(),
-    ));
+    let contents = contents(&deps);
     let composer = Composer::start(composing, &deps.tasks, &contents, &deps.metrics, &queue)?;
     let troubles = Arc::new(Troubles::default());
     let traces = Arc::new(Traces::new(deps.clock.clone()));
@@ -331,13 +326,7 @@ pub async fn start_in(
         troubles,
         ship,
         asking: Asking::start(&deps, &queue),
-        limits: LimitNotes::start(
-            Arc::clone(&deps.store),
-            deps.clock.clone(),
-            &deps.smtp.sources,
-            &deps.tasks,
-            deps.shutdown.clone(),
-        ),
+        limits: limit_notes(&deps),
         sharing: shares::Sharing::start(&deps, &queue),
         queue: queue.clone(),
         resolver,
@@ -361,6 +350,25 @@ pub async fn start_in(
         begin(deps, ship, starts, view, queue, executor, hold),
     );
     Ok(handle)
+}
+
+fn contents(deps: &SendingDeps) -> Arc<Contents> {
+    Arc::new(Contents::new(
+        Arc::clone(&deps.store),
+        Arc::clone(&deps.ring),
+        deps.dkim_dir.clone(),
+        deps.smtp.bounce_domain.clone(),
+    ))
+}
+
+fn limit_notes(deps: &SendingDeps) -> LimitNotes {
+    LimitNotes::start(
+        Arc::clone(&deps.store),
+        deps.clock.clone(),
+        &deps.smtp.sources,
+        &deps.tasks,
+        deps.shutdown.clone(),
+    )
 }
 
 fn ship_deps(

@@ -359,7 +359,12 @@ async fn callers_tell_what_only_they_know_and_search() {
         .await
         .json();
     assert_eq!(counters["counters"]["replied"], 1);
+    people_are_found(&place).await;
+    place.service.stop().await;
+}
 
+/// Who clicked, replied and bought is found by it, in each form.
+async fn people_are_found(place: &Place) {
     for (query, expected) in [
         ("clicked=true&replied=false", &["p-1"][..]),
         ("campaign=spring&clicked=true", &["p-0", "p-1"]),
@@ -420,5 +425,4 @@ async fn callers_tell_what_only_they_know_and_search() {
         .await
         .problem();
     assert_eq!((bad.0, bad.1.as_str()), (422, "invalid_field"));
-    place.service.stop().await;
 }

@@ -223,21 +223,30 @@ impl Telling<'_> {
             }
             StoredEvent::Fact {
                 lot, log, entry, ..
-            } => {
-                let Some(head) = self.wanted(ids::split(*lot).0)? else {
-                    return Ok(None);
-                };
-                let Some(block) = self.log(*log)? else {
-                    return Ok(None);
-                };
-                let at = usize::try_from(*entry).unwrap_or(usize::MAX);
-                let Some(logged) = block.entries.get(at) else {
-                    return Ok(None);
-                };
-                let told = Told::of_fact(kind, block.journal, logged.seq, &logged.fact, &head);
-                Ok(self.of_recipient(told, seq, recorded_at, &head, *lot, logged.position)?)
-            }
+            } => self.of_fact(kind, seq, recorded_at, (*lot, *log, *entry)),
         }
+    }
+
+    /// The event of an entry of a lot's log.
+    fn of_fact(
+        &mut self,
+        kind: EventKind,
+        seq: i64,
+        recorded_at: Timestamp,
+        (lot, log, entry): (LotId, i64, u32),
+    ) -> Result<Option<Event>> {
+        let Some(head) = self.wanted(ids::split(lot).0)? else {
+            return Ok(None);
+        };
+        let Some(block) = self.log(log)? else {
+            return Ok(None);
+        };
+        let at = usize::try_from(entry).unwrap_or(usize::MAX);
+        let Some(logged) = block.entries.get(at) else {
+            return Ok(None);
+        };
+        let told = Told::of_fact(kind, block.journal, logged.seq, &logged.fact, &head);
+        self.of_recipient(told, seq, recorded_at, &head, lot, logged.position)
     }
 
     /// An event of another store, under its number in this one.
