@@ -139,12 +139,16 @@ fn file_name(name: &str) -> String {
     }
     let unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     let mut pieces = vec![String::new()];
-    for byte in name.bytes() {
-        // A line of a header has room for so much.
-        if pieces.last().is_none_or(|piece| piece.len() > 50) {
+    for letter in name.chars() {
+        // A line of a header has room for so much; readers decode each line alone, so that none
+        // may end within a letter.
+        if pieces.last().is_none_or(|piece| piece.len() > 40) {
             pieces.push(String::new());
         }
-        if let Some(piece) = pieces.last_mut() {
+        let Some(piece) = pieces.last_mut() else {
+            continue;
+        };
+        for byte in letter.encode_utf8(&mut [0; 4]).bytes() {
             match unreserved(byte) {
                 true => piece.push(char::from(byte)),
                 false => piece.push_str(&format!("%{byte:02X}")),
