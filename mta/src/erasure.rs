@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use service::clock::SharedClock;
 use store::{Erase, Note, Store, StoreError};
 
+use crate::jobs::engagement::forget;
+
 /// The kind of the notes of orders.
 const KIND: &str = "erasure";
 /// Between the first time and the second.
@@ -31,6 +33,9 @@ pub(crate) struct Order {
     pub(crate) again: bool,
     /// Where the store is.
     after: Option<String>,
+    /// What is made of events has its turn, from here on; empty: from the beginning.
+    #[serde(default)]
+    people: Option<String>,
 }
 
 impl Order {
@@ -47,6 +52,7 @@ impl Order {
             since: now,
             again: false,
             after: None,
+            people: None,
         };
         order.save(store, now).await?;
         Ok(order)
@@ -95,14 +101,7 @@ impl Order {
     ) -> Result<bool, StoreError> {
         let begun = clock.instant();
         for step in 1_u32.. {
-            let of = Erase {
-                account: self.account.clone(),
-                email: self.email.clone(),
-                after: self.after.take(),
-            };
-            let done = store.erase(of, clock.now()).await?;
-            self.after = done.next;
-            if self.after.is_none() {
+            if self.step(store, clock.now()).await? {
                 break;
             }
             let late = clock.instant() - begun >= at_most;
@@ -122,5 +121,25 @@ impl Order {
             self.save(store, clock.now()).await?;
         }
         Ok(true)
+    }
+
+    /// First the store erases, then the prospects and browsers made of its events go. Whether that
+    /// was the last step.
+    async fn step(&mut self, store: &dyn Store, now: Timestamp) -> Result<bool, StoreError> {
+        if let Some(from) = self.people.take() {
+            let from = (!from.is_empty()).then_some(from.as_str());
+            self.people = forget(store, &self.account, &self.email, from, now).await?;
+            return Ok(self.people.is_none());
+        }
+        let of = Erase {
+            account: self.account.clone(),
+            email: self.email.clone(),
+            after: self.after.take(),
+        };
+        self.after = store.erase(of, now).await?.next;
+        if self.after.is_none() {
+            self.people = Some(String::new());
+        }
+        Ok(false)
     }
 }

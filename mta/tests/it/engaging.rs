@@ -253,6 +253,45 @@ async fn a_click_binds_a_browser_and_a_conflict_moves_nobody() {
 }
 
 #[tokio::test]
+async fn who_is_erased_is_no_prospect_and_owns_no_browser() {
+    let place = Place::new().await;
+    for (index, visitor) in [(0, browser(1)), (1, browser(1)), (2, browser(3))] {
+        place
+            .ship(vec![place.click(index, 0, visitor, now())])
+            .await;
+    }
+    let bound = place.events("identity.bound", 3).await;
+    let of = |prospect: &str| {
+        let own = bound
+            .iter()
+            .find(|event| event["data"]["prospect_id"] == prospect);
+        let id = own.and_then(|event| event["data"]["binding_id"].as_str());
+        format!("/v1/bindings/{}/revoke", id.expect("a name"))
+    };
+    let api = &place.service.api;
+    let clicked = |person: &Value| person["clicked"] == json!(true);
+    place.once("/v1/prospects/p-1", clicked).await;
+    for _ in 0..2 {
+        let path = "/v1/recipients/R1@x.example";
+        let erased = api.call(Method::DELETE, path, &[], Bytes::new()).await;
+        assert_eq!(erased.status, StatusCode::NO_CONTENT);
+    }
+    let gone = api.get("/v1/prospects/p-1").await;
+    assert_eq!(gone.status, StatusCode::NOT_FOUND);
+    assert_eq!(api.post(&of("p-1")).await.status, StatusCode::NOT_FOUND);
+    // The browser is whose it was before, and others are as they were.
+    place
+        .ship(vec![Place::page(browser(1), "https://shop.example/back")])
+        .await;
+    let back = |person: &Value| timeline(person) == ["email.clicked", "page.viewed"];
+    place.once("/v1/prospects/p-0", back).await;
+    place.once("/v1/prospects/p-2", clicked).await;
+    let page = api.get("/v1/prospects").await.json();
+    assert!(!page.to_string().contains("p-1"), "{page}");
+    place.service.stop().await;
+}
+
+#[tokio::test]
 async fn a_scanner_is_found_by_what_it_does_and_binds_nobody() {
     let place = Place::new().await;
     let (at, visitor) = (now(), browser(2));

@@ -27,14 +27,14 @@ pub(crate) fn kind_of(kind: &str, account: &str) -> String {
 pub(crate) fn person_of(recipient: &EventRecipient) -> Box<str> {
     match recipient.prospect_id.as_deref() {
         Some(id) if !id.is_empty() => id.into(),
-        Some(_) | None => {
-            let address: Result<model::EmailAddress, _> = recipient.email.parse();
-            address.map_or_else(
-                |_| recipient.email.as_str().into(),
-                |of| of.normalised().into(),
-            )
-        }
+        Some(_) | None => normalised(&recipient.email),
     }
+}
+
+/// An address as it is compared.
+pub(super) fn normalised(email: &str) -> Box<str> {
+    let address: Result<model::EmailAddress, _> = email.parse();
+    address.map_or_else(|_| email.into(), |of| of.normalised().into())
 }
 
 type Key = (Box<str>, Box<str>);

@@ -8,6 +8,7 @@
 //! with the one that holds, and a prospect knows its events. Must not decide what a hit means.
 
 mod docs;
+mod forget;
 mod people;
 mod revise;
 
@@ -24,6 +25,7 @@ use service::tasks::Shutdown;
 use store::{EventQuery, FeedPlace, Note, Store, StoreError};
 
 pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of};
+pub(crate) use forget::forget;
 pub(crate) use people::revocation;
 
 /// The job's name.
