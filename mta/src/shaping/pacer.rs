@@ -17,9 +17,6 @@ const ON_THE_WAY: Duration = Duration::from_millis(50);
 /// How soon whoever stood back asks again.
 const YIELD: Duration = Duration::from_millis(5);
 
-/// What an even pace missed by less than this is caught up with.
-const CATCH_UP: Duration = Duration::from_millis(20);
-
 /// Evenly spread permits come no more often than this: faster ones come several at a time.
 const SLICE: f64 = 0.02;
 
@@ -193,28 +190,11 @@ impl Pacer {
     pub fn take(&mut self, now: Instant) -> Result<(), Instant> {
         match self.free_at(now) {
             at if at <= now => {
-                self.note(self.counts_from(now));
+                self.note(now);
                 Ok(())
             }
             at => Err(at),
         }
-    }
-
-    /// From when on a permit taken now counts. Of an even pace one that was free a moment ago counts
-    /// from then on, or every late wake-up would cost a part of the rate.
-    fn counts_from(&self, now: Instant) -> Instant {
-        let Pace::Even(_) = self.pace else {
-            return now;
-        };
-        let room = self.count.saturating_sub(self.under_way);
-        let leaving = self.taken.len().checked_sub(room);
-        let Some(free) = leaving.and_then(|at| self.taken.get(at)) else {
-            return now;
-        };
-        let earliest = now.checked_sub(CATCH_UP).unwrap_or(now);
-        let latest = self.taken.back().copied().unwrap_or(earliest);
-        let free = (*free + self.window).max(self.not_before.unwrap_or(*free));
-        free.max(earliest).max(latest).min(now)
     }
 
     /// Takes a permit if one is free at `now` and nobody has a claim.

@@ -283,7 +283,7 @@ async fn who_is_erased_is_no_prospect_and_owns_no_browser() {
     place
         .ship(vec![Place::page(browser(1), "https://shop.example/back")])
         .await;
-    let back = |person: &Value| timeline(person) == ["email.clicked", "page.viewed"];
+    let back = |person: &Value| timeline(person) == ["page.viewed", "email.clicked"];
     place.once("/v1/prospects/p-0", back).await;
     place.once("/v1/prospects/p-2", clicked).await;
     let page = api.get("/v1/prospects").await.json();
