@@ -310,18 +310,13 @@ pub(crate) struct TrackerProcess(Child);
 
 impl TrackerProcess {
     pub(crate) async fn start(site: &Site) -> Result<Self> {
-        let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
-        let child = Command::new(env!("CARGO_BIN_EXE_hikyaku"))
-            .arg("tracker")
-            .arg("--config")
-            .arg(site.config())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
-        let tracker = Self(child);
+        let mut tracker = Self(Self::spawn(site)?);
         let client = Client::new(site.tracker_admin(), None);
         until("the tracker", async || {
+            // It ends when its store cannot be opened; who runs it starts it again.
+            if tracker.0.try_wait()?.is_some() {
+                tracker.0 = Self::spawn(site)?;
+            }
             Ok(client
                 .get("/readyz")
                 .await?
@@ -331,6 +326,14 @@ impl TrackerProcess {
         })
         .await?;
         Ok(tracker)
+    }
+
+    fn spawn(site: &Site) -> Result<Child> {
+        let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hikyaku"));
+        command.arg("tracker").arg("--config").arg(site.config());
+        command.stdin(Stdio::null()).stdout(log.try_clone()?);
+        Ok(command.stderr(log).spawn()?)
     }
 
     pub(crate) fn pid(&self) -> u32 {

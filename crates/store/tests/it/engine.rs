@@ -76,7 +76,8 @@ async fn a_file_of_the_first_version_is_brought_forward() {
     drop(store);
     let file = rusqlite::Connection::open(fixture.path()).unwrap();
     file.execute_batch(
-        "DROP TABLE note; DROP TABLE job; DROP TABLE suspension; DROP TABLE call; PRAGMA user_version=1;",
+        "DROP INDEX batch_ended; ALTER TABLE batch DROP COLUMN retired; ALTER TABLE batch DROP COLUMN last_event;
+         DROP TABLE note; DROP TABLE job; DROP TABLE suspension; DROP TABLE call; PRAGMA user_version=1;",
     )
     .unwrap();
     drop(file);
