@@ -29,16 +29,14 @@ pub(crate) enum Route<'a> {
 pub(crate) fn route(path: &str) -> Route<'_> {
     let mut from_the_end = path.rsplit('/');
     let last = from_the_end.next().unwrap_or_default();
-    match last {
-        "t.js" => return Route::Tag,
-        "p" => return Route::Page,
-        _ => {}
-    }
-    match from_the_end.next() {
-        Some("o") => Route::Open(last.strip_suffix(".gif").unwrap_or(last)),
-        Some("c") => Route::Click(last),
-        Some("u") => Route::Unsubscribe(last),
-        Some(_) | None => Route::Unknown,
+    match (from_the_end.next(), last) {
+        // A token may be anything, "p" too.
+        (Some("o"), token) => Route::Open(token.strip_suffix(".gif").unwrap_or(token)),
+        (Some("c"), token) => Route::Click(token),
+        (Some("u"), token) => Route::Unsubscribe(token),
+        (Some(_), "t.js") => Route::Tag,
+        (Some(_), "p") => Route::Page,
+        _ => Route::Unknown,
     }
 }
 
@@ -130,6 +128,8 @@ mod tests {
             ("/t.js", Route::Tag),
             ("/_t/t.js", Route::Tag),
             ("/p", Route::Page),
+            ("/c/p", Route::Click("p")),
+            ("/u/t.js", Route::Unsubscribe("t.js")),
             ("/", Route::Unknown),
             ("*", Route::Unknown),
             ("", Route::Unknown),
