@@ -9,9 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::HeaderMap;
+use model::BatchId;
 use service::clock::SharedClock;
-use store::{Begun, NewCall, Store};
+use store::{Begun, CallKey, NewCall, Store};
 
+use super::submit::{Intake, Submitted};
 use crate::admin::problem::{Answer, Code, Refusal};
 
 /// The header.
@@ -45,11 +47,53 @@ pub(crate) fn key(headers: &HeaderMap) -> Answer<Option<String>> {
     }
 }
 
+impl Intake {
+    /// Does `work`, once for a `call` (its key, and what it asks for); one that took effect before
+    /// has the answer of then. `work` gets the key, to end the call in the step in which it takes
+    /// effect.
+    ///
+    /// # Errors
+    /// The refusal of `work`, which then took no effect, or of a call that cannot be made now.
+    pub(super) async fn once<W>(
+        &self,
+        attempt: BatchId,
+        call: Option<(CallKey, [u8; 32])>,
+        work: impl FnOnce(Option<CallKey>) -> W,
+    ) -> Answer<Submitted>
+    where
+        W: Future<Output = Answer<Arc<[u8]>>>,
+    {
+        let Some((key, fingerprint)) = call else {
+            return work(None).await.map(Submitted::now);
+        };
+        let call = Call {
+            store: &*self.store,
+            clock: &self.clock,
+            new: NewCall {
+                key: key.clone(),
+                fingerprint,
+                attempt,
+            },
+        };
+        if let Some(answer) = call.begin().await? {
+            return Ok(Submitted {
+                answer,
+                is_replayed: true,
+            });
+        }
+        let done = call.renewed_while(work(Some(key))).await;
+        if done.is_err() {
+            call.drop_it().await;
+        }
+        done.map(Submitted::now)
+    }
+}
+
 /// A call with a key, as it is made.
-pub(crate) struct Call<'c> {
-    pub(crate) store: &'c dyn Store,
-    pub(crate) clock: &'c SharedClock,
-    pub(crate) new: NewCall,
+struct Call<'c> {
+    store: &'c dyn Store,
+    clock: &'c SharedClock,
+    new: NewCall,
 }
 
 impl Call<'_> {
@@ -57,7 +101,7 @@ impl Call<'_> {
     ///
     /// # Errors
     /// Another call with the key is at work, or asked for something else.
-    pub(crate) async fn begin(&self) -> Answer<Option<Arc<[u8]>>> {
+    async fn begin(&self) -> Answer<Option<Arc<[u8]>>> {
         let begun = self
             .store
             .begin_call(self.new.clone(), self.clock.now(), RUNNING)
@@ -77,7 +121,7 @@ impl Call<'_> {
     }
 
     /// Renews the claim until `work` is done.
-    pub(crate) async fn renewed_while<T>(&self, work: impl Future<Output = T>) -> T {
+    async fn renewed_while<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {
             tokio::select! {
@@ -93,7 +137,7 @@ impl Call<'_> {
     }
 
     /// Makes room for another try, as this one took no effect.
-    pub(crate) async fn drop_it(&self) {
+    async fn drop_it(&self) {
         let NewCall { key, attempt, .. } = &self.new;
         if let Err(error) = self.store.drop_call(key.clone(), *attempt).await {
             // It runs out by itself.

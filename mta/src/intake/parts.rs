@@ -15,7 +15,7 @@ use model::{BatchId, LotNumber};
 use serde::Serialize;
 use service::tasks::Stage;
 use store::{
-    Batch, CallKey, EndedCall, EndedPart, LotHashes, NewCall, NewLot, NewPart, PartEnd, PartTurn,
+    Batch, CallKey, EndedCall, EndedPart, LotHashes, NewLot, NewPart, PartEnd, PartTurn,
     address_hash,
 };
 use tokio::runtime::Handle;
@@ -23,7 +23,6 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::fields::{Mistakes, Strict};
-use super::once::Call;
 use super::quota;
 use super::receive::{Media, Received};
 use super::recipients::{Judge, Sorted, check, malformed, reason};
@@ -161,39 +160,9 @@ impl Intake {
     ) -> Answer<Submitted> {
         let id = self.new_id()?;
         let fingerprint = received.fingerprint.map(|of| with_batch(of, batch.head.id));
-        let Some((key, fingerprint)) = by.key.clone().zip(fingerprint) else {
-            let answer = self
-                .add(id, batch, received, by.form.media, None, gone)
-                .await?;
-            return Ok(Submitted::now(answer));
-        };
-        let key = CallKey {
-            account: by.account.clone(),
-            key,
-        };
-        let call = Call {
-            store: &*self.store,
-            clock: &self.clock,
-            new: NewCall {
-                key: key.clone(),
-                fingerprint,
-                attempt: id,
-            },
-        };
-        if let Some(answer) = call.begin().await? {
-            return Ok(Submitted {
-                answer,
-                is_replayed: true,
-            });
-        }
-        let adding = Arc::clone(&self).add(id, batch, received, by.form.media, Some(key), gone);
-        match call.renewed_while(adding).await {
-            Ok(answer) => Ok(Submitted::now(answer)),
-            Err(refusal) => {
-                call.drop_it().await;
-                Err(refusal)
-            }
-        }
+        let (call, media) = (by.call(fingerprint), by.form.media);
+        let add = |key| Arc::clone(&self).add(id, batch, received, media, key, gone);
+        self.once(id, call, add).await
     }
 
     async fn add(

@@ -18,11 +18,10 @@ use service::clock::SharedClock;
 use service::config::{Account, Pool};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
-use store::{CallKey, EndedCall, NewBatch, NewCall, NewLot, Store};
+use store::{CallKey, EndedCall, NewBatch, NewLot, Store};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::once::Call;
 use super::parts::Filling;
 use super::prepare::{Against, Prepared, prepare};
 use super::quota;
@@ -64,6 +63,17 @@ pub(crate) struct Submitter {
     pub(crate) form: Form,
     /// `Idempotency-Key`: the call takes effect once, however often it is made.
     pub(crate) key: Option<String>,
+}
+
+impl Submitter {
+    /// The call's name and what it asks for, when it must take effect once.
+    pub(crate) fn call(&self, fingerprint: Option<[u8; 32]>) -> Option<(CallKey, [u8; 32])> {
+        let key = CallKey {
+            account: self.account.clone(),
+            key: self.key.clone()?,
+        };
+        Some((key, fingerprint?))
+    }
 }
 
 /// What a submission comes to.
@@ -301,38 +311,9 @@ impl Intake {
         gone: &CancellationToken,
     ) -> Answer<Submitted> {
         let id = self.new_id()?;
-        let call = by.key.clone().zip(received.fingerprint);
-        let Some((key, fingerprint)) = call else {
-            let answer = self.accept(id, received, by, None, gone).await?;
-            return Ok(Submitted::now(answer));
-        };
-        let key = CallKey {
-            account: by.account.clone(),
-            key,
-        };
-        let call = Call {
-            store: &*self.store,
-            clock: &self.clock,
-            new: NewCall {
-                key: key.clone(),
-                fingerprint,
-                attempt: id,
-            },
-        };
-        if let Some(answer) = call.begin().await? {
-            return Ok(Submitted {
-                answer,
-                is_replayed: true,
-            });
-        }
-        let accepting = Arc::clone(&self).accept(id, received, by, Some(key), gone);
-        match call.renewed_while(accepting).await {
-            Ok(answer) => Ok(Submitted::now(answer)),
-            Err(refusal) => {
-                call.drop_it().await;
-                Err(refusal)
-            }
-        }
+        let call = by.call(received.fingerprint);
+        let accept = |key| Arc::clone(&self).accept(id, received, by, key, gone);
+        self.once(id, call, accept).await
     }
 
     async fn accept(
