@@ -67,6 +67,7 @@ impl<S: Store + ?Sized> Shipper<S> {
             self.measure();
             if self.clock.instant() >= looked + LOOK_BACK {
                 looked = self.clock.instant();
+                self.compare_clocks().await;
                 after = self.look_back(after, &mut seen).await;
             }
             let phase = self.wait(after).await;
@@ -217,6 +218,13 @@ impl<S: Store + ?Sized> Shipper<S> {
                 tracing::debug!(%error, "the store does not tell how far it has the journal");
                 after
             }
+        }
+    }
+
+    async fn compare_clocks(&self) {
+        match store::clock_offset(&*self.store, || self.clock.now()).await {
+            Ok(offset) => self.metrics.clock_offset_seconds.set(offset),
+            Err(error) => tracing::debug!(%error, "the store does not tell its time"),
         }
     }
 

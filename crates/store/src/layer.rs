@@ -370,6 +370,10 @@ impl<L: Layer> Store for L {
         around(self, "upheavals", self.inner().upheavals()).await
     }
 
+    async fn clock(&self) -> Result<Option<Timestamp>> {
+        around(self, "clock", self.inner().clock()).await
+    }
+
     async fn check(&self) -> Result<()> {
         around(self, "check", self.inner().check()).await
     }

@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backup;
+mod clock;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod describe;
@@ -31,6 +32,7 @@ pub mod transition;
 mod types;
 
 pub use backup::Piece;
+pub use clock::clock_offset;
 pub use layer::Layer;
 pub use types::*;
 
@@ -377,6 +379,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Proves that a durable write is possible now (health).
     async fn check(&self) -> Result<()>;
+
+    /// What the store's own clock says. `None`: it has none but this machine's.
+    async fn clock(&self) -> Result<Option<Timestamp>> {
+        Ok(None)
+    }
 
     /// How often the store was seen to change hands, or to come back without what it had, since it
     /// was opened. After each rise what was acknowledged may be missing: whoever ships asks

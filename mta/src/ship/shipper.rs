@@ -362,6 +362,7 @@ impl Shipper {
             return;
         }
         self.looked_back = Some(now);
+        self.compare_clocks().await;
         let seen = match self.deps.store.upheavals().await {
             Ok(seen) => seen,
             Err(error) => {
@@ -385,6 +386,14 @@ impl Shipper {
             Err(error) => {
                 tracing::debug!(%error, "the store does not tell how far it has the journal")
             }
+        }
+    }
+
+    async fn compare_clocks(&self) {
+        let clock = &self.deps.clock;
+        match store::clock_offset(&*self.deps.store, || clock.now()).await {
+            Ok(offset) => self.deps.metrics.clock_offset_seconds.set(offset),
+            Err(error) => tracing::debug!(%error, "the store does not tell its time"),
         }
     }
 

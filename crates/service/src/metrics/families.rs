@@ -143,6 +143,11 @@ pub(super) const JOURNAL_DROPPED: Family = family(
     &["kind"],
 );
 pub(super) const STORE_UP: Family = family("hikyaku_store_up", "1 while the store answers", &[]);
+pub(super) const CLOCK_OFFSET_SECONDS: Family = family(
+    "hikyaku_clock_offset_seconds",
+    "How far this machine's clock is ahead of the store's",
+    &[],
+);
 pub(super) const RELOAD_OK: Family = family(
     "hikyaku_reload_ok",
     "1 while what SIGHUP asked to be read the last time is in force",

@@ -66,6 +66,8 @@ pub struct Metrics {
     pub journal_dropped: Resolved<DroppedKind, IntCounter>,
     /// `hikyaku_store_up`: 1 while the store answers.
     pub store_up: IntGauge,
+    /// `hikyaku_clock_offset_seconds`: how far this machine's clock is ahead of the store's.
+    pub clock_offset_seconds: Gauge,
     /// `hikyaku_reload_ok`: 0 after a reload that was refused, until one is taken.
     pub reload_ok: IntGauge,
     egress_source_up: IntGaugeVec,
@@ -127,6 +129,7 @@ impl Metrics {
             journal_pending_records: r.int_gauge(&families::JOURNAL_PENDING_RECORDS),
             journal_dropped: Resolved::of(&r.counters(&families::JOURNAL_DROPPED)),
             store_up: r.int_gauge(&families::STORE_UP),
+            clock_offset_seconds: r.gauge(&families::CLOCK_OFFSET_SECONDS),
             reload_ok: r.good(&families::RELOAD_OK),
             egress_source_up: r.gauges(&families::EGRESS_SOURCE_UP),
             store_unreadable_ranges: r.int_gauge(&families::STORE_UNREADABLE_RANGES),

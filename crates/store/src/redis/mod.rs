@@ -524,6 +524,11 @@ impl Store for RedisStore {
         self.inner.check().await
     }
 
+    async fn clock(&self) -> Result<Option<Timestamp>> {
+        let wall = self.inner.wall().await?;
+        Ok(Some(Timestamp::from_millis(wall)))
+    }
+
     async fn upheavals(&self) -> Result<u64> {
         match self.inner.look_again().await {
             // That is one of them.

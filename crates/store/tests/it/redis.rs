@@ -13,7 +13,7 @@ use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::Role;
 use store::{
     BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Retire, Share, ShareClaim,
-    ShareRequest, Shipment, Store, StoreError, Want,
+    ShareRequest, Shipment, Store, StoreError, Want, clock_offset,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
 
@@ -210,6 +210,28 @@ async fn leases_run_out_by_the_servers_clock() {
     assert!(taken[0].items.iter().all(|item| item.maybe_started));
     assert!(taken[0].range.token > held[0].range.token);
     assert_eq!(store.renew(node, later, second).await, Ok(Vec::new()));
+}
+
+#[expect(clippy::disallowed_methods, reason = "the server reads the same clock")]
+fn this_machine() -> Timestamp {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let millis = now.expect("a clock that is set").as_millis();
+    Timestamp::from_millis(i64::try_from(millis).expect("this century"))
+}
+
+#[tokio::test]
+async fn a_node_knows_how_far_its_clock_is_from_the_servers() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    let before = this_machine();
+    let told = store.clock().await.expect("an answer").expect("a clock");
+    assert!((before..=this_machine()).contains(&told), "{told}");
+    let hour = Duration::from_hours(1);
+    let ahead = clock_offset(&store, || this_machine() + hour).await;
+    // True to half of the time that the answer took.
+    let (ahead, took) = (ahead.expect("an answer"), PATIENCE.as_secs_f64());
+    assert!((ahead - hour.as_secs_f64()).abs() < took, "{ahead}");
 }
 
 #[tokio::test]
