@@ -7,7 +7,7 @@
 //! its length (four bytes, little end first). The last piece counts those before it, so that a file
 //! that was cut off is never taken for a whole.
 
-use crate::form::{self, Ref, version};
+use crate::form::{self, Ref};
 use crate::transition::Cell;
 use crate::{Note, Result, StoreError, Suppression, Suspension};
 use model::{
@@ -273,7 +273,7 @@ pub(crate) struct Waiting {
 impl LotPiece {
     /// The rows; refuses what is no lot.
     pub(crate) fn read_rows(&self) -> Result<Vec<Row>> {
-        let rows: Vec<Row> = form::unpack(version::ROWS, &self.rows)?;
+        let rows: Vec<Row> = form::unpack_rows(&self.rows)?;
         if rows.is_empty()
             || rows.len() > crate::LOT_ROWS
             || self.cells.len() != rows.len() * Cell::BYTES

@@ -3,13 +3,14 @@
 //! Owns their versions. The first byte is the version, the second says whether the rest is
 //! compressed; an unknown one is [`StoreError::Damaged`], never a guess. Must not know an engine.
 
+use crate::columns::{LogColumns, RowColumns};
 use crate::{Result, StoreError};
 use model::{Fact, JournalId, LotNumber, Row, Seq};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// What a stored form may grow to when it is unpacked: 500 rows of what intake lets through.
-const UNPACKED_MAX: u32 = 256 << 20;
+pub(crate) const UNPACKED_MAX: u32 = 256 << 20;
 /// Below this, compression costs more than it saves.
 const COMPRESS_FROM: usize = 200;
 const LEVEL: i32 = 1;
@@ -19,12 +20,16 @@ const ZSTD: u8 = 1;
 
 /// The version of every form here; each has its own number so that they can part ways.
 pub(crate) mod version {
-    /// Rows of a lot.
-    pub(crate) const ROWS: u8 = 1;
+    /// Rows of a lot, one after the other: read, no longer written.
+    pub(crate) const ROWS_BY_ROW: u8 = 1;
+    /// Rows of a lot, by columns.
+    pub(crate) const ROWS: u8 = 2;
     /// References of a retry lot.
     pub(crate) const REFS: u8 = 1;
-    /// Facts of a lot. It contains [`model::Fact`] in its form 1.
-    pub(crate) const LOG: u8 = 1;
+    /// Facts of a lot, one after the other, [`model::Fact`] in its form 1: read, no longer written.
+    pub(crate) const LOG_BY_FACT: u8 = 1;
+    /// Facts of a lot, by columns.
+    pub(crate) const LOG: u8 = 2;
     /// Events.
     pub(crate) const EVENTS: u8 = 1;
     /// Counters.
@@ -58,6 +63,18 @@ impl Packer {
     }
 }
 
+impl Packer {
+    /// Packs the rows of a lot.
+    pub(crate) fn pack_rows(&mut self, rows: &[Row]) -> Result<Vec<u8>> {
+        self.pack(version::ROWS, &RowColumns::of(rows))
+    }
+
+    /// Packs facts of a lot.
+    pub(crate) fn pack_log(&mut self, block: &LogBlock) -> Result<Vec<u8>> {
+        self.pack(version::LOG, &LogColumns::of(block))
+    }
+}
+
 fn unavailable(error: &std::io::Error) -> StoreError {
     StoreError::Unavailable(format!("zstd: {error}"))
 }
@@ -88,7 +105,25 @@ pub(crate) fn unpack<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T
 
 /// The rows of a lot, packed on the caller's thread.
 pub(crate) fn pack_rows(rows: &[Row]) -> Result<Vec<u8>> {
-    Packer::new()?.pack(version::ROWS, &rows)
+    Packer::new()?.pack_rows(rows)
+}
+
+/// Reads [`pack_rows`], and what an older version wrote.
+pub(crate) fn unpack_rows(bytes: &[u8]) -> Result<Vec<Row>> {
+    if bytes.first() == Some(&version::ROWS_BY_ROW) {
+        return unpack(version::ROWS_BY_ROW, bytes);
+    }
+    let columns: RowColumns = unpack(version::ROWS, bytes)?;
+    columns.rows().ok_or_else(|| damaged("its columns"))
+}
+
+/// Reads [`Packer::pack_log`], and what an older version wrote.
+pub(crate) fn unpack_log(bytes: &[u8]) -> Result<LogBlock> {
+    if bytes.first() == Some(&version::LOG_BY_FACT) {
+        return unpack(version::LOG_BY_FACT, bytes);
+    }
+    let columns: LogColumns = unpack(version::LOG, bytes)?;
+    columns.block().ok_or_else(|| damaged("its columns"))
 }
 
 /// A reference to a recipient, with the attempts that it had when it was filed.
@@ -274,8 +309,6 @@ mod tests {
         fn any_bytes_are_read_or_refused(bytes: Vec<u8>, zstd: bool) {
             let head = [1, u8::from(zstd)];
             for form in [bytes.clone(), [&head[..], &bytes].concat()] {
-                let _read = unpack::<Vec<Row>>(version::ROWS, &form);
-                let _read = unpack::<LogBlock>(version::LOG, &form);
                 let _read = unpack::<EventBlock>(version::EVENTS, &form);
                 let _read = unpack_refs(&form);
             }

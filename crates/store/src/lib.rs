@@ -18,6 +18,7 @@
 
 pub mod backup;
 mod clock;
+mod columns;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod describe;

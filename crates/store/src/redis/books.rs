@@ -11,7 +11,7 @@ use super::commit::Commit;
 use super::keys;
 use super::link::answer;
 use super::record::{self, BatchRecord, Cells, Holder, Lot, Piece, Range, Version, new_version};
-use crate::form::{LogBlock, LogEntry, Packer, Ref, version};
+use crate::form::{LogBlock, LogEntry, Packer, Ref};
 use crate::tell::{self, Told};
 use crate::transition::{self, Applied, Cell};
 use crate::{Announcement, BatchHead, Control, LOT_ROWS, Result, StoreError, Suppression};
@@ -663,7 +663,7 @@ fn write_logs(
     let mut packer = Packer::new()?;
     for ((batch, LotNumber(lot)), entries) in logs {
         let block = LogBlock { journal, entries };
-        let data = packer.pack(version::LOG, &block)?;
+        let data = packer.pack_log(&block)?;
         commit.write("RPUSH", keys::facts(p, batch, lot), [data]);
     }
     Ok(())

@@ -16,7 +16,7 @@ use super::record::{Lot, write_lot};
 use super::stage::short_hash;
 use super::suppress;
 use crate::erased;
-use crate::form::{self, LogBlock, Packer, version};
+use crate::form::{self, LogBlock, Packer};
 use crate::transition;
 use crate::{Control, Erase, Erased, MIXED, Result, Suppression};
 use ::redis::{Cmd, Pipeline};
@@ -280,7 +280,7 @@ impl Inner {
             .enumerate()
         {
             let packed = answer::bytes(packed).unwrap_or_default();
-            let mut block: LogBlock = form::unpack(version::LOG, &packed)?;
+            let mut block: LogBlock = form::unpack_log(&packed)?;
             let mut theirs = block
                 .entries
                 .iter_mut()
@@ -290,7 +290,7 @@ impl Inner {
                 continue;
             }
             theirs.for_each(erased::blank);
-            let packed = packer.pack(version::LOG, &block)?;
+            let packed = packer.pack_log(&block)?;
             books
                 .commit
                 .write("LSET", facts.clone(), [at.to_string().into_bytes(), packed]);

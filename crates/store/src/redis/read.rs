@@ -10,7 +10,7 @@ use super::record::{BatchRecord, Cells, Lot};
 use super::stage::short_hash;
 use super::{Clock, Inner};
 use crate::describe::{self, Facts};
-use crate::form::{self, LogBlock, version};
+use crate::form::{self, LogBlock};
 use crate::transition::Cell;
 use crate::{
     AddressStory, BACKLOG_BATCHES, Backlog, Batch, BatchHead, BatchQuery, MIXED, MessageStory,
@@ -320,7 +320,7 @@ impl Inner {
         let mut all: HashMap<u16, Facts> = HashMap::new();
         for packed in answer::list(self.link.short(&find).await?) {
             let packed = answer::bytes(packed).unwrap_or_default();
-            let block: LogBlock = form::unpack(version::LOG, &packed)?;
+            let block: LogBlock = form::unpack_log(&packed)?;
             for entry in block.entries {
                 if positions.contains(&entry.position) {
                     let id = FactId {

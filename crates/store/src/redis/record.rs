@@ -433,7 +433,7 @@ impl Lot {
         Ok(Self {
             queue: queue.into(),
             overrides,
-            rows: form::unpack(form::version::ROWS, packed)?,
+            rows: form::unpack_rows(packed)?,
         })
     }
 

@@ -12,7 +12,10 @@ use ::redis::{Cmd, Pipeline, Value};
 use std::collections::BTreeSet;
 
 /// The version of everything that is stored: another one is not touched.
-const FORM: &str = "1";
+const FORM: &str = "2";
+/// What this program reads as well: rows and facts of form 1 are read for ever, and new ones are
+/// written beside them.
+const EARLIER: [&str; 1] = ["1"];
 /// The oldest server: scripts that say what they do, `ZRANGEBYLEX` within them on every key.
 const OLDEST: u32 = 7;
 
@@ -234,7 +237,12 @@ pub(super) async fn made(link: &Link, options: &RedisOptions) -> Result<Made> {
         .unwrap_or_default()
         .into_iter();
     let form = of.next().and_then(answer::bytes).unwrap_or_default();
-    if form != FORM.as_bytes() {
+    if EARLIER.iter().any(|known| form == known.as_bytes()) {
+        // From now on a program that does not know this one's form stays out.
+        let mut pipeline = Pipeline::new();
+        pipeline.cmd("HSET").arg(&meta).arg("form").arg(FORM);
+        link.bulk(&pipeline).await?;
+    } else if form != FORM.as_bytes() {
         return Err(StoreError::Damaged(format!(
             "its form is {}, this program knows {FORM}",
             String::from_utf8_lossy(&form)

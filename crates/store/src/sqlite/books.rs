@@ -428,7 +428,7 @@ impl<'s, 'c> Books<'s, 'c> {
                     journal,
                     entries: book.log,
                 };
-                let data = step.memory.packer.pack(version::LOG, &block)?;
+                let data = step.memory.packer.pack_log(&block)?;
                 step.connection
                     .prepare_cached("INSERT INTO lot_log (lot, data) VALUES (?1, ?2)")?
                     .execute(params![lot, data])?;

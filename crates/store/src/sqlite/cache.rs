@@ -2,7 +2,7 @@
 //!
 //! Bounded; shared by the writer and the readers. Must not hold anything that can change.
 
-use crate::form::{self, version};
+use crate::form;
 use crate::recent::Recent;
 use crate::{BatchHead, Result, StoreError};
 use model::Row;
@@ -66,7 +66,7 @@ impl Cache {
         };
         let lot = Arc::new(Lot {
             queue: queue.into(),
-            rows: form::unpack(version::ROWS, &packed)?,
+            rows: form::unpack_rows(&packed)?,
         });
         self.lots
             .lock()

@@ -176,7 +176,7 @@ fn erase_in(step: &mut Step<'_>, of: &Erase, lot: LotId, now: Timestamp) -> Resu
         .connection
         .prepare_cached("SELECT packed, hashes FROM lot WHERE id=?1")?
         .query_row([lot], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    let mut rows: Vec<model::Row> = form::unpack(version::ROWS, &packed)?;
+    let mut rows: Vec<model::Row> = form::unpack_rows(&packed)?;
     let mut positions = Vec::new();
     for (position, row) in (0_u16..).zip(&mut rows) {
         if row.email.normalised() == of.email {
@@ -194,7 +194,7 @@ fn erase_in(step: &mut Step<'_>, of: &Erase, lot: LotId, now: Timestamp) -> Resu
         books.erase(lot, position)?;
     }
     books.close(None)?;
-    let packed = step.memory.packer.pack(version::ROWS, &rows)?;
+    let packed = step.memory.packer.pack_rows(&rows)?;
     step.connection
         .prepare_cached("UPDATE lot SET packed=?2, hashes=?3 WHERE id=?1")?
         .execute(params![lot, packed, hashes])?;
@@ -212,7 +212,7 @@ fn erase_facts(step: &mut Step<'_>, lot: LotId, positions: &[u16]) -> Result<()>
         found.collect::<rusqlite::Result<_>>()?
     };
     for (id, packed) in blocks {
-        let mut block: LogBlock = form::unpack(version::LOG, &packed)?;
+        let mut block: LogBlock = form::unpack_log(&packed)?;
         let mut theirs = block
             .entries
             .iter_mut()
@@ -222,7 +222,7 @@ fn erase_facts(step: &mut Step<'_>, lot: LotId, positions: &[u16]) -> Result<()>
             continue;
         }
         theirs.for_each(erased::blank);
-        let packed = step.memory.packer.pack(version::LOG, &block)?;
+        let packed = step.memory.packer.pack_log(&block)?;
         step.connection
             .prepare_cached("UPDATE lot_log SET data=?2 WHERE id=?1")?
             .execute(params![id, packed])?;

@@ -294,7 +294,7 @@ impl Telling<'_> {
         let Some(packed) = packed else {
             return Ok(None);
         };
-        let block: Arc<LogBlock> = Arc::new(form::unpack(version::LOG, &packed)?);
+        let block: Arc<LogBlock> = Arc::new(form::unpack_log(&packed)?);
         self.logs.insert(id, block.clone());
         Ok(Some(block))
     }

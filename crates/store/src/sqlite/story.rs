@@ -10,7 +10,7 @@ use super::record::{BatchRecord, By, record};
 use super::stage::is_mixed;
 use super::suppress;
 use crate::describe::{self, Facts, describe};
-use crate::form::{self, LogBlock, version};
+use crate::form::{self, LogBlock};
 use crate::transition::Cell;
 use crate::{
     AddressStory, BatchHead, MIXED, MessageStory, Page, RecipientQuery, RecipientRow, Result,
@@ -42,7 +42,7 @@ fn facts_of(
     let mut all: HashMap<u16, Facts> = HashMap::new();
     while let Some(row) = rows.next()? {
         let packed: Vec<u8> = row.get(0)?;
-        let block: LogBlock = form::unpack(version::LOG, &packed)?;
+        let block: LogBlock = form::unpack_log(&packed)?;
         for entry in block.entries {
             if !positions.contains(&entry.position) {
                 continue;

@@ -313,5 +313,5 @@ async fn a_recipient_costs_little() {
     assert!(queued <= 120.0, "{queued} bytes for each queued");
     assert!(commands <= 3.0, "{commands} commands for each delivered");
     assert!(per_trip >= 50.0, "{per_trip} messages to a round trip");
-    assert!(kept <= 80.0, "{kept} bytes for each delivered");
+    assert!(kept <= 64.0, "{kept} bytes for each delivered");
 }

@@ -267,6 +267,27 @@ async fn a_server_that_forgets_is_refused() {
     );
 }
 
+#[tokio::test]
+async fn the_form_of_a_store_rises_and_a_later_one_is_refused() {
+    const META: &str = "hikyaku:{0}:meta";
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    drop(open(&server.url()).await.expect("it opens"));
+    let newest = server.ask(&["HGET", META, "form"]).expect("an answer");
+    server.ask(&["HSET", META, "form", "1"]).expect("written");
+    let store = open(&server.url()).await.expect("an earlier one opens");
+    assert!(submit(&store, 1, 3).await.is_ok());
+    assert_eq!(
+        server.ask(&["HGET", META, "form"]).expect("an answer"),
+        newest
+    );
+    server.ask(&["HSET", META, "form", "99"]).expect("written");
+    match open(&server.url()).await {
+        Err(StoreError::Damaged(why)) => assert!(why.contains("form is 99"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 fn unavailable<T: std::fmt::Debug>(outcome: store::Result<T>) -> String {
     match outcome {
         Err(StoreError::Unavailable(why)) => why,

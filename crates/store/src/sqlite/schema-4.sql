@@ -1,0 +1,2 @@
+-- Rows and facts by columns, since version 4: a form of their own beside the older one, which is still read. Nothing is
+-- rewritten; the version keeps programs out that do not know the form.
