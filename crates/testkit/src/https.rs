@@ -11,15 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// The longest head and body of a request.
-const HEAD_MAX: usize = 16 << 10;
-const BODY_MAX: usize = 16 << 20;
+use crate::request::Request;
+
 /// How long a client may take.
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -155,7 +154,7 @@ async fn serve(listener: TcpListener, tls: TlsAcceptor, state: Shared, stop: Can
 
 async fn answer(stream: TcpStream, tls: TlsAcceptor, state: Shared) -> io::Result<()> {
     let mut stream = tls.accept(stream).await?;
-    let asked = read(&mut stream).await?;
+    let asked = Asked::from(Request::read(&mut stream).await?);
     let key = (asked.host.clone(), asked.path.clone());
     let page = {
         let mut state = lock(&state);
@@ -174,43 +173,17 @@ async fn answer(stream: TcpStream, tls: TlsAcceptor, state: Shared) -> io::Resul
     stream.shutdown().await
 }
 
-async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Asked> {
-    let too_much = || io::Error::new(io::ErrorKind::InvalidData, "not a request, or too long");
-    let mut bytes = Vec::new();
-    let end = loop {
-        if let Some(at) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if bytes.len() > HEAD_MAX || stream.read_buf(&mut bytes).await? == 0 {
-            return Err(too_much());
-        }
-    };
-    let head = String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned();
-    let field = |name: &str| {
-        let mut lines = head.lines().filter_map(|line| line.split_once(':'));
-        let found = lines.find(|(key, _)| key.eq_ignore_ascii_case(name));
-        found.map_or(String::new(), |(_, value)| value.trim().to_owned())
-    };
-    let length = field("content-length").parse().unwrap_or(0);
-    if length > BODY_MAX {
-        return Err(too_much());
-    }
-    let mut body = bytes.split_off(end);
-    while body.len() < length {
-        if stream.read_buf(&mut body).await? == 0 {
-            return Err(too_much());
+impl From<Request> for Asked {
+    fn from(request: Request) -> Self {
+        let host = request.header("host").split(':').next();
+        Self {
+            host: host.unwrap_or_default().to_owned(),
+            media_type: request.header("content-type").to_owned(),
+            method: request.method,
+            path: request.path,
+            body: request.body,
         }
     }
-    let mut words = head.lines().next().unwrap_or_default().split(' ');
-    let mut word = || words.next().unwrap_or_default().to_owned();
-    let host = field("host");
-    Ok(Asked {
-        method: word(),
-        path: word(),
-        host: host.split(':').next().unwrap_or_default().to_owned(),
-        media_type: field("content-type"),
-        body,
-    })
 }
 
 /// A panic in a test must not hide the failure behind a poisoned lock.

@@ -6,6 +6,7 @@ pub mod dns;
 pub mod https;
 pub mod proxy;
 pub mod redis;
+mod request;
 pub mod smtp_peer;
 pub mod strand;
 pub mod tls;

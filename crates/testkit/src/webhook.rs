@@ -14,9 +14,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// The longest head and body of a request.
-const HEAD_MAX: usize = 16 << 10;
-const BODY_MAX: usize = 16 << 20;
+use crate::request::Request;
+
 /// Between two bytes of an answer that drips.
 const DRIP: Duration = Duration::from_millis(200);
 
@@ -165,11 +164,15 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
 }
 
 async fn receive(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
-    let mut delivery = read(&mut stream).await?;
+    let request = Request::read(&mut stream).await?;
     let mut moods = shared.mood.subscribe();
     let mood = *moods.borrow_and_update();
-    delivery.is_taken = matches!(mood, Mood::Take | Mood::TakeInSilence);
-    lock(&shared.got).push(delivery);
+    lock(&shared.got).push(Delivery {
+        path: request.path,
+        headers: request.headers,
+        body: request.body,
+        is_taken: matches!(mood, Mood::Take | Mood::TakeInSilence),
+    });
     shared.came.send_modify(|came| *came += 1);
     let changed = async {
         // Ends with the receiver, too.
@@ -207,44 +210,6 @@ async fn drip(stream: &mut TcpStream) -> io::Result<()> {
         stream.write_all(b"x").await?;
         tokio::time::sleep(DRIP).await;
     }
-}
-
-async fn read(stream: &mut TcpStream) -> io::Result<Delivery> {
-    let too_much = || io::Error::new(io::ErrorKind::InvalidData, "not a request, or too long");
-    let mut bytes = Vec::new();
-    let end = loop {
-        if let Some(at) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if bytes.len() > HEAD_MAX || stream.read_buf(&mut bytes).await? == 0 {
-            return Err(too_much());
-        }
-    };
-    let head = String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned();
-    let fields = head.lines().skip(1).filter_map(|line| line.split_once(':'));
-    let headers: Vec<(String, String)> = fields
-        .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
-        .collect();
-    let length = headers.iter().find(|(name, _)| name == "content-length");
-    let length: usize = length
-        .and_then(|(_, value)| value.parse().ok())
-        .unwrap_or(0);
-    if length > BODY_MAX {
-        return Err(too_much());
-    }
-    let mut body = bytes.split_off(end);
-    while body.len() < length {
-        if stream.read_buf(&mut body).await? == 0 {
-            return Err(too_much());
-        }
-    }
-    let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
-    Ok(Delivery {
-        path,
-        headers,
-        body,
-        is_taken: false,
-    })
 }
 
 /// A panic in a test must not hide the failure behind a poisoned lock.

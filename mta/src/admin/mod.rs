@@ -17,6 +17,7 @@ pub(crate) mod problem;
 mod prospects;
 mod recipients;
 pub(crate) mod report;
+mod rows;
 pub(crate) mod server;
 mod suppressions;
 mod tenants;

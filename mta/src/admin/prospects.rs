@@ -7,14 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use engagement::prospect::{Entry, Points, Prospect};
-use futures_util::stream;
 use model::units::parse_duration;
 use model::{DeliveryStatus, EventKind, Timestamp, VisitorId};
 use serde::Serialize;
@@ -23,7 +21,7 @@ use store::{Note, Store, StoreError, SuppressionQuery};
 use super::auth::CanRead;
 use super::params::{NoParams, PAGE_MAX, Params, Segment};
 use super::problem::{Answer, Refusal};
-use super::recipients::Form;
+use super::rows::{self, Form, Table};
 use super::{Api, List};
 use crate::jobs::engagement::{PROSPECTS, kind_of};
 
@@ -317,8 +315,7 @@ pub(super) async fn list(
             let next_cursor = next.map(|key| URL_SAFE_NO_PAD.encode(key));
             Ok(Json(List { items, next_cursor }).into_response())
         }
-        Form::Ndjson => Ok(whole(&api, search, after, "application/x-ndjson", ndjson)),
-        Form::Csv => Ok(whole(&api, search, after, "text/csv; charset=utf-8", csv)),
+        Form::Whole(table) => Ok(whole(&api, search, after, table)),
     }
 }
 
@@ -328,58 +325,16 @@ fn read_cursor(text: &str) -> Result<String, String> {
     key.ok_or_else(|| "is no cursor of prospects".to_owned())
 }
 
-type Write = fn(&[FoundView], first: bool) -> Result<Vec<u8>, Refusal>;
-
-/// All of them, a page at a time. An error on the way cuts the connection, so that nobody takes a
-/// part for the whole.
-fn whole(
-    api: &Api,
-    search: Search,
-    after: Option<String>,
-    media: &'static str,
-    write: Write,
-) -> Response {
+fn whole(api: &Api, search: Search, after: Option<String>, table: Table) -> Response {
     let store = Arc::clone(&api.store);
     let most = usize::try_from(PAGE_MAX).unwrap_or(1);
-    let state = Some((search, after, true));
-    let pages = stream::try_unfold(state, move |state| {
+    rows::whole(table, (search, after), move |(search, after)| {
         let store = Arc::clone(&store);
         async move {
-            let Some((search, after, first)) = state else {
-                return Ok(None);
-            };
-            let page = search.page(&*store, after, most).await;
-            let (items, next) = page.map_err(std::io::Error::other)?;
-            let bytes = write(&items, first).map_err(|refusal| std::io::Error::other(refusal.0))?;
-            let state = next.map(|next| (search, Some(next), false));
-            Ok::<_, std::io::Error>(Some((Bytes::from(bytes), state)))
+            let (rows, next) = search.page(&*store, after, most).await?;
+            Ok::<_, StoreError>((rows, next.map(|next| (search, Some(next)))))
         }
-    });
-    let mut response = Body::from_stream(pages).into_response();
-    let media = HeaderValue::from_static(media);
-    response.headers_mut().insert(header::CONTENT_TYPE, media);
-    response
-}
-
-fn ndjson(rows: &[FoundView], _first: bool) -> Result<Vec<u8>, Refusal> {
-    let mut out = Vec::new();
-    for row in rows {
-        serde_json::to_writer(&mut out, row)
-            .map_err(|error| Refusal::internal("ndjson", &error))?;
-        out.push(b'\n');
-    }
-    Ok(out)
-}
-
-fn csv(rows: &[FoundView], first: bool) -> Result<Vec<u8>, Refusal> {
-    let failed = |error: &dyn std::fmt::Display| Refusal::internal("csv", error);
-    let mut writer = csv::WriterBuilder::new()
-        .has_headers(first)
-        .from_writer(Vec::new());
-    for row in rows {
-        writer.serialize(row).map_err(|error| failed(&error))?;
-    }
-    writer.into_inner().map_err(|error| failed(&error))
+    })
 }
 
 #[cfg(test)]

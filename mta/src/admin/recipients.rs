@@ -1,25 +1,22 @@
 //! The recipients of a batch: pages in JSON, or the whole list as NDJSON or CSV.
 //!
-//! Owns the row of the contract. A whole list is streamed page by page: memory does not grow with
-//! the batch.
+//! Owns the row of the contract.
 
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use futures_util::stream;
 use model::{BatchId, Blame, Class, MessageId, Status, Timestamp};
 use serde::Serialize;
-use store::{RecipientQuery, RecipientRow, Store};
+use store::{RecipientQuery, RecipientRow, StoreError};
 
 use super::auth::CanRead;
 use super::batches::visible;
 use super::params::{PAGE_MAX, Params, Segment};
-use super::problem::{Answer, Refusal};
+use super::problem::Answer;
+use super::rows::{self, Form, Table};
 use super::{Api, List};
 
 /// A recipient's row (contract, section 3).
@@ -80,33 +77,6 @@ impl RowView {
     }
 }
 
-/// How the caller wants them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    Page,
-    Ndjson,
-    Csv,
-}
-
-impl Form {
-    /// The first known type in `Accept`, which is how people write it.
-    pub(super) fn wanted(headers: &HeaderMap) -> Self {
-        let accept = headers
-            .get(header::ACCEPT)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
-        let known = accept.split(',').find_map(|part| {
-            match part.split(';').next().unwrap_or_default().trim() {
-                "application/json" | "*/*" | "application/*" => Some(Self::Page),
-                "application/x-ndjson" => Some(Self::Ndjson),
-                "text/csv" => Some(Self::Csv),
-                _ => None,
-            }
-        });
-        known.unwrap_or(Self::Page)
-    }
-}
-
 /// `GET /v1/batches/{id}/recipients`
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
@@ -144,18 +114,7 @@ pub(super) async fn list(
             })
             .into_response())
         }
-        Form::Ndjson => Ok(whole(
-            Arc::clone(&api.store),
-            query,
-            "application/x-ndjson",
-            ndjson,
-        )),
-        Form::Csv => Ok(whole(
-            Arc::clone(&api.store),
-            query,
-            "text/csv; charset=utf-8",
-            csv,
-        )),
+        Form::Whole(table) => Ok(whole(&api, query, table)),
     }
 }
 
@@ -166,91 +125,20 @@ fn from_index(cursor: &str) -> Result<u32, String> {
     index.ok_or_else(|| "is no cursor of recipients".to_owned())
 }
 
-type Write = fn(&[RowView], first: bool) -> Result<Vec<u8>, Refusal>;
-
-/// All of them, a page of the store at a time. An error on the way cuts the connection, so that
-/// nobody takes a part for the whole.
-fn whole(
-    store: Arc<dyn Store>,
-    query: RecipientQuery,
-    media: &'static str,
-    write: Write,
-) -> Response {
-    let first = query.from_index;
-    let pages = stream::try_unfold(Some(query), move |next| {
+fn whole(api: &Api, query: RecipientQuery, table: Table) -> Response {
+    let store = Arc::clone(&api.store);
+    rows::whole(table, query, move |mut query| {
         let store = Arc::clone(&store);
         async move {
-            let Some(mut query) = next else {
-                return Ok(None);
-            };
-            let begins = query.from_index == first;
-            let page = store
-                .recipients(query.clone())
-                .await
-                .map_err(std::io::Error::other)?;
-            let rows: Vec<_> = page
-                .items
-                .into_iter()
-                .map(|row| RowView::of(query.batch, row))
-                .collect();
-            let bytes = write(&rows, begins).map_err(|refusal| std::io::Error::other(refusal.0))?;
-            let next = page
-                .next
-                .and_then(|cursor| cursor.parse().ok())
-                .filter(|at| *at > query.from_index);
-            let next = next.map(|at| {
+            let page = store.recipients(query.clone()).await?;
+            let rows = page.items.into_iter();
+            let rows = rows.map(|row| RowView::of(query.batch, row)).collect();
+            let next = page.next.and_then(|cursor| cursor.parse().ok());
+            let next = next.filter(|at| *at > query.from_index).map(|at| {
                 query.from_index = at;
                 query
             });
-            Ok::<_, std::io::Error>(Some((Bytes::from(bytes), next)))
+            Ok::<(Vec<RowView>, _), StoreError>((rows, next))
         }
-    });
-    let mut response = Body::from_stream(pages).into_response();
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, HeaderValue::from_static(media));
-    response
-}
-
-fn ndjson(rows: &[RowView], _first: bool) -> Result<Vec<u8>, Refusal> {
-    let mut out = Vec::new();
-    for row in rows {
-        serde_json::to_writer(&mut out, row)
-            .map_err(|error| Refusal::internal("ndjson", &error))?;
-        out.push(b'\n');
-    }
-    Ok(out)
-}
-
-fn csv(rows: &[RowView], first: bool) -> Result<Vec<u8>, Refusal> {
-    let mut writer = csv::WriterBuilder::new()
-        .has_headers(first)
-        .from_writer(Vec::new());
-    for row in rows {
-        writer
-            .serialize(row)
-            .map_err(|error| Refusal::internal("csv", &error))?;
-    }
-    writer
-        .into_inner()
-        .map_err(|error| Refusal::internal("csv", &error))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_form_follows_accept() {
-        for (accept, form) in [
-            ("", Form::Page),
-            ("text/html, */*;q=0.8", Form::Page),
-            ("application/x-ndjson", Form::Ndjson),
-            ("text/csv; q=0.9, application/json", Form::Csv),
-        ] {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
-            assert_eq!(Form::wanted(&headers), form, "{accept}");
-        }
-    }
+    })
 }

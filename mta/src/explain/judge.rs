@@ -52,15 +52,10 @@ pub(crate) fn of_domain(
     }
 }
 
-/// Why a batch does or does not move.
-pub(crate) fn of_batch(facts: &BatchFacts, node: &NodeFacts) -> Explanation {
-    let mut explanation = Explanation {
-        subject: Subject {
-            kind: SubjectKind::Batch,
-            id: facts.id.clone(),
-            destination: None,
-            status: Some(facts.state.to_string()),
-        },
+/// Nothing is known to hold it, so far.
+fn unexplained(subject: Subject, node: &NodeFacts) -> Explanation {
+    Explanation {
+        subject,
         state: State::Waiting,
         constraint: None,
         next_at: None,
@@ -70,12 +65,27 @@ pub(crate) fn of_batch(facts: &BatchFacts, node: &NodeFacts) -> Explanation {
         recipients: None,
         destinations: Vec::new(),
         unknown: unknown(node),
+    }
+}
+
+fn finished(mut explanation: Explanation, end: Constraint) -> Explanation {
+    explanation.state = State::Finished;
+    explanation.constraint = Some(end.clone());
+    explanation.chain.push(end);
+    explanation
+}
+
+/// Why a batch does or does not move.
+pub(crate) fn of_batch(facts: &BatchFacts, node: &NodeFacts) -> Explanation {
+    let subject = Subject {
+        kind: SubjectKind::Batch,
+        id: facts.id.clone(),
+        destination: None,
+        status: Some(facts.state.to_string()),
     };
+    let mut explanation = unexplained(subject, node);
     if let Some(end) = batch_end(facts) {
-        explanation.state = State::Finished;
-        explanation.constraint = Some(end.clone());
-        explanation.chain.push(end);
-        return explanation;
+        return finished(explanation, end);
     }
     let mut chain: Vec<_> = batch_stop(facts.state, facts.release_at)
         .into_iter()
@@ -190,28 +200,15 @@ fn batch_stop(state: BatchState, release_at: Timestamp) -> Option<Constraint> {
 
 /// Why a message does or does not move.
 pub(crate) fn of_message(facts: &MessageFacts, node: &NodeFacts) -> Explanation {
-    let mut explanation = Explanation {
-        subject: Subject {
-            kind: SubjectKind::Message,
-            id: facts.id.clone(),
-            destination: Some(facts.destination.name.clone()),
-            status: Some(facts.status.to_string()),
-        },
-        state: State::Waiting,
-        constraint: None,
-        next_at: None,
-        eta: None,
-        eta_basis: None,
-        chain: Vec::new(),
-        recipients: None,
-        destinations: Vec::new(),
-        unknown: unknown(node),
+    let subject = Subject {
+        kind: SubjectKind::Message,
+        id: facts.id.clone(),
+        destination: Some(facts.destination.name.clone()),
+        status: Some(facts.status.to_string()),
     };
+    let mut explanation = unexplained(subject, node);
     if let Some(end) = message_end(facts) {
-        explanation.state = State::Finished;
-        explanation.constraint = Some(end.clone());
-        explanation.chain.push(end);
-        return explanation;
+        return finished(explanation, end);
     }
     if facts.place == Whereabouts::InFlight {
         let detail = "it is at a connection, being sent or next in line there".to_owned();

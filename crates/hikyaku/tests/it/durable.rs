@@ -11,6 +11,8 @@ fn traced(calls: &str, to: &Path, config: &Path) -> Command {
     command
         .args([
             "-f",
+            // The service is the child here and ends with the test; strace follows it.
+            "-D",
             "--seccomp-bpf",
             "-s",
             "48",
