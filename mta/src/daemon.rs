@@ -74,8 +74,15 @@ pub async fn open_store_as(config: &config::Store, role: Role) -> anyhow::Result
             Ok(Arc::new(store))
         }
         StoreUrl::Redis(redis) => {
+            let mut url = RedisUrl::parse(redis.url.reveal())?;
+            if let Some(file) = &config.ca_file {
+                url.believe(file)?;
+            }
+            url.sentinel_user.clone_from(&config.sentinel_username);
+            let password = config.sentinel_password.as_ref();
+            url.sentinel_password = password.map(|text| text.reveal().to_owned());
             let options = RedisOptions {
-                url: RedisUrl::parse(redis.url.reveal())?,
+                url,
                 partitions: config.partitions,
                 role,
                 require_durable: config.require_durable,

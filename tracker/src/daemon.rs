@@ -78,8 +78,15 @@ async fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError
             Ok(Arc::new(SqliteStore::open(options).await?))
         }
         StoreUrl::Redis(redis) => {
+            let mut url = RedisUrl::parse(redis.url.reveal())?;
+            if let Some(file) = &config.ca_file {
+                url.believe(file)?;
+            }
+            url.sentinel_user.clone_from(&config.sentinel_username);
+            let password = config.sentinel_password.as_ref();
+            url.sentinel_password = password.map(|text| text.reveal().to_owned());
             let options = RedisOptions {
-                url: RedisUrl::parse(redis.url.reveal())?,
+                url,
                 partitions: config.partitions,
                 role: Role::Tracker,
                 require_durable: config.require_durable,

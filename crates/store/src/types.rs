@@ -395,6 +395,8 @@ pub struct ShareClaim {
     pub key: Box<str>,
     /// How many connections it allows, over all nodes.
     pub connections: u32,
+    /// How many permits its rate has, where a share of it is to be a whole number of them; 0: any.
+    pub permits: u32,
     /// False: the node gives up what it has.
     pub wanted: bool,
 }
@@ -402,7 +404,7 @@ pub struct ShareClaim {
 /// What a node has of a limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Share {
-    /// Of the rate, from 0 to 1.
+    /// Of the rate, from 0 to 1, in millionths, rounded down.
     pub rate: f64,
     /// How many of the connections.
     pub connections: u32,

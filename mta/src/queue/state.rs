@@ -538,7 +538,9 @@ impl QueueState {
             Event::Suspensions(all) => self.on_suspensions(&all, now, out),
             Event::Shaping(shaping) => self.on_shaping(shaping),
             Event::Shares(shares) => self.on_shares(shares),
-            Event::LimitShares { claims, answers } => self.on_limit_shares(&claims, answers, out),
+            Event::LimitShares { claims, answers } => {
+                self.on_limit_shares(&claims, answers, now.instant, out)
+            }
             Event::Drain => self.on_drain(out),
         }
     }

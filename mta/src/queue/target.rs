@@ -389,10 +389,15 @@ impl Target {
         self.enforce();
     }
 
-    /// This much of its limits is this node's from now on.
-    pub(super) fn set_part(&mut self, part: Part) {
+    /// This much of its limits is this node's from now on; others used them until a moment ago if
+    /// that is given.
+    pub(super) fn set_part(&mut self, part: Part, used_until: Option<Instant>) {
         self.part = part;
         self.enforce();
+        if let Some(at) = used_until {
+            let mut permits = self.permits.lock().unwrap_or_else(PoisonError::into_inner);
+            permits.use_up(at);
+        }
     }
 
     /// What of its limits is this node's.

@@ -89,6 +89,7 @@ impl Task {
             ShareClaim {
                 key: key(&claim.destination, source),
                 connections: claim.connections,
+                permits: claim.permits,
                 wanted: claim.wanted,
             }
         };

@@ -14,6 +14,17 @@ const LOG_MAX: u32 = 1_024;
 /// longer on its way than one a second later would fall into the other's second.
 const ON_THE_WAY: Duration = Duration::from_millis(50);
 
+/// A second of a part is this long on its way. Less than [`ON_THE_WAY`], since it is evenly spread:
+/// what comes late is one or two, never all at once.
+const PART_ON_THE_WAY: Duration = Duration::from_millis(10);
+
+/// What a second may hold of a part is spread over this: 3 % less than the rate, so that a permit
+/// that was taken late does not delay those after it, and 10 s still hold 95 % of the rate.
+const PART_SPREAD: Duration = Duration::from_millis(1_030);
+
+/// So much of a part that was missed is caught up with.
+const PART_LATE: Duration = Duration::from_millis(100);
+
 /// How soon whoever stood back asks again.
 const YIELD: Duration = Duration::from_millis(5);
 
@@ -30,6 +41,10 @@ pub enum Pace {
     /// So many in a second, more than 0, evenly spread, so that a receiver that counts by windows
     /// of any kind finds the same in each. Infinite: no limit.
     Even(f64),
+    /// A node's part of a rate that nodes keep together: evenly spread, what was missed by a moment
+    /// is caught up with, and no window of a second holds more than so many, so that all parts
+    /// together hold no more than the whole.
+    Part(u32),
 }
 
 impl Pace {
@@ -38,6 +53,7 @@ impl Pace {
         match self {
             Self::Configured(rate) => rate.per_second(),
             Self::Even(rate) => rate,
+            Self::Part(count) => f64::from(count) / PART_SPREAD.as_secs_f64(),
         }
     }
 }
@@ -61,6 +77,8 @@ pub struct Pacer {
     under_way: usize,
     /// No permit before: a pace that was left behind gave too many.
     not_before: Option<Instant>,
+    /// When the next permit of a part is due.
+    due: Option<Instant>,
     /// Who waits for a permit and goes before the others.
     claims: usize,
 }
@@ -88,8 +106,15 @@ impl Pacer {
             taken: VecDeque::with_capacity(count),
             under_way: 0,
             not_before: None,
+            due: None,
             claims: 0,
         }
+    }
+
+    /// Counts the last window, up to `now`, as used up: by others.
+    pub fn use_up(&mut self, now: Instant) {
+        self.taken.clear();
+        self.taken.extend(std::iter::repeat_n(now, self.count));
     }
 
     /// The pace it keeps.
@@ -101,6 +126,7 @@ impl Pacer {
     pub fn change(&mut self, pace: impl Into<Pace>) {
         let pace = pace.into();
         self.pace = pace;
+        self.due = None;
         let was_full = self.taken.len() + self.under_way >= self.count;
         (self.count, self.window) = shape(pace);
         let Some(last) = self.taken.back().copied() else {
@@ -131,7 +157,7 @@ impl Pacer {
 
     /// When the next permit is free; not before `now`.
     pub fn free_at(&self, now: Instant) -> Instant {
-        let now = match self.not_before {
+        let now = match self.not_before.max(self.due) {
             Some(at) if self.count > 0 => now.max(at),
             Some(_) | None => now,
         };
@@ -157,6 +183,9 @@ impl Pacer {
         let is_free = self.count == 0
             || (self.under_way < self.count / BEHIND_PART && self.free_at(now) <= now);
         self.under_way += usize::from(is_free);
+        if is_free {
+            self.is_used(now);
+        }
         is_free
     }
 
@@ -191,6 +220,7 @@ impl Pacer {
         match self.free_at(now) {
             at if at <= now => {
                 self.note(now);
+                self.is_used(now);
                 Ok(())
             }
             at => Err(at),
@@ -227,7 +257,18 @@ impl Pacer {
     pub fn reserve(&mut self, now: Instant) -> Instant {
         let at = self.free_at(now);
         self.note(at);
+        self.is_used(at);
         at
+    }
+
+    /// The next permit of a part is due after this one: counted from when this one was due, unless
+    /// that is long ago.
+    fn is_used(&mut self, at: Instant) {
+        if let Pace::Part(count) = self.pace {
+            let due = self.due.unwrap_or(at);
+            let late = at.saturating_duration_since(due).saturating_sub(PART_LATE);
+            self.due = Some(due + late + part(PART_SPREAD, count));
+        }
     }
 
     fn note(&mut self, at: Instant) {
@@ -248,6 +289,7 @@ fn shape(pace: Pace) -> (usize, Duration) {
         Pace::Configured(Rate::Unlimited) => (0, Duration::ZERO),
         Pace::Configured(Rate::Limited { count, per }) if per > second => (1, part(per, count)),
         Pace::Configured(Rate::Limited { count, per }) => in_parts(count, per + ON_THE_WAY),
+        Pace::Part(count) => in_parts(count.max(1), second + PART_ON_THE_WAY),
         Pace::Even(rate) if rate.is_infinite() => (0, Duration::ZERO),
         Pace::Even(rate) => {
             let slice = whole(rate * SLICE);
@@ -367,6 +409,25 @@ mod tests {
     }
 
     #[test]
+    fn a_part_catches_up_with_a_moment_and_not_with_more() {
+        let start = SystemClock.instant();
+        let mut pacer = Pacer::new(Pace::Part(10));
+        let each = Duration::from_millis(103);
+        assert_eq!(pacer.take(start), Ok(()));
+        assert_eq!(pacer.take(start), Err(start + each));
+        // One and a half too late: the next comes when it would have come.
+        let late = start + each + Duration::from_millis(50);
+        assert_eq!(pacer.take(late), Ok(()));
+        assert_eq!(pacer.take(late), Err(start + each * 2));
+        let idle = start + Duration::from_secs(60);
+        assert_eq!(pacer.take(idle), Ok(()));
+        let next = pacer.free_at(idle);
+        assert_eq!(next, idle + Duration::from_millis(3));
+        pacer.use_up(next);
+        assert_eq!(pacer.free_at(next), next + Duration::from_millis(1_010));
+    }
+
+    #[test]
     fn whoever_has_a_claim_goes_first() {
         let start = SystemClock.instant();
         let mut pacer = Pacer::new(rate("1/s"));
@@ -452,6 +513,44 @@ mod tests {
                 let about = held.iter().filter(|(from, to, _)| *from < *first + second && *to + second > *first);
                 let highest = about.map(|(_, _, pace)| pace.ceil()).fold(0.0, f64::max);
                 prop_assert!(f64::from(u32::try_from(count).expect("few")) <= highest + 1.0, "{count} at {highest}");
+            }
+        }
+
+        /// Nodes that share a rate, each late by some milliseconds as a machine is, in virtual time.
+        #[test]
+        fn parts_of_a_rate_hold_it_from_both_sides(
+            rate in 20_u32..200, nodes in 1_u32..5, late in 0_u64..15, seed: u64,
+        ) {
+            let start = SystemClock.instant();
+            let end = start + Duration::from_secs(24);
+            let mut chance = fastrand::Rng::with_seed(seed);
+            let mut all = Vec::new();
+            for node in 0..nodes {
+                let count = rate / nodes + u32::from(node < rate % nodes);
+                let mut pacer = Pacer::new(Pace::Part(count));
+                let mut now = start + Duration::from_millis(chance.u64(0..200));
+                while now < end {
+                    match pacer.take(now) {
+                        Ok(()) => all.push(now),
+                        Err(at) => now = at + Duration::from_micros(chance.u64(0..=late * 1_000)),
+                    }
+                }
+            }
+            all.sort_unstable();
+            let within = |from: Instant, long: Duration| {
+                all.partition_point(|at| *at < from + long) - all.partition_point(|at| *at < from)
+            };
+            for from in &all {
+                let second = within(*from, Duration::from_secs(1));
+                prop_assert!(second <= rate as usize, "{second} in a second of {rate}");
+            }
+            let mut from = start + Duration::from_secs(1);
+            while from + Duration::from_secs(10) < end {
+                let ten = within(from, Duration::from_secs(10));
+                // One of each node may stand just outside.
+                let least = f64::from(rate) * 9.5 - f64::from(nodes);
+                prop_assert!(f64::from(u32::try_from(ten).expect("few")) >= least, "{ten} in 10 s of {rate}");
+                from += Duration::from_millis(37);
             }
         }
 

@@ -3,6 +3,25 @@
 //! Owns the arithmetic of it. Must not ask the store.
 
 use super::{InForce, Pace};
+use model::units::Rate;
+use std::time::Duration;
+
+/// A share is told in millionths: this much of one permit may be lost by that.
+const ROUNDED: f64 = 0.02;
+/// A rate of more is not handed out permit by permit.
+const UNITS_MAX: u32 = 10_000;
+
+/// Into how many permits a second a rate can be shared out; 0: into parts of any size.
+pub fn units(pace: Pace) -> u32 {
+    match pace {
+        Pace::Configured(Rate::Limited { count, per })
+            if per <= Duration::from_secs(1) && count <= UNITS_MAX =>
+        {
+            count
+        }
+        Pace::Configured(_) | Pace::Even(_) | Pace::Part(_) => 0,
+    }
+}
 
 /// A part of the limits of a destination.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,20 +59,28 @@ impl Part {
     }
 
     /// The limits that hold here. A part of a rate is evenly spread, so that the parts of all nodes
-    /// never come together in one breath.
+    /// never come together in one breath; a part of a rate per second is whole permits, so that
+    /// no second holds more of all parts than of the whole.
     pub fn of(self, whole: InForce) -> InForce {
+        let none = InForce {
+            connections: 0,
+            ..whole
+        };
         if self.is_none() {
-            return InForce {
-                connections: 0,
-                ..whole
-            };
+            return none;
         }
         let connections = whole.connections.min(self.connections);
         let rate = whole.pace.per_second();
         let pace = if self.rate >= 1.0 || rate.is_infinite() {
             whole.pace
         } else {
-            Pace::Even(rate * self.rate)
+            match units(whole.pace) {
+                0 => Pace::Even(rate * self.rate),
+                units => match whole_permits(f64::from(units) * self.rate) {
+                    0 => return none,
+                    count => Pace::Part(count),
+                },
+            }
         };
         InForce {
             pace,
@@ -61,6 +88,16 @@ impl Part {
             ..whole
         }
     }
+}
+
+/// How many whole permits a part is.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a part of at most UNITS_MAX, not less than 0"
+)]
+fn whole_permits(part: f64) -> u32 {
+    (part + ROUNDED).floor() as u32
 }
 
 #[cfg(test)]
@@ -88,7 +125,16 @@ mod tests {
         };
         let here = third.of(limits);
         assert_eq!(here.connections, 1);
-        assert!((here.pace.per_second() - 50.0 / 3.0).abs() < 1e-9);
+        assert_eq!(here.pace, Pace::Part(16));
+        let told = |count: u32, of: u32| Part {
+            rate: f64::from(1_000_000 * count / of) / 1e6,
+            connections: 1,
+        };
+        assert_eq!(told(17, 50).of(limits).pace, Pace::Part(17));
+        assert_eq!(told(1, 3).of(whole("3/s", 1)).pace, Pace::Part(1));
+        assert_eq!(third.of(whole("2/s", 1)).connections, 0);
+        let hourly = third.of(whole("3600/h", 1));
+        assert!((hourly.pace.per_second() - 1.0 / 3.0).abs() < 1e-9);
         let unlimited = third.of(whole("unlimited", 4));
         assert!(unlimited.pace.per_second().is_infinite());
     }
@@ -100,6 +146,9 @@ mod tests {
             let part = Part::equal(nodes, limits);
             prop_assert!(part.rate * f64::from(nodes) <= 1.0 + 1e-9);
             prop_assert!(!part.is_none());
+            if let Pace::Part(count) = part.of(limits).pace {
+                prop_assert!(count * nodes <= 50);
+            }
             prop_assert!(part.connections == 1 || part.connections * nodes <= connections);
         }
     }

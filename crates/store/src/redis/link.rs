@@ -74,6 +74,22 @@ fn address(url: &RedisUrl, host: &(String, u16)) -> ConnectionAddr {
     }
 }
 
+/// What is believed in place of the system's roots.
+fn certificates(url: &RedisUrl) -> Option<driver::TlsCertificates> {
+    let roots = url.roots.clone().filter(|_| url.tls)?;
+    Some(driver::TlsCertificates {
+        client_tls: None,
+        root_cert: Some(roots),
+    })
+}
+
+fn client(url: &RedisUrl, info: driver::ConnectionInfo) -> Result<Client> {
+    Ok(match certificates(url) {
+        Some(certificates) => Client::build_with_tls(info, certificates)?,
+        None => Client::open(info)?,
+    })
+}
+
 fn settings(url: &RedisUrl) -> driver::RedisConnectionInfo {
     let mut of = driver::RedisConnectionInfo::default()
         .set_db(i64::from(url.database))
@@ -117,7 +133,8 @@ impl Link {
                     .set_response_timeout(Some(ANSWER))
                     .set_connection_timeout(Some(CONNECT))
                     .set_max_delay(Duration::from_millis(500));
-                let client = Client::open(info.clone())?;
+                let client = client(url, info)?;
+                let info = client.get_connection_info().clone();
                 let short = ConnectionManager::new_with_config(client, config).await?;
                 let manager = deadpool_redis::Manager::new_with_config(info, config_of())?;
                 let bulk = deadpool_redis::Pool::builder(manager)
@@ -136,12 +153,15 @@ impl Link {
                 Ok(link)
             }
             Topology::Cluster => {
-                let client = driver::cluster::ClusterClient::builder(infos(url)?)
+                let mut builder = driver::cluster::ClusterClient::builder(infos(url)?)
                     .response_timeout(ANSWER)
                     .connection_timeout(CONNECT)
                     .retries(8)
-                    .max_retry_wait(400)
-                    .build()?;
+                    .max_retry_wait(400);
+                if let Some(certificates) = certificates(url) {
+                    builder = builder.certs(certificates);
+                }
+                let client = builder.build()?;
                 Ok(Self::Cluster(client.get_async_connection().await?))
             }
         }
@@ -258,6 +278,17 @@ fn sentinel(url: &RedisUrl, name: &str) -> Result<SentinelClient> {
         builder = builder
             .set_client_to_redis_tls_mode(driver::TlsMode::Secure)
             .set_client_to_sentinel_tls_mode(driver::TlsMode::Secure);
+    }
+    if let Some(certificates) = certificates(url) {
+        builder = builder
+            .set_client_to_redis_certificates(certificates.clone())
+            .set_client_to_sentinel_certificates(certificates);
+    }
+    if let Some(user) = &url.sentinel_user {
+        builder = builder.set_client_to_sentinel_username(user);
+    }
+    if let Some(password) = &url.sentinel_password {
+        builder = builder.set_client_to_sentinel_password(password);
     }
     builder = builder.set_client_to_redis_db(i64::from(url.database));
     if let Some(user) = &url.user {

@@ -27,6 +27,7 @@ impl Inner {
             arguments.extend([
                 claim.key.as_bytes().to_vec(),
                 claim.connections.to_string().into_bytes(),
+                claim.permits.to_string().into_bytes(),
                 u8::from(claim.wanted).to_string().into_bytes(),
             ]);
         }

@@ -35,6 +35,12 @@ pub struct RedisUrl {
     pub hosts: Vec<(String, u16)>,
     /// The database; 0 on a Cluster.
     pub database: u32,
+    /// PEM certificates to believe in place of the system's.
+    pub roots: Option<Vec<u8>>,
+    /// Whom sentinels are asked as; none: `default`.
+    pub sentinel_user: Option<String>,
+    /// And with which password; none: without.
+    pub sentinel_password: Option<String>,
 }
 
 // A password is nobody's to read in a log.
@@ -121,7 +127,23 @@ impl RedisUrl {
             password,
             hosts,
             database,
+            roots: None,
+            sentinel_user: None,
+            sentinel_password: None,
         })
+    }
+
+    /// Believes the certificates in this PEM file, and no others.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when it cannot be read.
+    pub fn believe(&mut self, file: &std::path::Path) -> Result<()> {
+        let read = std::fs::read(file);
+        let roots = read.map_err(|error| {
+            StoreError::Refused(format!("store.ca_file: {}: {error}", file.display()))
+        })?;
+        self.roots = Some(roots);
+        Ok(())
     }
 }
 

@@ -16,6 +16,7 @@ use store::{
     ShareRequest, Shipment, Store, StoreError, Want, clock_offset,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
+use testkit::tls::Issuer;
 
 const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 const QUEUE: &str = "x.example";
@@ -373,8 +374,14 @@ async fn a_failover_behind_sentinels_loses_nothing_that_was_answered() {
     assert_ne!(store.standing().histories, before.histories);
 }
 
-/// One node's claim on a limit of so many connections.
-async fn claim(store: &dyn Store, node: u128, at: Timestamp, of: u32, wanted: bool) -> Share {
+/// One node's claim on a limit of so many connections and permits.
+async fn claim(
+    store: &dyn Store,
+    node: u128,
+    at: Timestamp,
+    (of, permits): (u32, u32),
+    wanted: bool,
+) -> Share {
     let request = ShareRequest {
         node: JournalId::new(T0, node),
         now: at,
@@ -382,6 +389,7 @@ async fn claim(store: &dyn Store, node: u128, at: Timestamp, of: u32, wanted: bo
         claims: vec![ShareClaim {
             key: "mx.example one".into(),
             connections: of,
+            permits,
             wanted,
         }],
     };
@@ -396,7 +404,7 @@ async fn a_limit_is_shared_out_and_never_twice() {
     let store = server.open(Role::Mta).await.expect("it opens");
     assert!(store.is_shared());
     let ask = async |node, of, wanted| {
-        let share = claim(&store, node, T0, of, wanted).await;
+        let share = claim(&store, node, T0, (of, 0), wanted).await;
         ((share.rate * 1_000.0).round(), share.connections)
     };
     assert_eq!(ask(1, 5, true).await, (1_000.0, 5));
@@ -415,8 +423,33 @@ async fn a_limit_is_shared_out_and_never_twice() {
     assert_eq!(ask(3, 1, true).await, (0.0, 0));
     assert_eq!(ask(1, 1, true).await, (1_000.0, 1));
     // Who is heard of no more has nothing after its time.
-    let later = claim(&store, 3, T0 + MINUTE, 1, true).await;
+    let later = claim(&store, 3, T0 + MINUTE, (1, 0), true).await;
     assert_eq!((later.rate, later.connections, later.nodes), (1.0, 1, 1));
+}
+
+#[tokio::test]
+async fn a_rate_is_shared_out_in_whole_permits() {
+    let server = Redis::single(1);
+    let store = server.open(Role::Mta).await.expect("it opens");
+    let ask = async |node, permits| {
+        let share = claim(&store, node, T0, (9, permits), true).await;
+        ((share.rate * f64::from(permits)).round(), share.connections)
+    };
+    assert_eq!(ask(1, 50).await, (50.0, 9));
+    for round in 0..2 {
+        let all = [ask(1, 50).await, ask(2, 50).await, ask(3, 50).await];
+        if round == 1 {
+            assert_eq!(all, [(17.0, 3), (17.0, 3), (16.0, 3)]);
+        }
+    }
+    // Fewer permits than nodes: the first have one each.
+    for _ in 0..2 {
+        ask(3, 2).await;
+        ask(2, 2).await;
+        ask(1, 2).await;
+    }
+    let all = [ask(1, 2).await, ask(2, 2).await, ask(3, 2).await];
+    assert_eq!(all, [(1.0, 5), (1.0, 4), (0.0, 0)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -429,7 +462,8 @@ async fn whatever_nodes_ask_their_shares_are_no_more_than_all() {
     let mut held = std::collections::BTreeMap::new();
     for _ in 0..500 {
         let (node, wanted) = (chance.u128(1..6), chance.u8(..) > 60);
-        let share = claim(&store, node, T0, 3, wanted).await;
+        let permits = [0, 0, 2, 7, 50][chance.usize(..5)];
+        let share = claim(&store, node, T0, (3, permits), wanted).await;
         held.insert(node, share);
         let rate: f64 = held.values().map(|share| share.rate).sum();
         let connections: u32 = held.values().map(|share| share.connections).sum();
@@ -745,4 +779,73 @@ fn events_in(answer: &str) -> Vec<model::Event> {
         all.next().expect("JSON").expect("an event")
     };
     starts.map(parse).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_is_believed_by_the_roots_that_were_given() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let authority = Issuer::new("roots of our own").expect("an authority");
+    let issued = authority.issue(&["127.0.0.1"]).expect("a certificate");
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.to_str().expect("a path").to_owned()
+    };
+    let roots = file("roots.pem", authority.pem());
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = free.local_addr().expect("an address").port();
+    drop(free);
+    let port = port.to_string();
+    let wanted = [
+        ("tls-cert-file", file("cert.pem", issued.chain_pem())),
+        ("tls-key-file", file("key.pem", issued.key_pem())),
+        ("tls-ca-cert-file", roots.clone()),
+        ("tls-auth-clients", "no".to_owned()),
+        ("tls-port", port.clone()),
+    ];
+    let set = ["CONFIG", "SET"];
+    let pairs = wanted
+        .iter()
+        .flat_map(|(key, value)| [*key, value.as_str()]);
+    let command: Vec<&str> = set.into_iter().chain(pairs).collect();
+    server.ask(&command).expect("TLS");
+
+    let mut over_tls = options(&format!("rediss://127.0.0.1:{port}"));
+    let believe = |options: &mut RedisOptions, file: &str| options.url.believe(file.as_ref());
+    believe(&mut over_tls, &roots).expect("roots");
+    let store = RedisStore::open(over_tls.clone()).await.expect("it opens");
+    submit(&store, 1, 30).await.expect("submitted");
+    let leased = lease(&store, 1, 30, MINUTE).await.expect("a lease");
+    let shipped = store.ship(delivered(1, &mut 0, &leased)).await;
+    shipped.expect("shipped");
+
+    let stranger = Issuer::new("somebody else's").expect("an authority");
+    let others = file("others.pem", stranger.pem());
+    believe(&mut over_tls, &others).expect("roots");
+    unavailable(RedisStore::open(over_tls.clone()).await);
+    let missing = believe(&mut over_tls, "/nowhere/roots.pem");
+    assert!(
+        matches!(missing, Err(StoreError::Refused(_))),
+        "{missing:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sentinels_may_want_a_login_of_their_own() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let servers = RedisSentinels::start(directory.path()).expect("sentinels");
+    for sentinel in &servers.sentinels {
+        let user = ["ACL", "SETUSER", "asker", "on", ">for sentinels", "+@all"];
+        sentinel.ask(&user).expect("a user");
+        sentinel
+            .ask(&["ACL", "SETUSER", "default", "off"])
+            .expect("off");
+    }
+    let mut options = options(&servers.url());
+    assert!(RedisStore::open(options.clone()).await.is_err());
+    options.url.sentinel_user = Some("asker".to_owned());
+    options.url.sentinel_password = Some("for sentinels".to_owned());
+    let store = RedisStore::open(options).await.expect("it opens");
+    submit(&store, 1, 10).await.expect("submitted");
 }

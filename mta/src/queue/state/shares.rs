@@ -7,7 +7,7 @@
 
 use super::*;
 use crate::queue::target::Target;
-use crate::shaping::Part;
+use crate::shaping::{Part, units};
 use store::Share;
 
 /// Between two questions about a destination whose shares move.
@@ -33,6 +33,8 @@ pub struct Claim {
     pub source: usize,
     /// How many connections the limit allows.
     pub connections: u32,
+    /// How many whole permits its rate is shared out in; 0: in parts of any size.
+    pub permits: u32,
     /// False: it is given up.
     pub wanted: bool,
 }
@@ -124,10 +126,12 @@ impl QueueState {
                 claimed.worked = now;
                 if claimed.next <= now && claims.len() < CLAIMS_MAX {
                     claimed.next = now + claimed.period();
+                    let whole = target.limiter.in_force();
                     claims.push(Claim {
                         destination: key.clone(),
                         source: target.source,
-                        connections: target.limiter.in_force().connections,
+                        connections: whole.connections,
+                        permits: units(whole.pace),
                         wanted: true,
                     });
                 }
@@ -140,6 +144,7 @@ impl QueueState {
                     destination: destination.clone(),
                     source: *source,
                     connections: 0,
+                    permits: 0,
                     wanted: false,
                 });
             }
@@ -155,6 +160,7 @@ impl QueueState {
         &mut self,
         claims: &[Claim],
         answers: Option<Vec<Share>>,
+        now: Instant,
         out: &mut Vec<Action>,
     ) {
         let Some(shares) = self.shares.as_mut() else {
@@ -199,7 +205,7 @@ impl QueueState {
         }
         let nodes = shares.nodes;
         for ((key, source), part) in moved {
-            self.set_part(&key, source, part, nodes, out);
+            self.set_part(&key, source, part, (nodes, now), out);
         }
     }
 
@@ -209,7 +215,7 @@ impl QueueState {
         key: &Destination,
         source: usize,
         part: Option<Part>,
-        nodes: u32,
+        (nodes, now): (u32, Instant),
         out: &mut Vec<Action>,
     ) {
         let Some(dest) = self.dests.get_mut(key) else {
@@ -220,7 +226,9 @@ impl QueueState {
         };
         if let Some(target) = dest.targets.get_mut(at) {
             let part = part.unwrap_or_else(|| Part::equal(nodes, target.limiter.in_force()));
-            target.set_part(part);
+            // What others had of it they may have used until just now.
+            let was_theirs = nodes > 1 && target.part().is_none();
+            target.set_part(part, was_theirs.then_some(now));
         }
         self.close_surplus(key, at, out);
         self.dirty.insert(key.clone());

@@ -123,7 +123,7 @@ fn port(port: &u16) -> Result<(), String> {
     }
 }
 
-fn readable(file: PathBuf) -> Result<PathBuf, String> {
+pub(super) fn readable(file: PathBuf) -> Result<PathBuf, String> {
     match std::fs::File::open(&file) {
         Ok(_) => Ok(file),
         Err(error) => Err(format!("{} cannot be read: {error}", file.display())),

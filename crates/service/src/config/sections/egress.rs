@@ -199,7 +199,7 @@ pub(super) fn smarthosts(section: &mut Section<'_>, environment: &Environment) -
 }
 
 /// A password from the file or the variable that one of the two keys names.
-fn password(
+pub(super) fn password(
     section: &mut Section<'_>,
     [file, variable]: [&'static str; 2],
     environment: &Environment,

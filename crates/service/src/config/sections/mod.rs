@@ -156,7 +156,9 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
     let account_ids: Vec<_> = accounts.iter().map(|account| account.id.clone()).collect();
     let smtp = root.table("smtp", |section| delivery::smtp(section, environment));
     let config = Config {
-        store: root.table("store", |section| storage::store(section, &data_dir)),
+        store: root.table("store", |section| {
+            storage::store(section, &data_dir, environment)
+        }),
         journal: root.table("journal", |section| storage::journal(section, &data_dir)),
         retention: root.table("retention", storage::retention),
         api: root.table("api", |section| {

@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::delivery::readable;
+use super::egress;
+use crate::config::Environment;
 use crate::config::reader::Section;
-use crate::config::values::{ByteSize, Secret};
+use crate::config::values::{ByteSize, OrOff, Secret};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -19,6 +22,12 @@ pub struct Store {
     pub partitions: u16,
     /// Whether a Redis that may forget is refused.
     pub require_durable: bool,
+    /// PEM roots to believe over `rediss`, in place of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Whom sentinels are asked as; the login in the URL is that of the servers.
+    pub sentinel_username: Option<String>,
+    /// And with which password.
+    pub sentinel_password: Option<Secret>,
 }
 
 impl Store {
@@ -90,13 +99,28 @@ const SHIPPED_AGAIN: Duration = Duration::from_mins(10);
 const SHORTEST_LEASE: Duration = Duration::from_secs(6);
 const MOST_PARTITIONS: u16 = 256;
 
-pub(super) fn store(section: &mut Section<'_>, data_dir: &Path) -> Store {
+pub(super) fn store(
+    section: &mut Section<'_>,
+    data_dir: &Path,
+    environment: &Environment,
+) -> Store {
     let url = section
         .converted("url", |text: String| store_url(&text, data_dir))
         .unwrap_or_else(|| StoreUrl::Sqlite(data_dir.join("hikyaku.db")));
     let is_cluster =
         matches!(&url, StoreUrl::Redis(redis) if redis.topology == RedisTopology::Cluster);
+    let directory = section.directory();
+    let sentinel_username: Option<String> = section.optional("sentinel_username");
+    let keys = ["sentinel_password_file", "sentinel_password_env"];
+    let has_login = sentinel_username.is_some() || keys.iter().any(|key| section.has(key));
     Store {
+        sentinel_password: egress::password(section, keys, environment, has_login),
+        sentinel_username,
+        ca_file: section
+            .converted("ca_file", |OrOff(file): OrOff<String>| {
+                file.map(|file| readable(directory.join(file))).transpose()
+            })
+            .flatten(),
         lease: section
             .checked("lease", |lease| at_least(*lease, SHORTEST_LEASE, "6s"))
             .unwrap_or(Duration::from_secs(45)),
