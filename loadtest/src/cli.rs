@@ -2,7 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed at run time, 2 bad usage.
 
-use crate::{mta, queued, sink, source, tracker};
+use crate::{mta, nodes, queued, sink, source, tracker};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -24,6 +24,7 @@ enum Command {
     Source(source::Args),
     Mta(Box<mta::Args>),
     Queued(Box<queued::Args>),
+    Nodes(Box<nodes::Args>),
     Tracker(tracker::Args),
     #[command(hide = true)]
     Bare(tracker::bare::Args),
@@ -75,6 +76,7 @@ async fn run(command: Command, out: &mut (dyn Write + Send)) -> Result<()> {
         Command::Source(args) => or(stop, async { source::run(&args, out).await.map(drop) }).await,
         Command::Mta(args) => or(stop, mta::run(&args, out)).await,
         Command::Queued(args) => or(stop, queued::run(&args, out)).await,
+        Command::Nodes(args) => or(stop, nodes::run(&args, out)).await,
         Command::Tracker(args) => or(stop, tracker::run(&args, out)).await,
     }
 }

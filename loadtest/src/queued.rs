@@ -91,6 +91,8 @@ async fn measure(args: &Args, queued: u64, out: &mut (dyn Write + Send)) -> Resu
         sink: sink.address(),
         from_domain: from.context("--from is no address")?.1.to_owned(),
         dkim: Dkim::None,
+        store: None,
+        tracking_keys: None,
         destinations: args.shape.domains,
         slow: args.queued_domains,
         dns: None,

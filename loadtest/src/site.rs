@@ -59,6 +59,10 @@ pub struct Setup {
     pub from_domain: String,
     /// How it signs.
     pub dkim: Dkim,
+    /// The store's address; none: the embedded one.
+    pub store: Option<String>,
+    /// What another node of the same store signs links with.
+    pub tracking_keys: Option<String>,
     /// `dN.example` is a destination of its own for N below this; the others are one, but for what
     /// `dns` says.
     pub destinations: u64,
@@ -119,6 +123,10 @@ impl Site {
         fs::write(dir.path().join("shaping.toml"), setup.shaping())?;
         let rules = include_str!("../../config/bounce-rules.toml");
         fs::write(dir.path().join("bounce-rules.toml"), rules)?;
+        if let Some(keys) = &setup.tracking_keys {
+            fs::create_dir(dir.path().join("data"))?;
+            fs::write(dir.path().join("data/tracking.key"), keys)?;
+        }
         for algorithm in setup.dkim.algorithms() {
             setup.make_key(&config, algorithm)?;
         }
@@ -215,8 +223,10 @@ impl Setup {
                 self.sink.port()
             )
         });
+        let store = self.store.as_ref();
+        let store = store.map_or_else(String::new, |url| format!("[store]\nurl = \"{url}\"\n"));
         format!(
-            "data_dir = {data:?}\n\
+            "data_dir = {data:?}\n{store}\
              [api]\nlisten = \"127.0.0.1:{api}\"\nmax_body = \"4GiB\"\n\
              [[accounts]]\nid = \"default\"\nfrom_domains = [\"*\"]\ndkim = \"{dkim}\"\n\
              [accounts.tracking]\nbase_url = \"http://127.0.0.1:{tracker}\"\n\
@@ -381,6 +391,8 @@ mod tests {
             sink: SocketAddr::from(([127, 0, 0, 1], 2525)),
             from_domain: "brand.example".to_owned(),
             dkim,
+            store: None,
+            tracking_keys: None,
             destinations: 2,
             slow: 2,
             dns: None,
@@ -397,7 +409,12 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let server = SocketAddr::from(([127, 0, 0, 1], 53));
         for (dkim, dns) in [(Dkim::None, None), (Dkim::Rsa2048, Some(server))] {
-            let setup = Setup { dns, ..setup(dkim) };
+            let store = dns.map(|_| "redis://127.0.0.1:6379".to_owned());
+            let setup = Setup {
+                dns,
+                store,
+                ..setup(dkim)
+            };
             let config = dir.path().join("hikyaku.toml");
             fs::write(&config, setup.config(dir.path(), [1025, 1026, 1027])).expect("written");
             fs::write(dir.path().join("shaping.toml"), setup.shaping()).expect("written");

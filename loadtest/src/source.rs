@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How often a batch is asked for. Each answer costs the service a reading of counters.
-const POLL: Duration = Duration::from_millis(200);
+pub(crate) const POLL: Duration = Duration::from_millis(200);
 /// How often its progress is printed.
 const LINE: Duration = Duration::from_secs(1);
 /// After which a delivery that does not move is given up.

@@ -13,6 +13,7 @@ use crate::batch::Shape;
 use crate::counterpart::Counterpart;
 use crate::format::count;
 use crate::process::{self, Guarded, Usage};
+use crate::redis::{Redis, Used};
 use crate::signatures;
 use crate::sink::{Manner, Total};
 use crate::site::{self, Dkim, Setup, Site};
@@ -47,6 +48,9 @@ pub struct Args {
     /// How mail is signed: a run for each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["none", "rsa2048"])]
     pub dkim: Vec<Dkim>,
+    /// The store: a run for each, in turn, for each way of signing
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["sqlite"])]
+    pub store: Vec<Engine>,
     /// Connections per destination
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub connections: u32,
@@ -84,11 +88,24 @@ pub struct Args {
     pub markdown: bool,
 }
 
+/// Where the service keeps what it must not lose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Engine {
+    /// The embedded one
+    Sqlite,
+    /// A Redis of its own, with an append-only file synced every second
+    Redis,
+}
+
 /// What one run showed.
 #[derive(Debug, Clone)]
 pub struct Run {
     /// How mail was signed.
     pub dkim: Dkim,
+    /// Where it was kept.
+    pub engine: Engine,
+    /// What Redis used for the delivery, where it was kept in one.
+    pub redis: Option<Used>,
     /// What was submitted and what became of it.
     pub report: Report,
     /// Of the service, from the first byte of the batch to its 202.
@@ -107,12 +124,20 @@ pub struct Run {
 }
 
 impl Args {
-    fn setup(&self, dkim: Dkim, sink: &Counterpart, dns: Option<&DnsServer>) -> Result<Setup> {
+    fn setup(
+        &self,
+        dkim: Dkim,
+        sink: &Counterpart,
+        dns: Option<&DnsServer>,
+        redis: Option<&Redis>,
+    ) -> Result<Setup> {
         let from = self.shape.from.rsplit_once('@');
         Ok(Setup {
             sink: sink.address(),
             from_domain: from.context("--from is no address")?.1.to_owned(),
             dkim,
+            store: redis.map(Redis::url),
+            tracking_keys: None,
             destinations: match dns {
                 Some(_) => 0,
                 None => self.destinations.unwrap_or(self.shape.domains),
@@ -164,20 +189,21 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     }
     let mut runs = Vec::new();
     for dkim in &args.dkim {
-        writeln!(
-            out,
-            "\n{}: {} recipients",
-            dkim.name(),
-            count(args.shape.recipients)
-        )?;
-        let run = tokio::time::timeout(args.timeout, measure(args, *dkim, out));
-        let run = run
-            .await
-            .with_context(|| format!("not done within {:?}", args.timeout))?;
-        runs.push(run.with_context(|| format!("the run with {}", dkim.name()))?);
+        for engine in &args.store {
+            let name = report::name(*dkim, *engine);
+            writeln!(out, "\n{name}: {} recipients", count(args.shape.recipients))?;
+            let run = tokio::time::timeout(args.timeout, measure(args, *dkim, *engine, out));
+            let run = run
+                .await
+                .with_context(|| format!("not done within {:?}", args.timeout))?;
+            runs.push(run.with_context(|| format!("the run with {name}"))?);
+        }
     }
     if !runs.is_empty() {
         writeln!(out, "\n{}", report::summary(&runs).render(args.markdown))?;
+    }
+    if runs.iter().any(|run| run.redis.is_some()) {
+        writeln!(out, "\n{}", report::stores(&runs).render(args.markdown))?;
     }
     if let Some(recipients) = args.postfix {
         let peers = beside(args, recipients, out).await?;
@@ -188,7 +214,8 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         )?;
     }
     for run in &runs {
-        writeln!(out, "CPU by thread during delivery, {}\n", run.dkim.name())?;
+        let name = report::name(run.dkim, run.engine);
+        writeln!(out, "CPU by thread during delivery, {name}\n")?;
         writeln!(out, "{}", report::threads(run).render(args.markdown))?;
     }
     if args.strace {
@@ -225,24 +252,35 @@ async fn beside(args: &Args, recipients: u64, out: &mut (dyn Write + Send)) -> R
     Ok(peers)
 }
 
-async fn measure(args: &Args, dkim: Dkim, out: &mut (dyn Write + Send)) -> Result<Run> {
+async fn measure(
+    args: &Args,
+    dkim: Dkim,
+    engine: Engine,
+    out: &mut (dyn Write + Send),
+) -> Result<Run> {
     let before = bare_signature(dkim).await?;
     let sink = Counterpart::sink(&args.manner).await?;
     let dns = args.name_server().await?;
-    let site = Site::start(&args.setup(dkim, &sink, dns.as_ref())?, None).await?;
+    let folder = tempfile::tempdir_in(args.dir())?;
+    let redis = match engine {
+        Engine::Sqlite => None,
+        Engine::Redis => Some(Redis::start(folder.path())?),
+    };
+    let setup = args.setup(dkim, &sink, dns.as_ref(), redis.as_ref())?;
+    let site = Site::start(&setup, None).await?;
     let measured = async {
         let warm_up = match dns {
             Some(_) => one_each(&site, &args.shape).await?,
             None => 0,
         };
-        let run = phases(args, dkim, &site, &sink, out).await?;
+        let run = phases(args, dkim, &site, &sink, redis.as_ref(), out).await?;
         anyhow::Ok((run, warm_up))
     };
     let measured = measured.await;
     let (mut run, warm_up) = site.explain(measured)?;
     run.sink = process::usage(sink.pid())?;
     if let Some(dir) = &args.profile_dir {
-        site.keep_log(dir, &format!("{}.log", file_name(dkim)))?;
+        site.keep_log(dir, &format!("{}.log", file_name(dkim, engine)))?;
     }
     site.stop().await?;
     run.total = sink.stop().await?;
@@ -276,19 +314,26 @@ async fn phases(
     dkim: Dkim,
     site: &Site,
     sink: &Counterpart,
+    redis: Option<&Redis>,
     out: &mut (dyn Write + Send),
 ) -> Result<Run> {
+    let engine = match redis {
+        None => Engine::Sqlite,
+        Some(_) => Engine::Redis,
+    };
     let idle = process::usage(site.pid())?;
     let mut report = source::submit(site.client(), &args.shape, None).await?;
     let accepted = process::usage(site.pid())?;
+    let before = redis.map(Redis::used).transpose()?;
     let peak = process::peak_memory(site.pid())?;
     let anew = process::reset_peak_memory(site.pid());
     let profile = match &args.profile_dir {
-        Some(dir) => Some(Profile::start(site.pid(), dir, dkim)?),
+        Some(dir) => Some(Profile::start(site.pid(), dir, file_name(dkim, engine))?),
         None => None,
     };
     source::watch(site.client(), &mut report, out).await?;
     let done = process::usage(site.pid())?;
+    let after = redis.map(Redis::used).transpose()?;
     if let Some(profile) = profile {
         profile.stop().await?;
     }
@@ -296,6 +341,10 @@ async fn phases(
     let later = anew.then(|| process::peak_memory(site.pid())).transpose()?;
     Ok(Run {
         dkim,
+        engine,
+        redis: after
+            .zip(before)
+            .map(|(after, before)| after.since(&before)),
         report,
         intake: accepted.since(&idle),
         delivery: done.since(&accepted),
@@ -315,20 +364,25 @@ async fn bare_signature(dkim: Dkim) -> Result<Option<Duration>> {
     timed.context("the signing thread died")?.map(Some)
 }
 
-fn file_name(dkim: Dkim) -> &'static str {
-    match dkim {
+fn file_name(dkim: Dkim, engine: Engine) -> String {
+    let signed = match dkim {
         Dkim::None => "unsigned",
         Dkim::Rsa2048 => "rsa2048",
         Dkim::Both => "rsa2048-ed25519",
-    }
+    };
+    let kept = match engine {
+        Engine::Sqlite => "",
+        Engine::Redis => "-redis",
+    };
+    format!("{signed}{kept}")
 }
 
 /// `perf record` beside a delivery.
 struct Profile(Guarded);
 
 impl Profile {
-    fn start(pid: u32, dir: &Path, dkim: Dkim) -> Result<Self> {
-        let file = dir.join(format!("{}.perf", file_name(dkim)));
+    fn start(pid: u32, dir: &Path, name: String) -> Result<Self> {
+        let file = dir.join(format!("{name}.perf"));
         let perf = Command::new("perf")
             .args(["record", "-q", "-F", "499", "-g", "-o"])
             .arg(file)
@@ -370,7 +424,7 @@ async fn traced(args: &Args, recipients: u64) -> Result<Calls> {
     let folder = tempfile::tempdir()?;
     let table = folder.path().join("calls");
     let sink = Counterpart::sink(&args.manner).await?;
-    let setup = args.setup(Dkim::None, &sink, None)?;
+    let setup = args.setup(Dkim::None, &sink, None, None)?;
     let site = Site::start(&setup, Some(&table)).await?;
     let mut report = source::submit(site.client(), &shape, None).await?;
     let watched = source::watch(site.client(), &mut report, &mut std::io::sink()).await;

@@ -1,7 +1,8 @@
 //! What the runs showed, as tables. Pure.
 
-use super::Run;
+use super::{Engine, Run};
 use crate::format::{Table, bytes, count, float, per, per_second, percent, rate};
+use crate::redis::Used;
 use crate::site::Dkim;
 use std::time::Duration;
 
@@ -10,8 +11,8 @@ type Row = (&'static str, fn(&Run) -> String);
 
 /// One column for each run.
 pub(super) fn summary(runs: &[Run]) -> Table {
-    let head = std::iter::once("").chain(runs.iter().map(|run| run.dkim.name()));
-    let mut table = Table::new(head);
+    let head = runs.iter().map(|run| name(run.dkim, run.engine));
+    let mut table = Table::new(std::iter::once(String::new()).chain(head));
     let rows: [Row; 17] = [
         ("recipients", |run| count(run.report.accepted)),
         ("bytes of a message at the sink", |run| {
@@ -80,6 +81,71 @@ pub(super) fn summary(runs: &[Run]) -> Table {
         table.row(std::iter::once(name.to_owned()).chain(runs.iter().map(cell)));
     }
     table
+}
+
+/// A run in a heading.
+pub(super) fn name(dkim: Dkim, engine: Engine) -> String {
+    match engine {
+        Engine::Sqlite => dkim.name().to_owned(),
+        Engine::Redis => format!("{}, Redis", dkim.name()),
+    }
+}
+
+/// The runs on Redis, each beside the embedded store's with the same signatures.
+pub(super) fn stores(runs: &[Run]) -> Table {
+    let on_redis = || runs.iter().filter_map(|run| Some((run, run.redis?)));
+    let head = on_redis().map(|(run, _)| run.dkim.name());
+    let mut table = Table::new(std::iter::once("Redis").chain(head));
+    let speed = |run: &Run| per_second(run.report.counters.delivered, run.report.delivery_time);
+    let beside = |run: &Run, of: &dyn Fn(&Run) -> f64| {
+        let same = |other: &&Run| other.dkim == run.dkim && other.engine == Engine::Sqlite;
+        let embedded = runs.iter().find(same);
+        embedded.map_or_else(dash, |other| format!("{:.2}", of(run) / of(other)))
+    };
+    let cpu = |run: &Run| (run.intake.cpu() + run.delivery.cpu()).as_secs_f64();
+    let micros =
+        |spent: Duration, run: &Run| format!("{:.1}", per(spent, run.report.accepted, 1e6));
+    table.row(line(
+        "messages delivered per second",
+        on_redis(),
+        |run, _| rate(speed(run)),
+    ));
+    table.row(line(
+        "… to those of the embedded store",
+        on_redis(),
+        |run, _| beside(run, &speed),
+    ));
+    table.row(line(
+        "CPU of the service to that with the embedded store",
+        on_redis(),
+        |run, _| beside(run, &cpu),
+    ));
+    table.row(line(
+        "µs of Redis' main thread per message",
+        on_redis(),
+        |run, used| micros(used.main, run),
+    ));
+    table.row(line(
+        "µs of all of Redis per message",
+        on_redis(),
+        |run, used| micros(used.all, run),
+    ));
+    table.row(line("commands per message", on_redis(), |run, used| {
+        format!(
+            "{:.2}",
+            float(used.commands) / float(run.report.accepted.max(1))
+        )
+    }));
+    table
+}
+
+fn line<'a>(
+    name: &str,
+    runs: impl Iterator<Item = (&'a Run, Used)>,
+    cell: impl Fn(&Run, Used) -> String,
+) -> Vec<String> {
+    let cells = runs.map(|(run, used)| cell(run, used));
+    std::iter::once(name.to_owned()).chain(cells).collect()
 }
 
 fn dash() -> String {
@@ -158,6 +224,8 @@ mod tests {
         };
         Run {
             dkim,
+            engine: Engine::Sqlite,
+            redis: None,
             report: Report {
                 accepted: 10_000,
                 submit_time: Duration::from_millis(100),
@@ -205,6 +273,30 @@ mod tests {
             "| context switches per message | 0.50 | 0.50 |",
             "| peak memory, intake | 50.0 MiB | 50.0 MiB |",
             "| peak memory, delivery | – | – |",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_run_on_redis_stands_beside_its_like() {
+        let mut on_redis = run(Dkim::Rsa2048);
+        on_redis.engine = Engine::Redis;
+        on_redis.report.delivery_time = Duration::from_millis(2_500);
+        on_redis.redis = Some(Used {
+            main: Duration::from_millis(120),
+            all: Duration::from_millis(150),
+            commands: 15_000,
+        });
+        let text = stores(&[run(Dkim::None), run(Dkim::Rsa2048), on_redis]).markdown();
+        for line in [
+            "| Redis | RSA-2048 |",
+            "| messages delivered per second | 4,000 |",
+            "| … to those of the embedded store | 0.80 |",
+            "| CPU of the service to that with the embedded store | 1.00 |",
+            "| µs of Redis' main thread per message | 12.0 |",
+            "| µs of all of Redis per message | 15.0 |",
+            "| commands per message | 1.50 |",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }

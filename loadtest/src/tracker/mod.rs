@@ -164,6 +164,8 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
         sink: sink.address(),
         from_domain: "brand.example".to_owned(),
         dkim: Dkim::None,
+        store: None,
+        tracking_keys: None,
         destinations: 0,
         slow: 0,
         dns: None,

@@ -45,6 +45,8 @@ async fn a_real_postfix_relays_and_signs_and_its_time_is_counted() -> Result<()>
         sink: peer.address(),
         from_domain: "brand.example".to_owned(),
         dkim: Dkim::Rsa2048,
+        store: None,
+        tracking_keys: None,
         destinations: 0,
         slow: 0,
         dns: None,
