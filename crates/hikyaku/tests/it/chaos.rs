@@ -1,8 +1,9 @@
 //! Many nodes on one Redis, and any of them may die at any moment: MTA nodes, trackers, the primary.
 //!
-//! `HIKYAKU_TEST_FULL=1` runs it with twenty times as many people.
+//! `HIKYAKU_TEST_FULL=1` runs it with twenty times as many people; `HIKYAKU_TEST_PROGRAM` names another
+//! executable than the one that was built with the tests, such as an optimised one.
 
-use crate::harness::{Service, Site, TrackerProcess, newsletter, signal, until};
+use crate::harness::{Service, Site, TrackerProcess, newsletter, program, signal, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
@@ -16,18 +17,18 @@ const NODES: usize = 3;
 /// The shortest that there is.
 const LEASE: Duration = Duration::from_secs(6);
 
-fn full() -> bool {
+pub(crate) fn full() -> bool {
     std::env::var_os("HIKYAKU_TEST_FULL").is_some()
 }
 
-fn role(site: &Site, role: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hikyaku"));
+pub(crate) fn role(site: &Site, role: &str) -> Command {
+    let mut command = Command::new(program());
     command.arg(role).arg("--config").arg(site.config());
     command
 }
 
 /// Sites that share a store, a tracking key, and the address of the first one's tracker.
-fn sites(count: usize, url: &str, shaping: &str) -> Result<Vec<Site>> {
+pub(crate) fn sites(count: usize, url: &str, shaping: &str) -> Result<Vec<Site>> {
     let mut sites: Vec<Site> = Vec::new();
     for _ in 0..count {
         let site = Site::with(shaping, "")?;
@@ -72,7 +73,7 @@ async fn start(sites: &[Site]) -> Result<Vec<Option<Service>>> {
 }
 
 /// The sum of a metric's values over its labels.
-fn sum_of(page: &str, name: &str) -> f64 {
+pub(crate) fn sum_of(page: &str, name: &str) -> f64 {
     let of = |line: &str| {
         let (series, value) = line.rsplit_once(' ')?;
         let family = series.split('{').next()?;

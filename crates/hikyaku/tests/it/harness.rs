@@ -15,6 +15,13 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 /// The domain of From in these tests.
 pub(crate) const FROM_DOMAIN: &str = "brand.example";
 
+/// The executable of the nodes: what was built with the tests, unless `HIKYAKU_TEST_PROGRAM` names
+/// another.
+pub(crate) fn program() -> PathBuf {
+    let other = std::env::var_os("HIKYAKU_TEST_PROGRAM");
+    other.map_or_else(|| env!("CARGO_BIN_EXE_hikyaku").into(), PathBuf::from)
+}
+
 /// A port of 127.0.0.1 that was free a moment ago.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
@@ -330,7 +337,7 @@ impl TrackerProcess {
 
     fn spawn(site: &Site) -> Result<Child> {
         let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hikyaku"));
+        let mut command = Command::new(program());
         command.arg("tracker").arg("--config").arg(site.config());
         command.stdin(Stdio::null()).stdout(log.try_clone()?);
         Ok(command.stderr(log).spawn()?)

@@ -7,6 +7,7 @@
 )]
 
 mod apart;
+mod away;
 mod bad_input;
 mod chaos;
 mod commands;
