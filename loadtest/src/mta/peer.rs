@@ -35,7 +35,7 @@ pub(super) async fn measure(args: &Args, dkim: Dkim, recipients: u64) -> Result<
         ..args.shape.clone()
     };
     let sink = Counterpart::sink_of(&args.manner, recipients).await?;
-    let postfix = Postfix::start(&args.setup(dkim, &sink, None)?).await?;
+    let postfix = Postfix::start(&args.setup(dkim, &sink, None, None)?).await?;
     let before = postfix.usage()?;
     let start = SystemClock.instant();
     submission::submit(postfix.address(), &shape, SESSIONS)
@@ -119,6 +119,7 @@ fn ratio(part: f64, whole: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mta::Engine;
     use crate::process::Usage;
     use crate::source::Report;
 
@@ -131,6 +132,8 @@ mod tests {
         };
         let run = Run {
             dkim: Dkim::None,
+            engine: Engine::Sqlite,
+            redis: None,
             report: Report {
                 accepted: 10_000,
                 submit_time: Duration::from_millis(200),
