@@ -121,6 +121,7 @@ impl Shape {
             vars: Some(vars(n, self.vars).into()),
             metadata: None,
             tracking: None,
+            time_zone: None,
         })
     }
 

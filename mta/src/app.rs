@@ -26,9 +26,10 @@ use crate::explain::ask::Explainer;
 use crate::intake::parts::Filling;
 use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
-use crate::jobs::Keeping;
 use crate::jobs::engagement::Engagement;
 use crate::jobs::guardrails;
+use crate::jobs::{Keeping, Mailboxes};
+
 use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 use crate::tenants::Tenants;
@@ -60,6 +61,7 @@ pub struct Mta {
     config: Config,
     shared: Shared,
     sending: SendingHandle,
+    tenants: Arc<Tenants>,
     metrics: Arc<Metrics>,
     tasks: Tasks,
 }
@@ -112,9 +114,10 @@ impl Mta {
         self.shared.tracking.store(Arc::new(read.tracking));
         self.shared.engagement.store(Arc::new(read.engagement));
         let sending = self.sending.clone();
+        self.tenants.configure(&config.accounts);
         let reload = Reload {
             shaping: Arc::new(read.shaping),
-            accounts: config.accounts,
+            accounts: self.tenants.accounts().to_vec(),
             pools: config.pools,
         };
         drop(self.tasks.spawn("reload", async move {
@@ -164,6 +167,13 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         deps.tasks
             .spawn("keeping", keeping.run(deps.shutdown.clone())),
     );
+    let mailboxes = Mailboxes {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        node: journal.id(),
+    };
+    let run = mailboxes.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("mailboxes", run));
     let engagement = Engagement {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
@@ -199,13 +209,14 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         tracing::warn!(%error, "accounts and keys made over the API are not known yet");
     }
     tenants.keep_reading(&deps.tasks, &deps.shutdown);
+    tell_of_accounts(&tenants, &sending, &deps);
     guardrails::start(
         Arc::clone(&deps.store),
         deps.clock.clone(),
         &deps.tasks,
         deps.shutdown.clone(),
     );
-    let access = (files.keys, tenants);
+    let access = (files.keys, Arc::clone(&tenants));
     let api = api(config, &deps, access, &shared, probes, explainer, hooks);
     let router = router(Arc::new(api));
     server::serve(
@@ -221,6 +232,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         config: config.clone(),
         shared,
         sending,
+        tenants,
         metrics: Arc::clone(&deps.metrics),
         tasks: deps.tasks.clone(),
     })
@@ -276,6 +288,26 @@ fn webhooks(config: &Config, deps: &Deps, node: JournalId, sending: &SendingHand
             .spawn("webhooks", pushing.run(deps.shutdown.clone())),
     );
     hooks
+}
+
+/// Weights and status profiles of accounts hold for the next message, wherever they were changed.
+fn tell_of_accounts(tenants: &Arc<Tenants>, sending: &SendingHandle, deps: &Deps) {
+    let (tenants, sending, shutdown) =
+        (Arc::clone(tenants), sending.clone(), deps.shutdown.clone());
+    let mut changes = tenants.changes();
+    // What was read before anybody listened counts too.
+    changes.mark_changed();
+    drop(deps.tasks.spawn("accounts", async move {
+        loop {
+            tokio::select! {
+                () = shutdown.begun() => return,
+                changed = changes.changed() => if changed.is_err() {
+                    return;
+                }
+            }
+            sending.change_accounts(&tenants.accounts()).await;
+        }
+    }));
 }
 
 /// A process that cannot keep outcomes must not send, and has nothing else to live for.

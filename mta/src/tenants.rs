@@ -15,6 +15,7 @@ use service::clock::SharedClock;
 use service::config::{Account, DkimPolicy, Scope, StatusProfile, Tracking};
 use service::tasks::{Shutdown, Tasks};
 use store::{Note, Store};
+use tokio::sync::watch;
 
 use crate::admin::auth::{Key, Keys};
 
@@ -131,9 +132,11 @@ pub(crate) struct Tenants {
     store: Arc<dyn Store>,
     clock: SharedClock,
     keys: Arc<Keys>,
-    configured: Vec<Account>,
+    configured: ArcSwap<Vec<Account>>,
     /// Those of the file, then those added.
     accounts: ArcSwap<Vec<Account>>,
+    /// Told of each change of them.
+    changes: watch::Sender<()>,
 }
 
 impl Tenants {
@@ -149,7 +152,8 @@ impl Tenants {
             clock,
             keys,
             accounts: ArcSwap::from_pointee(configured.clone()),
-            configured,
+            configured: ArcSwap::from_pointee(configured),
+            changes: watch::Sender::new(()),
         }
     }
 
@@ -160,7 +164,10 @@ impl Tenants {
 
     /// Whether the account stands in the file.
     pub(crate) fn is_configured(&self, id: &str) -> bool {
-        self.configured.iter().any(|account| account.id == id)
+        self.configured
+            .load()
+            .iter()
+            .any(|account| account.id == id)
     }
 
     /// Reads what was added, on whichever node.
@@ -172,12 +179,43 @@ impl Tenants {
             doc.meant()
                 .filter(|account| !self.is_configured(&account.id))
         });
-        let all: Vec<_> = self.configured.iter().cloned().chain(added).collect();
-        self.accounts.store(Arc::new(all));
+        let configured = self.configured.load();
+        self.set(configured.iter().cloned().chain(added).collect());
         let docs = self.key_docs().await?;
         self.keys
             .set_added(docs.iter().filter_map(Key::added).collect());
         Ok(())
+    }
+
+    fn set(&self, all: Vec<Account>) {
+        let docs = |of: &[Account]| of.iter().map(AccountDoc::of).collect::<Vec<_>>();
+        let before = self.accounts.swap(Arc::new(all));
+        if docs(&before) != docs(&self.accounts.load()) {
+            self.changes.send_replace(());
+        }
+    }
+
+    /// Takes the weights and status profiles of a file that was read again; what else stands there
+    /// holds from the next start on.
+    pub(crate) fn configure(&self, read: &[Account]) {
+        let again = |known: &Account| {
+            let found = read.iter().find(|of| of.id == known.id);
+            let mut account = known.clone();
+            if let (true, Some(found)) = (self.is_configured(&known.id), found) {
+                account.weight = found.weight;
+                account.status_profile = found.status_profile;
+            }
+            account
+        };
+        let configured = self.configured.load().iter().map(again).collect();
+        let all = self.accounts().iter().map(again).collect();
+        self.configured.store(Arc::new(configured));
+        self.set(all);
+    }
+
+    /// Changes of accounts, from now on.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Reads now and again until the process ends.

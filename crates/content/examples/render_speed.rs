@@ -77,6 +77,7 @@ fn main() -> Done {
         vars: Some(r#"{"points":3}"#.into()),
         metadata: None,
         tracking: None,
+        time_zone: None,
     };
     let rsa = [dkim::Key::from_pem(
         "s1",

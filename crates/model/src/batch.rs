@@ -46,15 +46,6 @@ words! {
     }
 }
 
-/// Hours of the day in which mail may leave, in the recipient's own time zone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SendWindow {
-    /// From this minute of the day on (0 to 1,439) …
-    pub from: u16,
-    /// … and until before this one (1 to 1,440); at or before `from`: of the next day.
-    pub to: u16,
-}
-
 /// When a batch is paused by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Guardrails {
@@ -83,6 +74,8 @@ pub struct Row {
     pub metadata: Option<Box<str>>,
     /// More restrictive than the batch's, when given.
     pub tracking: Option<TrackingMode>,
+    /// Where the person's day begins: a name of the IANA database.
+    pub time_zone: Option<Box<str>>,
 }
 
 /// The counters of a batch (contract, section 3). `accepted` is always the sum of the eight

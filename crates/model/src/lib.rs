@@ -12,9 +12,10 @@ mod id;
 mod status;
 mod time;
 pub mod units;
+mod window;
 
 pub use address::{AddressError, Domain, EmailAddress};
-pub use batch::{BatchState, Counters, Guardrails, Priority, Row, SendWindow, TrackingMode};
+pub use batch::{BatchState, Counters, Guardrails, Priority, Row, TrackingMode};
 pub use event::{About, Event, EventKind, EventRecipient};
 pub use fact::{
     Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, FactError, FactId, Hit,
@@ -26,3 +27,4 @@ pub use id::{
 };
 pub use status::{Blame, Class, DeliveryStatus, Status, SuppressionReason, UnknownName};
 pub use time::Timestamp;
+pub use window::{SendWindow, time_zone};

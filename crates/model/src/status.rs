@@ -202,6 +202,44 @@ words! {
         Manual = "manual",
         /// The person was erased.
         Erased = "erased",
+        /// A permanent refusal or failure, which stops mail under the profile `satori` alone.
+        Error = "error",
+        /// Refused as spam, likewise.
+        Spam = "spam",
+    }
+}
+
+impl DeliveryStatus {
+    /// What the end of a message says of its recipient's address (contract, section 6). None: it
+    /// has not ended, or was not tried.
+    pub const fn of(status: Status, class: Option<Class>) -> Option<Self> {
+        Some(match (status, class) {
+            (Status::Delivered, _) => Self::Ok,
+            (Status::Bounce | Status::Failed, Some(Class::BadDomain | Class::NoMx))
+            | (Status::Bounce, Some(Class::InvalidMailbox)) => Self::InvalidAddress,
+            (Status::Bounce, Some(Class::SpamContent)) => Self::Spam,
+            // Retries that ended keep the class of the last reply, or say that they expired.
+            (
+                Status::Failed,
+                Some(
+                    Class::Expired
+                    | Class::DnsFailure
+                    | Class::ConnectFailure
+                    | Class::Greylisted
+                    | Class::RateLimited
+                    | Class::MailboxFull,
+                ),
+            ) => Self::TemporaryError,
+            (Status::Bounce | Status::Failed, _) => Self::Error,
+            (
+                Status::Scheduled
+                | Status::Queued
+                | Status::TemporaryError
+                | Status::Suppressed
+                | Status::Cancelled,
+                _,
+            ) => return None,
+        })
     }
 }
 
@@ -225,5 +263,35 @@ mod tests {
         let bytes = postcard::to_stdvec(&Blame::Us).unwrap();
         assert_eq!(postcard::from_bytes::<Blame>(&bytes), Ok(Blame::Us));
         assert!(postcard::from_bytes::<Blame>(&[99]).is_err());
+    }
+
+    #[test]
+    fn a_delivery_status_follows_the_contract() {
+        use DeliveryStatus::{Error, InvalidAddress, Ok, Spam, TemporaryError};
+        for (status, class, expected) in [
+            (Status::Delivered, None, Some(Ok)),
+            (
+                Status::Bounce,
+                Some(Class::InvalidMailbox),
+                Some(InvalidAddress),
+            ),
+            (Status::Bounce, Some(Class::MailboxFull), Some(Error)),
+            (Status::Bounce, Some(Class::SpamContent), Some(Spam)),
+            (Status::Bounce, None, Some(Error)),
+            (Status::Failed, Some(Class::BadDomain), Some(InvalidAddress)),
+            (Status::Failed, Some(Class::NoMx), Some(InvalidAddress)),
+            (Status::Failed, Some(Class::Expired), Some(TemporaryError)),
+            (Status::Failed, Some(Class::Protocol), Some(Error)),
+            (Status::Queued, None, None),
+            (Status::TemporaryError, Some(Class::Greylisted), None),
+            (Status::Suppressed, None, None),
+            (Status::Cancelled, None, None),
+        ] {
+            assert_eq!(
+                DeliveryStatus::of(status, class),
+                expected,
+                "{status} {class:?}"
+            );
+        }
     }
 }

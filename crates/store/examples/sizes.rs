@@ -45,6 +45,7 @@ fn row(index: u32, domain: &str, rng: &mut fastrand::Rng) -> Result<Row> {
         vars: Some(vars.to_string().into()),
         metadata: None,
         tracking: None,
+        time_zone: None,
     })
 }
 

@@ -533,6 +533,7 @@ mod tests {
                 vars: None,
                 metadata: None,
                 tracking: None,
+                time_zone: None,
             }).collect();
             let cells: Vec<u8> = states.iter().flat_map(|(state, _)| match state {
                 0 => Cell::NEW.to_bytes(),

@@ -111,6 +111,7 @@ enum RowColumn {
     Vars(Texts),
     Metadata(Texts),
     Tracking(Vec<Option<TrackingMode>>),
+    TimeZone(Texts),
 }
 
 impl RowColumn {
@@ -125,6 +126,7 @@ impl RowColumn {
             Self::Vars(texts(|row| &row.vars)),
             Self::Metadata(texts(|row| &row.metadata)),
             Self::Tracking(rows.iter().map(|row| row.tracking).collect()),
+            Self::TimeZone(texts(|row| &row.time_zone)),
         ];
         columns.into_iter().filter(Self::holds_anything).collect()
     }
@@ -134,7 +136,8 @@ impl RowColumn {
             Self::Name(texts)
             | Self::ProspectId(texts)
             | Self::Vars(texts)
-            | Self::Metadata(texts) => !texts.is_empty(),
+            | Self::Metadata(texts)
+            | Self::TimeZone(texts) => !texts.is_empty(),
             Self::Tracking(modes) => modes.iter().any(Option::is_some),
         }
     }
@@ -146,6 +149,7 @@ impl RowColumn {
             Self::ProspectId(texts) => put_texts(rows, &texts, |row| &mut row.prospect_id),
             Self::Vars(texts) => put_texts(rows, &texts, |row| &mut row.vars),
             Self::Metadata(texts) => put_texts(rows, &texts, |row| &mut row.metadata),
+            Self::TimeZone(texts) => put_texts(rows, &texts, |row| &mut row.time_zone),
             Self::Tracking(modes) => {
                 let mut modes = modes.into_iter();
                 for row in rows {
@@ -204,6 +208,7 @@ impl RowColumns {
                 vars: None,
                 metadata: None,
                 tracking: None,
+                time_zone: None,
             });
         }
         for column in self.more {
@@ -468,7 +473,8 @@ mod tests {
             index: u32,
             local_part in "[a-z]{1,3}(\\.[a-z]{1,3})?",
             domain in "(a|b)\\.example",
-            (name, prospect_id, vars, metadata) in (
+            (name, prospect_id, vars, metadata, time_zone) in (
+                prop::option::of(text()),
                 prop::option::of(text()),
                 prop::option::of(text()),
                 prop::option::of(text()),
@@ -484,6 +490,7 @@ mod tests {
                 vars,
                 metadata,
                 tracking: off.map(|off| if off { TrackingMode::Off } else { TrackingMode::Aggregate }),
+                time_zone,
             }
         }
     }
@@ -573,6 +580,7 @@ mod tests {
             vars: None,
             metadata: None,
             tracking: None,
+            time_zone: None,
         };
         let columns = RowColumns::of(&[row.clone(), row.clone()]);
         assert_eq!(columns.more, []);
@@ -641,7 +649,14 @@ mod tests {
             block in any_block(),
         ) {
             let mut packer = Packer::new().unwrap();
-            let packed = packer.pack(form::version::ROWS_BY_ROW, &rows).unwrap();
+            // There were no zones then.
+            let rows: Vec<Row> = rows.into_iter().map(|row| Row { time_zone: None, ..row }).collect();
+            let by_row = |row: &Row| {
+                let row = row.clone();
+                (row.index, row.email, row.name, row.prospect_id, row.vars, row.metadata, row.tracking)
+            };
+            let written: Vec<_> = rows.iter().map(by_row).collect();
+            let packed = packer.pack(form::version::ROWS_BY_ROW, &written).unwrap();
             prop_assert_eq!(form::unpack_rows(&packed).unwrap(), rows);
             let packed = packer.pack(form::version::LOG_BY_FACT, &block).unwrap();
             prop_assert_eq!(form::unpack_log(&packed).unwrap(), block);

@@ -78,6 +78,7 @@ pub(crate) fn row(of: &Row) -> Row {
         vars: None,
         metadata: None,
         tracking: of.tracking,
+        time_zone: None,
     }
 }
 
@@ -162,6 +163,7 @@ mod tests {
             vars: Some("{}".into()),
             metadata: Some("{}".into()),
             tracking: None,
+            time_zone: Some("Asia/Tokyo".into()),
         };
         let text = format!("{:?}", row(&before));
         assert!(

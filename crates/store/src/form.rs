@@ -5,7 +5,7 @@
 
 use crate::columns::{LogColumns, RowColumns};
 use crate::{Result, StoreError};
-use model::{Fact, JournalId, LotNumber, Row, Seq};
+use model::{EmailAddress, Fact, JournalId, LotNumber, Row, Seq, TrackingMode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +103,33 @@ pub(crate) fn unpack<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T
     }
 }
 
+/// A row in form 1, which ended before its time zone.
+#[derive(Deserialize)]
+struct RowByRow {
+    index: u32,
+    email: EmailAddress,
+    name: Option<Box<str>>,
+    prospect_id: Option<Box<str>>,
+    vars: Option<Box<str>>,
+    metadata: Option<Box<str>>,
+    tracking: Option<TrackingMode>,
+}
+
+impl From<RowByRow> for Row {
+    fn from(of: RowByRow) -> Self {
+        Self {
+            index: of.index,
+            email: of.email,
+            name: of.name,
+            prospect_id: of.prospect_id,
+            vars: of.vars,
+            metadata: of.metadata,
+            tracking: of.tracking,
+            time_zone: None,
+        }
+    }
+}
+
 /// The rows of a lot, packed on the caller's thread.
 pub(crate) fn pack_rows(rows: &[Row]) -> Result<Vec<u8>> {
     Packer::new()?.pack_rows(rows)
@@ -111,7 +138,8 @@ pub(crate) fn pack_rows(rows: &[Row]) -> Result<Vec<u8>> {
 /// Reads [`pack_rows`], and what an older version wrote.
 pub(crate) fn unpack_rows(bytes: &[u8]) -> Result<Vec<Row>> {
     if bytes.first() == Some(&version::ROWS_BY_ROW) {
-        return unpack(version::ROWS_BY_ROW, bytes);
+        let rows: Vec<RowByRow> = unpack(version::ROWS_BY_ROW, bytes)?;
+        return Ok(rows.into_iter().map(Row::from).collect());
     }
     let columns: RowColumns = unpack(version::ROWS, bytes)?;
     columns.rows().ok_or_else(|| damaged("its columns"))

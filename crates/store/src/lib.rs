@@ -24,6 +24,7 @@ pub mod conformance;
 mod describe;
 mod erased;
 mod form;
+mod hours;
 mod layer;
 mod recent;
 pub mod redis;
@@ -142,7 +143,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// Leases ranges for the queues that `request` wants, transactional first, then the batches in
     /// turn. Recipients that must not be written to are ended `suppressed` in the same step and
-    /// not handed out; ranges with nothing left are removed. Splits ranges as wanted. What cannot
+    /// not handed out; ranges with nothing left are removed. Those to whom the batch's window is shut
+    /// wait until it opens, or their batch expires. Splits ranges as wanted. What cannot
     /// be read is left where it is, for later, told in the log and by [`Store::totals`]: it keeps
     /// nobody else waiting.
     async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;

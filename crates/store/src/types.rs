@@ -682,7 +682,9 @@ impl Suppression {
             SuppressionReason::InvalidAddress
             | SuppressionReason::Inactive
             | SuppressionReason::Manual
-            | SuppressionReason::Erased => true,
+            | SuppressionReason::Erased
+            | SuppressionReason::Error
+            | SuppressionReason::Spam => true,
         };
         kind && self.list.as_deref().is_none_or(|of| of == list)
     }

@@ -9,7 +9,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use model::{BatchId, BatchState, Counters, EmailAddress, Priority, Timestamp};
+use model::{BatchId, BatchState, Counters, EmailAddress, Priority, SendWindow, Timestamp};
 use serde::Serialize;
 use service::config::Scope;
 use store::{Batch, BatchChange, BatchQuery, ChangeOutcome, DueScope};
@@ -256,12 +256,32 @@ pub(super) struct BatchView {
     created_at: Timestamp,
     send_at: Option<Timestamp>,
     expires_at: Option<Timestamp>,
+    window: Option<WindowView>,
     started_at: Option<Timestamp>,
     completed_at: Option<Timestamp>,
     metadata: serde_json::Value,
     /// What a guardrail saw, where one paused the batch.
     pause_reason: Option<serde_json::Value>,
     counters: Counters,
+}
+
+/// A send window as it was submitted.
+#[derive(Debug, Serialize)]
+struct WindowView {
+    from: String,
+    to: String,
+    time_zone: Box<str>,
+}
+
+impl From<SendWindow> for WindowView {
+    fn from(of: SendWindow) -> Self {
+        let clock = |minute: u16| format!("{:02}:{:02}", minute / 60, minute % 60);
+        Self {
+            from: clock(of.from),
+            to: clock(of.to),
+            time_zone: of.time_zone.unwrap_or_else(|| "UTC".into()),
+        }
+    }
 }
 
 impl Api {
@@ -294,6 +314,7 @@ impl From<Batch> for BatchView {
             created_at: head.created_at,
             send_at: (head.release_at > head.created_at).then_some(head.release_at),
             expires_at: head.expires_at,
+            window: head.window.map(WindowView::from),
             started_at: batch.started_at,
             completed_at: batch.completed_at,
             metadata: head.metadata,

@@ -224,71 +224,7 @@ pub(super) async fn erase(
 /// What the newest final outcome says of an address (contract, section 6); `messages` newest first.
 fn delivery_status<'r>(messages: impl Iterator<Item = &'r RecipientRow>) -> DeliveryStatus {
     messages
-        .filter_map(|row| outcome(row.status, row.class))
+        .filter_map(|row| DeliveryStatus::of(row.status, row.class))
         .next()
         .unwrap_or(DeliveryStatus::Unconfirmed)
-}
-
-/// None: not final, or it says nothing of the address.
-pub(crate) fn outcome(status: Status, class: Option<Class>) -> Option<DeliveryStatus> {
-    let by_class = match class {
-        Some(Class::InvalidMailbox | Class::BadDomain | Class::NoMx) => {
-            DeliveryStatus::InvalidAddress
-        }
-        Some(Class::SpamContent) => DeliveryStatus::Spam,
-        _ => DeliveryStatus::Error,
-    };
-    match status {
-        Status::Delivered => Some(DeliveryStatus::Ok),
-        Status::Bounce => Some(by_class),
-        // Retries that ended keep the class of the last reply, or say that they expired.
-        Status::Failed => Some(match class {
-            Some(Class::BadDomain | Class::NoMx) => DeliveryStatus::InvalidAddress,
-            Some(
-                Class::Expired
-                | Class::DnsFailure
-                | Class::ConnectFailure
-                | Class::Greylisted
-                | Class::RateLimited
-                | Class::MailboxFull,
-            ) => DeliveryStatus::TemporaryError,
-            _ => DeliveryStatus::Error,
-        }),
-        Status::Scheduled
-        | Status::Queued
-        | Status::TemporaryError
-        | Status::Suppressed
-        | Status::Cancelled => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_delivery_status_follows_the_contract() {
-        use DeliveryStatus::*;
-        for (status, class, expected) in [
-            (Status::Delivered, None, Some(Ok)),
-            (
-                Status::Bounce,
-                Some(Class::InvalidMailbox),
-                Some(InvalidAddress),
-            ),
-            (Status::Bounce, Some(Class::MailboxFull), Some(Error)),
-            (Status::Bounce, Some(Class::SpamContent), Some(Spam)),
-            (Status::Bounce, None, Some(Error)),
-            (Status::Failed, Some(Class::BadDomain), Some(InvalidAddress)),
-            (Status::Failed, Some(Class::NoMx), Some(InvalidAddress)),
-            (Status::Failed, Some(Class::Expired), Some(TemporaryError)),
-            (Status::Failed, Some(Class::Protocol), Some(Error)),
-            (Status::Queued, None, None),
-            (Status::TemporaryError, Some(Class::Greylisted), None),
-            (Status::Suppressed, None, None),
-            (Status::Cancelled, None, None),
-        ] {
-            assert_eq!(outcome(status, class), expected, "{status} {class:?}");
-        }
-    }
 }

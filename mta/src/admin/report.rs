@@ -12,7 +12,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use model::units::format_duration;
-use model::{BatchId, Counters, Event, EventKind, Timestamp};
+use model::{BatchId, Class, Counters, Event, EventKind, Timestamp};
 use serde::Serialize;
 use store::EventQuery;
 use tokio::sync::Mutex;
@@ -59,6 +59,8 @@ const KINDS: [EventKind; 10] = [
 struct Group {
     delivered: u64,
     bounce: u64,
+    /// Of these, refused as spam.
+    spam: u64,
     failed: u64,
     suppressed: u64,
     cancelled: u64,
@@ -252,6 +254,9 @@ impl Tally {
             EventKind::EmailBounced => {
                 point.bounce += 1;
                 change.bounce = first(bit::ENDED);
+                if event.data["class"] == Class::SpamContent.as_str() {
+                    change.spam = change.bounce;
+                }
             }
             EventKind::EmailFailed => {
                 point.failed += 1;
@@ -405,6 +410,16 @@ impl Tally {
         all
     }
 
+    fn warnings(&self) -> Vec<String> {
+        let spam = self.by_destination.iter().map(|group| group.spam).sum();
+        let tell = |spam: u64| {
+            format!(
+                "refused as spam: {spam}; what is sent or who sends it is at fault, not the recipients"
+            )
+        };
+        (spam > 0).then(|| tell(spam)).into_iter().collect()
+    }
+
     fn links(&self) -> Vec<Link> {
         let mut all: Vec<Link> = self.links.values().cloned().collect();
         all.sort_by(|a, b| b.clicks.cmp(&a.clicks).then_with(|| a.url.cmp(&b.url)));
@@ -416,6 +431,7 @@ impl Group {
     fn add(&mut self, other: &Self) {
         self.delivered += other.delivered;
         self.bounce += other.bounce;
+        self.spam += other.spam;
         self.failed += other.failed;
         self.suppressed += other.suppressed;
         self.cancelled += other.cancelled;
@@ -454,6 +470,8 @@ pub(super) struct Report {
     destinations: Vec<NamedGroup>,
     links: Vec<Link>,
     series: Series,
+    /// What whoever runs the campaign should know.
+    warnings: Vec<String>,
 }
 
 /// Shares between 0 and 1; none where there is nothing to divide by.
@@ -540,6 +558,7 @@ pub(super) async fn report(
         destinations: tally.destinations(),
         links: tally.links(),
         series: tally.series(),
+        warnings: tally.warnings(),
         batch: api.view(batch).await?,
     }))
 }

@@ -452,6 +452,7 @@ impl Connection<'_> {
         let Composed { job, .. } = self.next.as_ref()?;
         if !job.lease.allows_start(self.deliver.clock.instant())
             || self.deliver.view.permission(&job.item, job.leased_at) != Permission::Go
+            || job.item.is_shut(self.deliver.clock.now())
         {
             return Some(Returned::Stopped);
         }

@@ -312,7 +312,11 @@ impl Explainer {
         let now = self.clock.now();
         let work = self.store.work(WorkScope::Batch(id), now, WORK_MAX).await?;
         let coarse = work.is_none();
-        let mut mixed = Stock::default();
+        let has_window = batch.head.window.is_some();
+        let mut mixed = Stock {
+            has_window,
+            ..Stock::default()
+        };
         let mut queues = Vec::new();
         for of in work.unwrap_or_default() {
             match &*of.queue == MIXED {
@@ -338,6 +342,7 @@ impl Explainer {
         let mut facts: Vec<_> = parts
             .into_iter()
             .map(|(resolved, mut stock, held)| {
+                stock.has_window = has_window;
                 let view = views.remove(&resolved.destination);
                 if let Some(view) = &view {
                     stock.in_flight = held.min(view.in_flight as u64);
@@ -431,6 +436,12 @@ impl Explainer {
             id: id.to_string(),
             status: row.status,
             next_attempt_at: row.next_attempt_at,
+            shut_until: story.batch.window.as_ref().map(|window| {
+                window.opens_at(
+                    row.row.time_zone.as_deref(),
+                    now.max(story.batch.release_at),
+                )
+            }),
             expires_at: expires_at.unwrap_or(story.batch.release_at + resolved.limits.expire),
             last: last.map(last_attempt),
             suppressed_for: last.and_then(|attempt| match attempt.result {

@@ -74,6 +74,8 @@ pub(crate) struct Stock {
     pub(crate) due: u64,
     pub(crate) later: u64,
     pub(crate) next_due: Option<Timestamp>,
+    /// Their batch has a send window, which they may wait for.
+    pub(crate) has_window: bool,
     /// Of batches that do not send now, and why the first of them does not.
     pub(crate) stopped: u64,
     pub(crate) stopped_by: Option<(BatchState, Timestamp)>,
@@ -116,6 +118,8 @@ pub(crate) struct MessageFacts {
     pub(crate) id: String,
     pub(crate) status: Status,
     pub(crate) next_attempt_at: Option<Timestamp>,
+    /// The window of its batch is shut to its recipient until then.
+    pub(crate) shut_until: Option<Timestamp>,
     pub(crate) expires_at: Timestamp,
     pub(crate) last: Option<LastAttempt>,
     pub(crate) suppressed_for: Option<SuppressionReason>,

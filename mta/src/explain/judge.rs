@@ -222,6 +222,8 @@ pub(crate) fn of_message(facts: &MessageFacts, node: &NodeFacts) -> Explanation 
         .collect();
     let retry_at = facts.next_attempt_at.filter(|at| *at > node.now);
     chain.extend(retry_at.map(|at| retry(at, facts.last.as_ref())));
+    let shut_until = facts.shut_until.filter(|at| *at > node.now);
+    chain.extend(shut_until.map(send_window));
     chain.extend(node_constraints(node));
     chain.extend(stops(&facts.destination, node.now));
     let is_due = chain.is_empty();
@@ -309,6 +311,16 @@ fn retry(at: Timestamp, last: Option<&LastAttempt>) -> Constraint {
         ),
     };
     Constraint::new(kind, End::At(at), Some(peer(last)), detail)
+}
+
+fn send_window(opens_at: Timestamp) -> Constraint {
+    let detail = format!("the send window of its batch opens for its recipient at {opens_at}");
+    Constraint::new(
+        Kind::SendWindow,
+        End::At(opens_at),
+        Some(Source::Caller),
+        detail,
+    )
 }
 
 fn peer(last: &LastAttempt) -> Source {
@@ -737,8 +749,15 @@ pub(crate) fn group(destination: &DestinationFacts, stock: &Stock, node: &NodeFa
 fn absent(stock: &Stock) -> Vec<Constraint> {
     let mut found = Vec::new();
     if let (Some(at), 1..) = (stock.next_due, stock.later) {
-        let detail = format!("{} put off, the first is due then", stock.later);
-        found.push(Constraint::new(Kind::RetryWait, End::At(at), None, detail));
+        let (kind, why) = match stock.has_window {
+            true => (
+                Kind::SendWindow,
+                "wait for the send window or their next attempt",
+            ),
+            false => (Kind::RetryWait, "put off"),
+        };
+        let detail = format!("{} {why}, the first is due then", stock.later);
+        found.push(Constraint::new(kind, End::At(at), None, detail));
     }
     if let Some(held) = stock.elsewhere.first() {
         let detail = format!("node {} has leased {}", held.node, stock.held_elsewhere());

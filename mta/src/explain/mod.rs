@@ -200,6 +200,8 @@ pub(crate) enum Kind {
     Ambiguous,
     /// The last attempt was put off; the next is due then.
     RetryWait,
+    /// The hours in which its recipient wants mail have not come.
+    SendWindow,
     /// Another node holds it.
     LeasedElsewhere,
     /// The content of the batch cannot be composed yet.

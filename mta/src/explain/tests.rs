@@ -124,6 +124,7 @@ fn message() -> MessageFacts {
         id: "B.0".into(),
         status: Status::Queued,
         next_attempt_at: None,
+        shut_until: None,
         expires_at: at(86_400),
         last: None,
         suppressed_for: None,
@@ -547,6 +548,33 @@ fn a_domain_without_mail_is_idle_and_one_with_mail_has_an_eta() {
     // Without a limit only the pace tells, and before there is one nothing does.
     let free = with(|of, view| (of.limits[0].rate, view.pace) = (limit(f64::INFINITY), 0.0));
     assert_eq!(of_domain("x.example", &free, &stock, &node()).eta, None);
+}
+
+#[test]
+fn a_send_window_says_when_it_opens() {
+    let mut facts = message();
+    facts.shut_until = Some(at(3_600));
+    let explanation = of_message(&facts, &node());
+    assert_eq!(
+        told(&explanation),
+        (State::Waiting, Some(Kind::SendWindow), Some(at(3_600)))
+    );
+    let detail = explanation.constraint.expect("a constraint").detail;
+    assert!(detail.contains(&at(3_600).to_string()), "{detail}");
+    facts.shut_until = Some(NOW);
+    let explanation = of_message(&facts, &node());
+    assert_ne!(told(&explanation).1, Some(Kind::SendWindow));
+    let stock = Stock {
+        later: 5,
+        next_due: Some(at(120)),
+        has_window: true,
+        ..Stock::default()
+    };
+    let explanation = of_domain("x.example", &destination(), &stock, &node());
+    assert_eq!(
+        told(&explanation),
+        (State::Waiting, Some(Kind::SendWindow), Some(at(120)))
+    );
 }
 
 #[test]

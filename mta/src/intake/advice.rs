@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use model::EmailAddress;
+use model::{EmailAddress, Row};
+use store::BatchHead;
 
 /// Local parts that belong to a function and not to a person (RFC 2142, and what lists have).
 const ROLES: [&str; 20] = [
@@ -76,6 +77,10 @@ pub(crate) struct Advice {
     role_examples: Vec<String>,
     /// What is meant by a domain, and how many wrote it.
     domains: HashMap<Box<str>, (Option<&'static str>, u64)>,
+    /// By time zone, whether the window opens before the batch expires.
+    zones: HashMap<Option<Box<str>>, bool>,
+    /// For how many it does not.
+    never: u64,
 }
 
 impl Advice {
@@ -96,6 +101,23 @@ impl Advice {
         }
     }
 
+    /// Looks whether the window of the batch opens for a recipient while there is time.
+    pub(crate) fn look_at_hours(&mut self, row: &Row, head: &BatchHead) {
+        let (Some(window), Some(over), false) = (&head.window, head.expires_at, head.held) else {
+            return;
+        };
+        // Names are of the database, so there are some hundred.
+        let opens = match self.zones.get(&row.time_zone) {
+            Some(opens) => *opens,
+            None => {
+                let opens = window.opens_at(row.time_zone.as_deref(), head.release_at) < over;
+                self.zones.insert(row.time_zone.clone(), opens);
+                opens
+            }
+        };
+        self.never += u64::from(!opens);
+    }
+
     /// In words.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
@@ -104,6 +126,12 @@ impl Advice {
             let count = self.roles;
             warnings.push(format!(
                 "addresses of roles, such as {examples}: {count}; they are seldom one person's and complain more often"
+            ));
+        }
+        if self.never > 0 {
+            let count = self.never;
+            warnings.push(format!(
+                "recipients for whom the window does not open before expires_at: {count}; they get nothing"
             ));
         }
         let mistyped = self.domains.iter();

@@ -5,7 +5,7 @@
 //! page, so that memory does not grow with the batch.
 
 use memchr::memmem;
-use model::{BatchId, Row, Status};
+use model::{BatchId, Row, Status, TrackingMode};
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -43,6 +43,15 @@ struct Copied<'r> {
     vars: Option<&'r RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     metadata: Option<&'r RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_zone: Option<&'r str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tracking: Option<CopiedTracking>,
+}
+
+#[derive(Serialize)]
+struct CopiedTracking {
+    mode: TrackingMode,
 }
 
 impl Intake {
@@ -191,6 +200,8 @@ fn copied(row: &Row) -> Answer<Vec<u8>> {
         prospect_id: row.prospect_id.as_deref(),
         vars: raw(row.vars.as_deref()).map_err(failed)?,
         metadata: raw(row.metadata.as_deref()).map_err(failed)?,
+        time_zone: row.time_zone.as_deref(),
+        tracking: row.tracking.map(|mode| CopiedTracking { mode }),
     };
     serde_json::to_vec(&line).map_err(failed)
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use content::{Attachment, Mailbox};
 use model::units::Rate;
-use model::{EmailAddress, Guardrails, Priority, Timestamp, TrackingMode};
+use model::{EmailAddress, Guardrails, Priority, SendWindow, Timestamp, TrackingMode};
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, Mistakes, expected, no_control, string};
@@ -38,6 +38,7 @@ pub(crate) struct BatchRequest {
     pub(crate) list_unsubscribe: bool,
     pub(crate) send_at: Option<Timestamp>,
     pub(crate) expires_at: Option<Timestamp>,
+    pub(crate) window: Option<SendWindow>,
     pub(crate) priority: Priority,
     /// By name; none: the default.
     pub(crate) pool: Option<String>,
@@ -100,6 +101,7 @@ pub(crate) fn read(
     unsupported(&mut fields);
     let send_at = fields.time("send_at");
     let expires_at = expires_at(&mut fields, send_at.unwrap_or(now).max(now));
+    let window = fields.within("window", window).flatten();
     let account = fields.label("account", LABEL_MAX);
     let campaign = fields.label("campaign", LABEL_MAX);
     let list = fields.label("list", LABEL_MAX);
@@ -129,6 +131,7 @@ pub(crate) fn read(
         list_unsubscribe,
         send_at,
         expires_at,
+        window,
         priority,
         pool: pool.filter(|name| name != DEFAULT_POOL),
         rate,
@@ -250,6 +253,44 @@ fn guardrails(fields: &mut Fields<'_>) -> Option<Guardrails> {
     (of.bounce_rate.is_some() || of.complaint_rate.is_some()).then_some(of)
 }
 
+/// `{"from": "09:00", "to": "21:00"}`, with the time zone of those who have none.
+fn window(fields: &mut Fields<'_>) -> Option<SendWindow> {
+    let from = fields.required("from", |value| minute_of_day(&value, 23 * 60 + 59));
+    let to = fields.required("to", |value| minute_of_day(&value, 24 * 60));
+    let time_zone = fields.converted("time_zone", |value| {
+        let name = string(value)?;
+        let known = model::time_zone(&name);
+        known.ok_or_else(|| "is no time zone of the IANA database, as Asia/Tokyo is".to_owned())
+    });
+    let (from, to) = (from?, to?);
+    if from == to {
+        fields.mistake(
+            "to",
+            "is the same time as from: leave out a window that is always open",
+        );
+    }
+    Some(SendWindow {
+        from,
+        to: if to == 0 { 24 * 60 } else { to },
+        time_zone,
+    })
+}
+
+/// `HH:MM`, up to `last`.
+fn minute_of_day(value: &Value, last: u16) -> Result<u16, String> {
+    let digits = |text: &str| {
+        let two = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_digit());
+        two.then(|| text.parse::<u16>().ok()).flatten()
+    };
+    let read = |text: &str| {
+        let (hours, minutes) = text.split_once(':')?;
+        let (hours, minutes) = (digits(hours)?, digits(minutes).filter(|of| *of < 60)?);
+        Some(hours * 60 + minutes).filter(|minute| *minute <= last)
+    };
+    let minute = value.as_str().and_then(read);
+    minute.ok_or_else(|| expected(value, "a time of day such as \"09:00\""))
+}
+
 fn bodies(fields: &mut Fields<'_>, is_raw: bool) -> (Option<String>, Option<String>) {
     let missing = !fields.has("html") && !fields.has("text") && !is_raw;
     if missing {
@@ -280,9 +321,7 @@ fn recipients(fields: &mut Fields<'_>, count: u32, hold: bool) {
 
 /// What this version refuses, unless it asks for nothing.
 fn unsupported(fields: &mut Fields<'_>) {
-    for field in ["window", "ab_test"] {
-        fields.unsupported(field, &[]);
-    }
+    fields.unsupported("ab_test", &[]);
     fields.unsupported("variants", &[Value::Array(Vec::new())]);
 }
 
@@ -396,6 +435,65 @@ mod tests {
             document[key] = value;
         }
         assert_eq!(mistakes_of(document), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_window_has_two_times_of_day_and_perhaps_a_zone() {
+        let read = |window: Value| {
+            let mut mistakes = Mistakes::default();
+            let head = read(with("window", window), 1, NOW, &mut mistakes);
+            let paths: Vec<_> = mistakes.into_vec().into_iter().map(|of| of.path).collect();
+            (head.and_then(|head| head.window), paths)
+        };
+        let window = |from, to, zone: Option<&str>| SendWindow {
+            from,
+            to,
+            time_zone: zone.map(Box::from),
+        };
+        for (json, good) in [
+            (
+                json!({"from": "09:00", "to": "21:00"}),
+                window(540, 1_260, None),
+            ),
+            (
+                json!({"from": "21:00", "to": "06:30"}),
+                window(1_260, 390, None),
+            ),
+            (
+                json!({"from": "00:00", "to": "24:00"}),
+                window(0, 1_440, None),
+            ),
+            (
+                json!({"from": "18:00", "to": "00:00"}),
+                window(1_080, 1_440, None),
+            ),
+            (
+                json!({"from": "09:00", "to": "21:00", "time_zone": "asia/tokyo"}),
+                window(540, 1_260, Some("Asia/Tokyo")),
+            ),
+        ] {
+            assert_eq!(read(json), (Some(good), vec![]));
+        }
+        for (json, wrong) in [
+            (json!({"from": "9:00", "to": "21:00"}), "/window/from"),
+            (json!({"from": "24:00", "to": "21:00"}), "/window/from"),
+            (json!({"from": "09:60", "to": "21:00"}), "/window/from"),
+            (json!({"from": "09:00", "to": "24:01"}), "/window/to"),
+            (json!({"from": "09:00", "to": 21}), "/window/to"),
+            (json!({"from": "09:00"}), "/window/to"),
+            (json!({"from": "09:00", "to": "09:00"}), "/window/to"),
+            (
+                json!({"from": "09:00", "to": "21:00", "time_zone": "Asia/Tokio"}),
+                "/window/time_zone",
+            ),
+            (
+                json!({"from": "09:00", "to": "21:00", "days": []}),
+                "/window/days",
+            ),
+            (json!("09:00-21:00"), "/window"),
+        ] {
+            assert!(read(json.clone()).1.contains(&wrong.to_owned()), "{json}");
+        }
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Groups recipients into lots while they stream by.
 //!
 //! Owns which recipients travel together: those of one partition and domain, up to [`LOT_ROWS`], and
-//! the long tail of small domains in mixed lots of a partition. What it holds at a time is bounded,
+//! the long tail of small domains in mixed lots of a partition; where a batch has a send window,
+//! those of one time zone, so that it opens for all of a lot at once. What it holds at a time is bounded,
 //! however many domains a batch has. Pure; numbers lots, and must not store them.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use model::{LotNumber, Partition, Row};
@@ -44,11 +46,21 @@ struct Group {
     bytes: usize,
 }
 
+impl Group {
+    /// In which order lots are sealed: whoever comes first is sent first, and a test sees the same
+    /// lots every time.
+    fn first(&self) -> Option<u32> {
+        self.rows.first().map(|row| row.index)
+    }
+}
+
 /// Sorts recipients into lots.
 #[derive(Debug)]
 pub(crate) struct LotBuilder {
     bounds: Bounds,
-    /// By partition, then domain, so that looking up needs no new string.
+    /// Those of one time zone stand together.
+    by_zone: bool,
+    /// By partition, then domain (and zone), so that looking up needs no new string.
     groups: HashMap<Partition, HashMap<Box<str>, Group>>,
     rows: usize,
     bytes: usize,
@@ -62,12 +74,18 @@ impl LotBuilder {
     pub(crate) fn new(bounds: Bounds, first: u32) -> Self {
         Self {
             bounds,
+            by_zone: false,
             groups: HashMap::new(),
             rows: 0,
             bytes: 0,
             next: first,
             sealed: Vec::new(),
         }
+    }
+
+    /// Keeps time zones apart, or not.
+    pub(crate) fn by_zone(self, by_zone: bool) -> Self {
+        Self { by_zone, ..self }
     }
 
     /// Takes one recipient.
@@ -77,24 +95,23 @@ impl LotBuilder {
     pub(crate) fn push(&mut self, partition: Partition, row: Row) -> Result<(), TooManyLots> {
         let size = weight(&row);
         let domains = self.groups.entry(partition).or_default();
-        let domain = row.email.domain();
-        if !domains.contains_key(domain) {
-            domains.insert(domain.into(), Group::default());
+        let key = match &row.time_zone {
+            Some(zone) if self.by_zone => Cow::Owned(format!("{}\n{zone}", row.email.domain())),
+            Some(_) | None => Cow::Borrowed(row.email.domain()),
+        };
+        if !domains.contains_key(&*key) {
+            domains.insert((&*key).into(), Group::default());
         }
-        let Some(group) = domains.get_mut(domain) else {
+        let Some(group) = domains.get_mut(&*key) else {
             return Ok(());
         };
-        // The key outlives the row, which is about to move.
-        let domain: Option<Box<str>> = (group.rows.len() + 1 >= LOT_ROWS
-            || group.bytes + size >= self.bounds.lot_bytes)
-            .then(|| domain.into());
         group.rows.push(row);
         group.bytes += size;
         self.rows += 1;
         self.bytes += size;
-        if let Some(domain) = domain {
+        if group.rows.len() >= LOT_ROWS || group.bytes >= self.bounds.lot_bytes {
             let full = std::mem::take(group);
-            self.seal(partition, domain, full)?;
+            self.seal(partition, full)?;
         }
         if self.rows > self.bounds.rows || self.bytes > self.bounds.bytes {
             self.relieve()?;
@@ -135,13 +152,12 @@ impl LotBuilder {
         let mut large = Vec::new();
         for (&partition, domains) in &mut self.groups {
             let found = domains.extract_if(|_, group| group.rows.len() >= OWN_LOT_ROWS);
-            large.extend(found.map(|(domain, group)| (partition, domain, group)));
+            large.extend(found.map(|(_, group)| (partition, group)));
         }
-        // Whoever comes first is sent first, and a test sees the same lots every time.
-        large.sort_unstable_by_key(|(_, _, group)| group.rows.first().map(|row| row.index));
+        large.sort_unstable_by_key(|(_, group)| group.first());
         large
             .into_iter()
-            .try_for_each(|(partition, domain, group)| self.seal(partition, domain, group))
+            .try_for_each(|(partition, group)| self.seal(partition, group))
     }
 
     fn seal_mixed(&mut self) -> Result<(), TooManyLots> {
@@ -153,23 +169,36 @@ impl LotBuilder {
                 .into_values()
                 .filter(|group| !group.rows.is_empty())
                 .collect();
-            small.sort_unstable_by_key(|group| group.rows.first().map(|row| row.index));
+            small.sort_unstable_by_key(Group::first);
+            if self.by_zone {
+                small.sort_by(|a, b| zone(&a.rows).cmp(&zone(&b.rows)));
+            }
             let mut mixed = Group::default();
             for row in small.into_iter().flat_map(|group| group.rows) {
+                let is_elsewhere = self.by_zone && row.time_zone.as_deref() != zone(&mixed.rows);
+                if is_elsewhere && !mixed.rows.is_empty() {
+                    self.seal_as(partition, MIXED.into(), std::mem::take(&mut mixed))?;
+                }
                 mixed.bytes += weight(&row);
                 mixed.rows.push(row);
                 if mixed.rows.len() >= LOT_ROWS || mixed.bytes >= self.bounds.lot_bytes {
-                    self.seal(partition, MIXED.into(), std::mem::take(&mut mixed))?;
+                    self.seal_as(partition, MIXED.into(), std::mem::take(&mut mixed))?;
                 }
             }
             if !mixed.rows.is_empty() {
-                self.seal(partition, MIXED.into(), mixed)?;
+                self.seal_as(partition, MIXED.into(), mixed)?;
             }
         }
         Ok(())
     }
 
-    fn seal(
+    /// A lot of one domain.
+    fn seal(&mut self, partition: Partition, group: Group) -> Result<(), TooManyLots> {
+        let domain = group.rows.first().map_or(MIXED, |row| row.email.domain());
+        self.seal_as(partition, domain.into(), group)
+    }
+
+    fn seal_as(
         &mut self,
         partition: Partition,
         queue: Box<str>,
@@ -190,6 +219,10 @@ impl LotBuilder {
     }
 }
 
+fn zone(rows: &[Row]) -> Option<&str> {
+    rows.first()?.time_zone.as_deref()
+}
+
 /// What a recipient takes in memory, roughly.
 fn weight(row: &Row) -> usize {
     let text = |value: &Option<Box<str>>| value.as_ref().map_or(0, |text| text.len());
@@ -199,6 +232,7 @@ fn weight(row: &Row) -> usize {
         + text(&row.prospect_id)
         + text(&row.vars)
         + text(&row.metadata)
+        + text(&row.time_zone)
 }
 
 #[cfg(test)]
@@ -218,16 +252,26 @@ mod tests {
             vars: None,
             metadata: None,
             tracking: None,
+            time_zone: None,
         }
     }
 
     fn build(bounds: Bounds, rows: &[(u8, u32)]) -> (Vec<NewLot>, usize) {
-        let mut builder = LotBuilder::new(bounds, 0);
+        build_by(false, bounds, rows)
+    }
+
+    const ZONES: [Option<&str>; 3] = [None, Some("Asia/Tokyo"), Some("Europe/Paris")];
+
+    /// Every index has the next of the zones.
+    fn build_by(by_zone: bool, bounds: Bounds, rows: &[(u8, u32)]) -> (Vec<NewLot>, usize) {
+        let mut builder = LotBuilder::new(bounds, 0).by_zone(by_zone);
         let (mut lots, mut most) = (Vec::new(), 0);
-        for (index, &(partition, domain)) in (0..).zip(rows) {
-            builder
-                .push(Partition(partition), row(index, domain))
-                .expect("few lots");
+        for ((index, &(partition, domain)), zone) in (0..).zip(rows).zip(ZONES.iter().cycle()) {
+            let row = Row {
+                time_zone: zone.map(Box::from),
+                ..row(index, domain)
+            };
+            builder.push(Partition(partition), row).expect("few lots");
             lots.extend(builder.take_sealed());
             most = most.max(builder.rows);
         }
@@ -281,9 +325,9 @@ mod tests {
     proptest! {
         #[test]
         fn everyone_is_in_exactly_one_fitting_lot(
-            rows in prop::collection::vec((0_u8..3, 0_u32..40), 0..2_000), held in 10_usize..400,
+            rows in prop::collection::vec((0_u8..3, 0_u32..40), 0..2_000), held in 10_usize..400, by_zone: bool,
         ) {
-            let (lots, most) = build(Bounds { rows: held, ..Bounds::default() }, &rows);
+            let (lots, most) = build_by(by_zone, Bounds { rows: held, ..Bounds::default() }, &rows);
             prop_assert!(most <= held);
             let mut indices: Vec<u32> = lots.iter().flat_map(|lot| lot.rows.iter().map(|row| row.index)).collect();
             indices.sort_unstable();
@@ -294,6 +338,7 @@ mod tests {
             prop_assert_eq!(numbers.len(), lots.len());
             for lot in &lots {
                 prop_assert!(!lot.rows.is_empty() && lot.rows.len() <= LOT_ROWS);
+                prop_assert!(!by_zone || lot.rows.iter().all(|row| row.time_zone.as_deref() == zone(&lot.rows)));
                 for row in &lot.rows {
                     let (partition, _) = rows[row.index as usize];
                     prop_assert_eq!(lot.number.partition(), Partition(partition));

@@ -331,6 +331,7 @@ impl Intake {
             let account = part.batch.head.account.as_str();
             let partitions = intake.store.partitions();
             let judge = Judge::new(&part.content, account, partitions, part.allow_duplicates)
+                .of(&part.batch.head)
                 .after(first, &earlier);
             spool.rewind().map_err(|error| Refusal::disk(&error))?;
             let sorted = judge.sort(spool, Some(&out))?;

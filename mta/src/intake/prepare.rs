@@ -260,7 +260,7 @@ fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Acc
         },
         metadata: request.metadata.clone(),
         held: request.hold,
-        window: None,
+        window: request.window.clone(),
         guardrails: request.guardrails,
     }
 }

@@ -9,7 +9,7 @@ use std::hash::{BuildHasher as _, RandomState};
 
 use content::Content;
 use model::{Partition, Row};
-use store::NewLot;
+use store::{BatchHead, NewLot};
 use tokio::sync::mpsc;
 
 use super::advice::Advice;
@@ -47,6 +47,8 @@ pub(crate) struct Judge<'c> {
     seen: Option<Seen>,
     /// The addresses of the parts before, when this is one of several.
     earlier: Option<Earlier<'c>>,
+    /// The batch, where that has a word to say.
+    head: Option<&'c BatchHead>,
     /// Where the batch goes on: the first index, and the running number of the first lot.
     first: (u32, u32),
     sorted: Sorted,
@@ -68,8 +70,17 @@ impl<'c> Judge<'c> {
             partitions,
             seen: (!allow_duplicates).then(Seen::default),
             earlier: None,
+            head: None,
             first: (0, 0),
             sorted: Sorted::default(),
+        }
+    }
+
+    /// For this batch.
+    pub(crate) fn of(self, head: &'c BatchHead) -> Self {
+        Self {
+            head: Some(head),
+            ..self
         }
     }
 
@@ -92,7 +103,8 @@ impl<'c> Judge<'c> {
         out: Option<&mpsc::Sender<Vec<NewLot>>>,
     ) -> Answer<Sorted> {
         let mut mistakes = Mistakes::default();
-        let mut lots = LotBuilder::new(Bounds::default(), self.first.1);
+        let has_window = self.head.is_some_and(|head| head.window.is_some());
+        let mut lots = LotBuilder::new(Bounds::default(), self.first.1).by_zone(has_window);
         let mut index = 0;
         while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
             let parsed = match spooled.json {
@@ -111,6 +123,9 @@ impl<'c> Judge<'c> {
                 }
                 self.sorted.accepted += 1;
                 self.sorted.advice.look(&row.email);
+                if let Some(head) = self.head {
+                    self.sorted.advice.look_at_hours(&row, head);
+                }
                 lots.push(partition, row)
                     .map_err(|error| too_many(&error))?;
                 send_if(lots.sealed_rows() >= GROUP_ROWS, &mut lots, out)?;

@@ -256,7 +256,7 @@ impl RawRow<'_> {
         let email = self.email(index)?;
         let name = self.text("name", index, NAME_MAX)?;
         let prospect_id = self.text("prospect_id", index, PROSPECT_MAX)?;
-        self.text("time_zone", index, NAME_MAX)?;
+        let time_zone = self.time_zone(index)?;
         let vars = self.value("vars");
         // The templates read it, and see then whether its numbers and escapes are any good.
         if vars.is_some_and(|json| !json.starts_with('{')) {
@@ -271,7 +271,22 @@ impl RawRow<'_> {
             vars: vars.filter(|json| *json != "{}").map(Box::from),
             metadata: None,
             tracking: None,
+            time_zone,
         })
+    }
+
+    fn time_zone(&self, index: u32) -> Result<Option<Box<str>>, Wrong> {
+        let Some(name) = self.text("time_zone", index, NAME_MAX)? else {
+            return Ok(None);
+        };
+        let detail = || {
+            format!(
+                "/recipients/{index}/time_zone is no time zone of the IANA database, as Asia/Tokyo is"
+            )
+        };
+        let known =
+            model::time_zone(&name).ok_or_else(|| (RejectionCode::InvalidVars, detail()))?;
+        Ok(Some(known))
     }
 
     fn email(&self, index: u32) -> Result<EmailAddress, Wrong> {
@@ -367,6 +382,7 @@ mod tests {
         assert_eq!(row.vars.as_deref(), Some("{\"points\":3}"));
         assert_eq!(row.metadata.as_deref(), Some("{\"a\":1}"));
         assert_eq!(row.tracking, Some(TrackingMode::Off));
+        assert_eq!(row.time_zone.as_deref(), Some("Asia/Tokyo"));
     }
 
     #[test]
@@ -407,6 +423,16 @@ mod tests {
                 r#"{"email":"a@x.example","vars":[1]}"#,
                 InvalidVars,
                 "/recipients/3/vars",
+            ),
+            (
+                r#"{"email":"a@x.example","time_zone":"Asia/Tokio"}"#,
+                InvalidVars,
+                "/recipients/3/time_zone is no time zone",
+            ),
+            (
+                r#"{"email":"a@x.example","time_zone":9}"#,
+                InvalidVars,
+                "/recipients/3/time_zone is not a string",
             ),
             (&long, InvalidVars, "longer than 256"),
         ] {

@@ -301,6 +301,7 @@ impl Intake {
             partitions,
             prepared.allow_duplicates,
         )
+        .of(&prepared.head)
     }
 
     /// Accepts a batch, unless the call took effect before.

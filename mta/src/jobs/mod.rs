@@ -6,8 +6,10 @@
 pub(crate) mod engagement;
 pub(crate) mod guardrails;
 mod keeping;
+mod mailboxes;
 mod tls_reports;
 pub(crate) mod webhooks;
 
 pub(crate) use keeping::Keeping;
+pub(crate) use mailboxes::Mailboxes;
 pub(crate) use tls_reports::TlsReporting;

@@ -310,5 +310,6 @@ fn row(index: u32, email: EmailAddress) -> Row {
         vars: None,
         metadata: None,
         tracking: None,
+        time_zone: None,
     }
 }

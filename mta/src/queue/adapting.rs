@@ -79,6 +79,7 @@ impl World {
             lease: Duration::from_secs(45),
             shaping: Arc::new(shaping.expect("a shaping file")),
             weights: HashMap::new(),
+            profiles: HashMap::new(),
             pools: Pools::single(Pool::new((0..sources).map(|n| (n, 1)).collect())),
             source_names: names.into(),
             ambiguous: AmbiguousPolicy::Retry,
@@ -496,6 +497,7 @@ fn sources_share_by_weights_that_were_read_again() {
     assert!(first.abs_diff(second) < 40, "{first} and {second}");
     world.later.push_back(Event::Shares(Shares {
         accounts: HashMap::new(),
+        profiles: HashMap::new(),
         pools: Some(Pools::single(Pool::new(vec![(0, 1), (1, 3)]))),
     }));
     world.deliver_events();

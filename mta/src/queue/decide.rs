@@ -5,8 +5,11 @@
 
 use std::time::Duration;
 
-use model::{Attempt, AttemptDetail, AttemptResult, Blame, Class, SuppressionReason, Timestamp};
-use service::config::AmbiguousPolicy;
+use model::{
+    Attempt, AttemptDetail, AttemptResult, Blame, Class, DeliveryStatus, Status, SuppressionReason,
+    Timestamp,
+};
+use service::config::{AmbiguousPolicy, StatusProfile};
 use smtp::Reply;
 
 use super::job::{Item, Policy, Trouble};
@@ -130,6 +133,9 @@ pub fn decide(
         Finding::Suppressed(reason) => AttemptResult::Suppressed(reason),
         Finding::Cancelled => AttemptResult::Cancelled,
     };
+    if item.profile == StatusProfile::Satori {
+        suppress = suppress.or_else(|| stopped_by_satori(&result, &detail));
+    }
     Attempt {
         message: item.message(),
         place: item.place,
@@ -139,6 +145,31 @@ pub fn decide(
         result,
         detail,
         suppress,
+    }
+}
+
+/// Why the profile `satori` stops further mail (contract, section 6): whatever was refused or failed
+/// for good does, but what we could not make, which is no word about the recipient.
+fn stopped_by_satori(result: &AttemptResult, detail: &AttemptDetail) -> Option<SuppressionReason> {
+    let status = match result {
+        AttemptResult::Bounce => Status::Bounce,
+        AttemptResult::Failed => Status::Failed,
+        AttemptResult::Delivered
+        | AttemptResult::TemporaryError { .. }
+        | AttemptResult::Suppressed(_)
+        | AttemptResult::Cancelled => return None,
+    };
+    if detail.blame == Some(Blame::Us) {
+        return None;
+    }
+    match DeliveryStatus::of(status, detail.class)? {
+        DeliveryStatus::InvalidAddress => Some(SuppressionReason::InvalidAddress),
+        DeliveryStatus::Error if detail.class == Some(Class::InactiveMailbox) => {
+            Some(SuppressionReason::Inactive)
+        }
+        DeliveryStatus::Error => Some(SuppressionReason::Error),
+        DeliveryStatus::Spam => Some(SuppressionReason::Spam),
+        DeliveryStatus::Unconfirmed | DeliveryStatus::Ok | DeliveryStatus::TemporaryError => None,
     }
 }
 
@@ -164,8 +195,9 @@ fn retry_or_expire(
     chance: f64,
 ) -> AttemptResult {
     let over = expires_at(item, policy);
-    let in_turn = Some(now + wait).filter(|at| *at < over);
-    let retry_at = in_turn.or_else(|| last_try(now, over, wait, chance));
+    let in_turn = Some(item.within_hours(now + wait)).filter(|at| *at < over);
+    let last = || last_try(now, over, wait, chance).filter(|at| item.within_hours(*at) == *at);
+    let retry_at = in_turn.or_else(last);
     // The last number stands for "and so on".
     match retry_at.filter(|_| item.attempt < u8::MAX) {
         Some(retry_at) => AttemptResult::TemporaryError {
@@ -203,7 +235,7 @@ fn ambiguous(
         (detail.class, detail.blame) = (None, None);
         return AttemptResult::Delivered;
     }
-    let retry_at = now + policy.ambiguous_after;
+    let retry_at = item.within_hours(now + policy.ambiguous_after);
     if !again || retry_at >= expires_at(item, policy) {
         return AttemptResult::Failed;
     }
@@ -320,6 +352,81 @@ mod tests {
         }
     }
 
+    /// Section 6 of the contract: what each end means for further mail, by profile. What a full
+    /// mailbox does that repeats is the job's (`jobs::mailboxes`).
+    #[test]
+    fn what_stops_further_mail_is_the_profiles_word() {
+        use SuppressionReason::{Error, Inactive, InvalidAddress, Spam};
+        let unreachable = |class, blame, is_final| {
+            Finding::Unreachable(Trouble {
+                class,
+                blame,
+                text: "x".into(),
+                reply: None,
+                host: "".into(),
+                is_final,
+            })
+        };
+        let table = [
+            // unconfirmed
+            (refused(451, "4.3.0 not now"), None, None),
+            // ok
+            (Finding::Delivered(Reply::new(250, "ok")), None, None),
+            // invalid_address
+            (
+                refused(550, "5.1.1 No such user"),
+                Some(InvalidAddress),
+                Some(InvalidAddress),
+            ),
+            (
+                unreachable(Class::BadDomain, Blame::Recipient, true),
+                Some(InvalidAddress),
+                Some(InvalidAddress),
+            ),
+            (
+                unreachable(Class::NoMx, Blame::Recipient, true),
+                Some(InvalidAddress),
+                Some(InvalidAddress),
+            ),
+            // error
+            (
+                refused(550, "5.2.1 The mailbox is disabled"),
+                Some(Inactive),
+                Some(Inactive),
+            ),
+            (refused(550, "5.2.2 The mailbox is full"), None, Some(Error)),
+            (
+                refused(550, "5.7.1 blocked using zen.spamhaus.org"),
+                None,
+                Some(Error),
+            ),
+            (
+                refused(552, "5.3.4 Message too big for system"),
+                None,
+                Some(Error),
+            ),
+            (Finding::Unmade("x".into()), None, None),
+            // temporary_error
+            (Finding::TooLate(None), None, None),
+            // spam
+            (
+                refused(550, "5.7.1 Message rejected as spam by content filtering"),
+                None,
+                Some(Spam),
+            ),
+        ];
+        for (finding, by_default, by_satori) in table {
+            for (profile, expected) in [
+                (StatusProfile::Default, by_default),
+                (StatusProfile::Satori, by_satori),
+            ] {
+                let item = Item { profile, ..item(1) };
+                let attempt = decide(finding.clone(), &item, &policy(), NOW, 0.5);
+                assert_eq!(attempt.suppress, expected, "{profile:?} {finding:?}");
+            }
+        }
+    }
+
     #[test]
     fn retries_end_with_the_last_reply() {
         let mut item = item(3);
@@ -399,6 +506,54 @@ mod tests {
         assert_eq!(
             decide(Finding::Ambiguous("x".into()), &item(1), &assume, NOW, 0.0).result,
             AttemptResult::Delivered
+        );
+    }
+
+    #[test]
+    fn a_retry_waits_for_the_hours_of_its_recipient() {
+        let night = Timestamp::parse("2026-12-01T20:58:00Z").expect("a time");
+        let window = model::SendWindow {
+            from: 9 * 60,
+            to: 21 * 60,
+            time_zone: None,
+        };
+        let within = |expires_at: &str, zone: Option<&str>| {
+            let mut item = item(1);
+            item.row.time_zone = zone.map(Box::from);
+            item.batch = Arc::new(store::BatchHead {
+                window: Some(window.clone()),
+                expires_at: Timestamp::parse(expires_at).ok(),
+                ..(*item.batch).clone()
+            });
+            item
+        };
+        let retry =
+            |item: &Item, finding: Finding| match decide(finding, item, &policy(), night, 0.5)
+                .result
+            {
+                AttemptResult::TemporaryError { retry_at, .. } => Some(retry_at.to_string()),
+                _ => None,
+            };
+        let unreachable = || Finding::Unreachable(trouble(Class::ConnectFailure));
+        let long = "2026-12-03T00:00:00Z";
+        let of = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            retry(&within(long, None), unreachable()),
+            of("2026-12-02T09:00:00.000Z")
+        );
+        assert_eq!(
+            retry(&within(long, None), Finding::InFlight),
+            of("2026-12-02T09:00:00.000Z")
+        );
+        let new_york = Some("America/New_York");
+        assert_eq!(
+            retry(&within(long, new_york), unreachable()),
+            of("2026-12-01T21:03:00.000Z")
+        );
+        // Nobody is written to at night because the end is near.
+        assert_eq!(
+            retry(&within("2026-12-02T08:00:00Z", None), unreachable()),
+            None
         );
     }
 

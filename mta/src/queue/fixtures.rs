@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::{BatchId, LotNumber, Partition, Place, Priority, Row, Timestamp, TrackingMode};
-use service::config::AmbiguousPolicy;
 use service::config::shaping::Limits;
+use service::config::{AmbiguousPolicy, StatusProfile};
 use store::{BatchHead, RangeRef};
 
 use super::job::{Item, Policy};
@@ -40,6 +40,7 @@ pub(crate) fn row(index: u32, email: &str) -> Row {
         vars: None,
         metadata: None,
         tracking: None,
+        time_zone: None,
     }
 }
 
@@ -63,6 +64,8 @@ pub(crate) fn item(attempt: u8) -> Item {
         row: row(0, "a@x.example"),
         attempt,
         ambiguous_before: false,
+        profile: StatusProfile::Default,
+        shut_at: None,
     }
 }
 

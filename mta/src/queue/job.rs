@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use model::{Blame, Class, MessageId, Place, Row};
-use service::config::AmbiguousPolicy;
+use model::{Blame, Class, MessageId, Place, Row, Timestamp};
+use service::config::{AmbiguousPolicy, StatusProfile};
 
 use service::config::shaping::Limits;
 use smtp::Reply;
@@ -33,6 +33,10 @@ pub struct Item {
     pub attempt: u8,
     /// An earlier attempt was ambiguous: it may be there already.
     pub ambiguous_before: bool,
+    /// What the end of it means for further mail.
+    pub profile: StatusProfile,
+    /// From then on the window of its batch is shut to its recipient.
+    pub shut_at: Option<Timestamp>,
 }
 
 impl Item {
@@ -42,6 +46,19 @@ impl Item {
             batch: self.batch.id,
             index: self.row.index,
         }
+    }
+
+    /// Whether the recipient's hours are over, for now.
+    pub fn is_shut(&self, now: Timestamp) -> bool {
+        self.shut_at.is_some_and(|at| at <= now)
+    }
+
+    /// The first moment from `at` on that is within the recipient's hours.
+    pub fn within_hours(&self, at: Timestamp) -> Timestamp {
+        let window = self.batch.window.as_ref();
+        window.map_or(at, |window| {
+            window.opens_at(self.row.time_zone.as_deref(), at)
+        })
     }
 }
 

@@ -131,6 +131,7 @@ impl World {
             lease: LEASE,
             shaping: Arc::new(shaping),
             weights: HashMap::new(),
+            profiles: HashMap::new(),
             source_names: ["ip1".into(), "ip2".into()].into(),
             pools: Pools::single(Pool::new(vec![(0, 1), (1, 3)])),
             ambiguous: AmbiguousPolicy::Retry,

@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 
 use model::units::Rate;
 use model::{Attempt, BatchId, Domain, MessageId, Place, Priority, Timestamp};
-use service::config::AmbiguousPolicy;
 use service::config::shaping::{ShapingFile, WarmUp};
+use service::config::{AmbiguousPolicy, StatusProfile};
 use service::metrics::ThrottleReason;
 use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Release, Suspension, Want};
 
@@ -71,6 +71,9 @@ pub struct QueueConfig {
     pub pools: Pools,
     /// Shares of accounts in a contended destination; of one that is not here, 1.
     pub weights: HashMap<String, u32>,
+    /// What a delivery status means for further mail, by account; of one that is not here, the
+    /// default.
+    pub profiles: HashMap<String, StatusProfile>,
     /// The names of egress sources, by index.
     pub source_names: Arc<[Box<str>]>,
     /// What becomes of an ambiguous attempt.
@@ -179,6 +182,8 @@ pub enum Event {
 pub struct Shares {
     /// Of a destination, by account; of one that is not here, 1.
     pub accounts: HashMap<String, u32>,
+    /// What a delivery status means for further mail, by account.
+    pub profiles: HashMap<String, StatusProfile>,
     /// Of the mail of a batch, by pool and source; none: as before. No source that was in no pool.
     pub pools: Option<Pools>,
 }
@@ -790,7 +795,7 @@ impl QueueState {
 
     /// New weights hold from the next message on.
     fn on_shares(&mut self, shares: Shares) {
-        self.config.weights = shares.accounts;
+        (self.config.weights, self.config.profiles) = (shares.accounts, shares.profiles);
         if let Some(pools) = shares.pools {
             for batch in self.batches.values_mut() {
                 batch.pool = Arc::clone(pools.of(batch.head.pool.as_deref()));

@@ -18,7 +18,7 @@ use journal::Journal;
 use links::KeyRing;
 use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
-use service::config::{Account, Dns as DnsConfig, Pool, Smtp, TlsReports};
+use service::config::{Account, Dns as DnsConfig, Pool, Smtp, StatusProfile, TlsReports};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks, blocking};
 use store::{Control, Store};
@@ -125,7 +125,7 @@ pub struct SendingHandle {
 pub struct Reload {
     /// `shaping.toml`.
     pub shaping: Arc<ShapingFile>,
-    /// `[[accounts]]`: their weights.
+    /// `[[accounts]]`: their weights and status profiles, with those that were made over the API.
     pub accounts: Vec<Account>,
     /// `[[pools]]`: the weights of their sources.
     pub pools: Vec<Pool>,
@@ -206,12 +206,26 @@ impl SendingHandle {
         }
         let shares = Shares {
             accounts: weights(&reload.accounts),
+            profiles: profiles(&reload.accounts),
             pools: may_change.then_some(pools),
         };
         for event in [Event::Shares(shares), Event::Shaping(shaping)] {
             if self.queue.send(event).await.is_err() {
                 tracing::debug!("the queue has ended before a reload");
             }
+        }
+    }
+
+    /// Weights and status profiles of accounts hold from the next message on. Once the queue has
+    /// ended, nothing happens.
+    pub async fn change_accounts(&self, accounts: &[Account]) {
+        let shares = Shares {
+            accounts: weights(accounts),
+            profiles: profiles(accounts),
+            pools: None,
+        };
+        if self.queue.send(Event::Shares(shares)).await.is_err() {
+            tracing::debug!("the queue has ended before accounts were changed");
         }
     }
 
@@ -430,6 +444,7 @@ fn config(deps: &SendingDeps) -> QueueConfig {
         lease: deps.lease,
         shaping: Arc::clone(&deps.shaping),
         weights: weights(&deps.accounts),
+        profiles: profiles(&deps.accounts),
         pools: pools(&deps.pools, &limits::names(&deps.smtp.sources)),
         source_names: limits::names(&deps.smtp.sources),
         ambiguous: deps.smtp.ambiguous,
@@ -442,6 +457,14 @@ fn weights(accounts: &[Account]) -> HashMap<String, u32> {
     let weights = accounts.iter();
     weights
         .map(|account| (account.id.clone(), account.weight))
+        .collect()
+}
+
+/// What a delivery status means for further mail, where that is not the default.
+fn profiles(accounts: &[Account]) -> HashMap<String, StatusProfile> {
+    let own = accounts.iter();
+    let own = own.filter(|account| account.status_profile != StatusProfile::Default);
+    own.map(|account| (account.id.clone(), account.status_profile))
         .collect()
 }
 

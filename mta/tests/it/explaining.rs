@@ -1,6 +1,7 @@
 //! Why mail moves or does not, asked over HTTP of a daemon with real peers behind it.
 
 use serde_json::{Value, json};
+use service::clock::{Clock as _, SystemClock};
 use testkit::smtp_peer::{Answer, SmtpPeer, Temper};
 
 use crate::harness::{Home, Service, batch, recipients};
@@ -398,6 +399,60 @@ async fn a_pause_is_the_callers_and_a_name_that_is_none_is_not_found() {
     assert_eq!(
         service.api.post("/v1/batches/nonsense/retry").await.status,
         404
+    );
+    drop(service.stop().await);
+}
+
+/// So many minutes after this one of the day, in UTC.
+fn minutes_from_now(minutes: i64) -> String {
+    let minute = SystemClock.now().seconds() / 60 + minutes;
+    let minute = minute.rem_euclid(24 * 60);
+    format!("{:02}:{:02}", minute / 60, minute % 60)
+}
+
+#[tokio::test]
+async fn a_send_window_lets_through_whose_day_it_is() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let service = service(&peer, "").await;
+    let mut submission = batch(&recipients(4, 1));
+    submission["window"] = json!({"from": minutes_from_now(-60), "to": minutes_from_now(60)});
+    // On the other side of the earth, and nowhere.
+    submission["recipients"][1]["time_zone"] = json!("Etc/GMT-12");
+    submission["recipients"][2]["time_zone"] = json!("Asia/Tokio");
+    let reply = service.api.submit(&submission).await;
+    assert_eq!(reply.status, 202, "{:?}", reply.bytes);
+    let accepted = reply.json();
+    assert_eq!(accepted["rejected"][0]["index"], 2, "{accepted}");
+    assert_eq!(accepted["rejected"][0]["code"], "invalid_vars");
+    let id = accepted["id"].as_str().expect("an id").to_owned();
+    let why = until(&service, &format!("/v1/why?batch={id}"), |why| {
+        why["constraint"]["kind"] == "send_window"
+    })
+    .await;
+    assert_eq!(why["recipients"]["deferred"], 1, "{why}");
+    let message = get(&service, &format!("/v1/why?message={id}.1")).await;
+    assert_eq!(message["constraint"]["kind"], "send_window", "{message}");
+    assert_eq!(message["next_at"], why["next_at"], "{message} {why}");
+    let found = get(&service, &format!("/v1/batches/{id}")).await;
+    assert_eq!(found["counters"]["delivered"], 2, "{found}");
+    assert_eq!(found["counters"]["queued"], 1, "{found}");
+    assert_eq!(found["window"]["time_zone"], "UTC", "{found}");
+    // By hand it is due, and still nobody is woken by it.
+    let retried = service.api.post(&format!("/v1/batches/{id}/retry")).await;
+    assert_eq!(retried.status, 200, "{:?}", retried.bytes);
+    until(&service, &format!("/v1/why?batch={id}"), |why| {
+        why["constraint"]["kind"] == "send_window"
+    })
+    .await;
+    assert_eq!(peer.messages().len(), 2);
+
+    submission["expires_at"] =
+        json!((SystemClock.now() + std::time::Duration::from_secs(3_600)).to_string());
+    let reply = service.api.submit(&submission).await;
+    let checked = reply.json();
+    assert_eq!(
+        checked["warnings"][0],
+        "recipients for whom the window does not open before expires_at: 1; they get nothing"
     );
     drop(service.stop().await);
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use content::dkim::{Algorithm, generate};
@@ -15,7 +15,7 @@ use model::{
 use mta::classify::Rules;
 use mta::released::Released;
 use mta::sending::{SendingDeps, SendingHandle, start};
-use service::clock::{Clock as _, SharedClock, SystemClock};
+use service::clock::{Clock, SharedClock, SystemClock};
 use service::config::shaping::ShapingFile;
 use service::config::{Config, Environment};
 use service::metrics::Metrics;
@@ -59,6 +59,20 @@ pub(crate) struct Station {
     /// What sending takes for the time.
     pub(crate) clock: SharedClock,
     ring: Arc<ArcSwap<KeyRing>>,
+}
+
+/// The machine's clock, so much ahead.
+#[derive(Debug)]
+pub(crate) struct Ahead(pub(crate) Duration);
+
+impl Clock for Ahead {
+    fn now(&self) -> Timestamp {
+        SystemClock.now() + self.0
+    }
+
+    fn instant(&self) -> Instant {
+        SystemClock.instant()
+    }
 }
 
 /// Sending, as it runs.
@@ -365,6 +379,7 @@ fn row(index: u32, email: &str) -> Row {
         vars: None,
         metadata: None,
         tracking: None,
+        time_zone: None,
     }
 }
 

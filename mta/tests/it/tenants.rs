@@ -4,6 +4,8 @@ use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use testkit::smtp_peer::{SmtpPeer, Temper};
+
 use crate::harness::{Caller, Reply, Service, batch, recipients};
 
 const ADMIN: &str = "[[api.keys]]\nname = \"admin\"\nkey_sha256 = \"8e9b90d9fe5bbb7b04e0b1fd5c1ab6c6e2a5a0b0e0b67f3b0b2bb4a4c2c0f7ac\"\naccount = \"default\"\nscopes = [\"submit\", \"read\", \"admin\"]\n";
@@ -326,4 +328,69 @@ async fn suppressions_are_imported_in_lines_and_tables() {
         post("application/json", "{}".to_owned()).await.problem().1,
         "unsupported_media"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_account_made_over_the_api_has_its_weight_after_a_restart_too() {
+    let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
+    let (service, admin) = administered().await;
+    let account = json!({"id": "heavy", "weight": 2, "dkim": "optional"});
+    let made = send(&admin, Method::POST, "/v1/accounts", &account).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{:?}", made.bytes);
+    let key = json!({"name": "heavy", "account": "heavy", "scopes": ["submit", "read"]});
+    let made = send(&admin, Method::POST, "/v1/keys", &key).await.json();
+    let key = made["key"].as_str().expect("a key").to_owned();
+    let home = service.stop().await;
+    let shaping = format!(
+        "[default]\nrate = \"40/s\"\nadaptive = false\n[mx]\n\"*\" = \"{}\"\n",
+        peer.address()
+    );
+    std::fs::write(home.config_file().with_file_name("shaping.toml"), shaping).expect("written");
+    let service = Service::at(home).await;
+    // Twice over, so that a change of a running service counts as well.
+    let mut before = 0;
+    for weight in [2, 8] {
+        let admin = service.api.with_key("hk_admin");
+        let change = json!({"weight": weight});
+        let changed = send(&admin, Method::PATCH, "/v1/accounts/heavy", &change).await;
+        assert_eq!(changed.status, StatusCode::OK);
+        let mut batches = Vec::new();
+        for (api, name) in [
+            (&service.api, "light"),
+            (&service.api.with_key(&key), "heavy"),
+        ] {
+            let to: Vec<_> = (0..400)
+                .map(|n| json!({"email": format!("{name}{n}@x.example")}))
+                .collect();
+            let reply = api.submit(&batch(&json!(to))).await;
+            assert_eq!(reply.status, StatusCode::ACCEPTED, "{:?}", reply.bytes);
+            let id = reply.json()["id"].as_str().expect("an id").to_owned();
+            batches.push((api.clone(), id));
+        }
+        // Those of the moment in which only one of them was there do not count.
+        peer.wait_for(before + 40).await.expect("some");
+        peer.wait_for(before + 160).await.expect("more");
+        let messages = peer.messages();
+        let some = messages.iter().skip(before + 40).take(120);
+        let heavy = some
+            .filter(|message| message.recipients[0].starts_with("heavy"))
+            .count();
+        // Of 120, 80 and 106 by weight.
+        let expected = 120 * weight / (weight + 1);
+        assert!(
+            heavy.abs_diff(expected) <= 15,
+            "{heavy} of 120 with weight {weight}"
+        );
+        for (api, id) in &batches {
+            let path = format!("/v1/batches/{id}/cancel");
+            assert_eq!(api.post(&path).await.status, StatusCode::OK);
+        }
+        for (api, id) in &batches {
+            while api.get(&format!("/v1/batches/{id}")).await.json()["completed_at"].is_null() {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }
+        before = peer.messages().len();
+    }
+    drop(service.stop().await);
 }

@@ -2,20 +2,19 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mail_auth::report::tlsrpt::{PolicyType, ResultType, TlsReport};
-use model::{BatchId, Class, Status, Timestamp};
+use model::{BatchId, Class, Status};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use service::clock::{Clock, SystemClock};
 use service::metrics::{TlsHandshake, TlsResult};
 use testkit::dns::{Behaviour, DnsServer, RecordType, Zone};
 use testkit::https::{HttpsServer, Page};
 use testkit::smtp_peer::{SmtpPeer, Temper};
 use testkit::tls::Issuer;
 
-use crate::station::{Station, people};
+use crate::station::{Ahead, Station, people};
 
 const SHAPING: &str = r#"
     [default]
@@ -488,20 +487,6 @@ async fn sessions_are_resumed_in_both_versions_of_tls() {
     }
 }
 
-/// The machine's clock, so many hours ahead.
-#[derive(Debug)]
-struct Ahead(u64);
-
-impl Clock for Ahead {
-    fn now(&self) -> Timestamp {
-        SystemClock.now() + Duration::from_secs(3_600 * self.0)
-    }
-
-    fn instant(&self) -> Instant {
-        SystemClock.instant()
-    }
-}
-
 #[tokio::test]
 async fn the_next_day_brings_a_report_to_those_who_want_one() {
     let hosts = ["mta-sts.wants.example", "collector.example"];
@@ -543,7 +528,7 @@ async fn the_next_day_brings_a_report_to_those_who_want_one() {
 
     // More than a day later everybody has noted what was counted, and the time to report has come.
     for _ in 0..2 {
-        station.clock = Arc::new(Ahead(50));
+        station.clock = Arc::new(Ahead(Duration::from_secs(50 * 3_600)));
         let running = station.start().await;
         let counts = world.peers[1].wait_for(3).await.expect("reports");
         assert_eq!(

@@ -167,6 +167,7 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
             vars: None,
             metadata: None,
             tracking: None,
+            time_zone: None,
         })
         .collect();
     let lots = rows.chunks(LOT_ROWS).zip(0..).map(|(rows, number)| NewLot {

@@ -44,6 +44,7 @@ pub(crate) fn row(vars: &str) -> Row {
         vars: Some(vars.into()),
         metadata: None,
         tracking: None,
+        time_zone: None,
     }
 }
 

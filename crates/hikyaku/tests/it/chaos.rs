@@ -51,7 +51,7 @@ pub(crate) fn sites(count: usize, url: &str, shaping: &str) -> Result<Vec<Site>>
 }
 
 /// Every node has the key that the first one made.
-fn share_key(sites: &[Site]) -> Result<()> {
+pub(crate) fn share_key(sites: &[Site]) -> Result<()> {
     let key = |site: &Site| site.dir.path().join("data/tracking.key");
     let first = sites.first().context("a site")?;
     for site in sites.iter().skip(1) {

@@ -296,8 +296,14 @@ impl Service {
 
     /// Waits until the batch is completed; the batch then.
     pub(crate) async fn completed(&self, id: &str) -> Result<Value> {
-        let done = until("completion", async || {
-            Ok(Some(self.batch(id).await?).filter(|batch| batch["state"] == "completed"))
+        self.ended(id, "completed").await
+    }
+
+    /// Waits until every recipient of the batch has an end, in this state; the batch then.
+    pub(crate) async fn ended(&self, id: &str, state: &str) -> Result<Value> {
+        let is_over = |batch: &Value| batch["state"] == state && !batch["completed_at"].is_null();
+        let done = until("the end of a batch", async || {
+            Ok(Some(self.batch(id).await?).filter(is_over))
         })
         .await;
         done.with_context(|| self.log())

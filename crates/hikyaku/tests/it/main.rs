@@ -9,6 +9,7 @@
 mod apart;
 mod away;
 mod bad_input;
+mod campaign;
 mod chaos;
 mod commands;
 mod crash;

@@ -512,3 +512,93 @@ pub async fn leases_are_renewed_only_while_they_last(fixture: &dyn Fixture) -> R
     );
     Ok(())
 }
+
+/// Whose hours have not come wait until they come, each in the own time zone; a retry does, too.
+pub async fn a_shut_window_keeps_its_recipients_waiting(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    // It is 08:00 in UTC and 17:00 in Tokyo.
+    let mut spec = Spec::new(1, neighbours(&*store, 300, "x.example"));
+    spec.head.window = Some(hours());
+    spec.zones = (0..300)
+        .step_by(3)
+        .map(|at| (at, "Asia/Tokyo".to_owned()))
+        .collect();
+    let batch = spec.submit(&*store, T0).await?;
+    let leased = node.lease(&*store, T0, "x.example", 1_000).await?;
+    let tokyo = |emails: &[String]| -> Vec<String> { emails.iter().step_by(3).cloned().collect() };
+    assert_eq!(sorted(emails(&leased)), sorted(tokyo(&spec.emails)));
+    let opens_at = T0 + secs(3_600);
+    let backlog = store.backlog(T0, None, 10).await?;
+    assert_eq!((backlog[0].due, backlog[0].next_due), (0, Some(opens_at)));
+    assert_eq!(checked(&*store, batch).await?.counters.queued, 300);
+
+    // 13:00 UTC is 22:00 in Tokyo, which wakes up eleven hours later.
+    let night = T0 + secs(5 * 3_600);
+    node.report(&*store, outcomes(&leased, later(night), T0), T0)
+        .await?;
+    for range in &leased {
+        node.finish(&*store, range.range, T0).await?;
+    }
+    let almost = opens_at - Duration::from_millis(1);
+    assert_eq!(node.lease(&*store, almost, "x.example", 1_000).await?, []);
+    let others = node.lease(&*store, opens_at, "x.example", 1_000).await?;
+    assert_eq!(emails(&others).len(), 200);
+    node.report(
+        &*store,
+        outcomes(&others, AttemptResult::Delivered, opens_at),
+        opens_at,
+    )
+    .await?;
+    assert_eq!(
+        node.lease(&*store, night + secs(60), "x.example", 1_000)
+            .await?,
+        []
+    );
+    let morning = T0 + secs(16 * 3_600);
+    let backlog = store.backlog(night + secs(60), None, 10).await?;
+    assert_eq!((backlog[0].due, backlog[0].next_due), (0, Some(morning)));
+    let leased = node.lease(&*store, morning, "x.example", 1_000).await?;
+    assert_eq!(sorted(emails(&leased)), sorted(tokyo(&spec.emails)));
+    Ok(())
+}
+
+/// The end of a batch does not wait for a window, nor does the doubt about what a dead holder did.
+pub async fn a_shut_window_keeps_nobody_from_an_end(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let (dead, heir) = (Node::new(1), Node::new(2));
+    let mut spec = Spec::new(1, neighbours(&*store, 100, "x.example"));
+    spec.head.window = Some(hours());
+    spec.head.expires_at = Some(T0 + secs(60));
+    spec.submit(&*store, T0).await?;
+    assert_eq!(heir.lease(&*store, T0, "x.example", 100).await?, []);
+    let over = heir.lease(&*store, T0 + secs(60), "x.example", 100).await?;
+    assert_eq!(emails(&over).len(), 100);
+
+    let mut spec = Spec::new(2, neighbours(&*store, 100, "y.example"));
+    spec.head.window = Some(hours());
+    spec.submit(&*store, T0).await?;
+    let almost = T0 + secs(13 * 3_600) - TTL + secs(1);
+    let leased = dead.lease(&*store, almost, "y.example", 100).await?;
+    assert_eq!(emails(&leased).len(), 100);
+    let taken = heir.lease(&*store, almost + TTL, "y.example", 100).await?;
+    let taken: Vec<_> = taken.iter().flat_map(|range| &range.items).collect();
+    assert!(taken.iter().all(|item| item.maybe_started));
+    assert_eq!(taken.len(), usize::try_from(crate::WINDOW).unwrap_or(0));
+    let backlog = store.backlog(almost + TTL, None, 10).await?;
+    let rest = backlog
+        .iter()
+        .find(|of| &*of.queue == "y.example")
+        .expect("the rest");
+    assert_eq!((rest.due, rest.next_due), (0, Some(T0 + secs(25 * 3_600))));
+    Ok(())
+}
+
+/// From 09:00 to 21:00 of the recipient's day.
+fn hours() -> model::SendWindow {
+    model::SendWindow {
+        from: 9 * 60,
+        to: 21 * 60,
+        time_zone: None,
+    }
+}

@@ -88,6 +88,8 @@ macro_rules! conformance_tests {
             recipients_move_out_of_a_mixed_lot
             a_restarted_node_has_its_own_back_at_once
             leases_are_renewed_only_while_they_last
+            a_shut_window_keeps_its_recipients_waiting
+            a_shut_window_keeps_nobody_from_an_end
             a_delivery_is_counted_once_wherever_it_is_told
             a_second_delivery_is_a_duplicate
             a_late_delivery_is_taken_over_any_end

@@ -35,6 +35,8 @@ pub(super) struct Spec {
     pub(super) mixed: bool,
     /// A recipient's own mode, by place among the addresses.
     pub(super) modes: BTreeMap<usize, TrackingMode>,
+    /// A recipient's time zone, likewise.
+    pub(super) zones: BTreeMap<usize, String>,
 }
 
 impl Spec {
@@ -61,6 +63,7 @@ impl Spec {
             rejected: Vec::new(),
             mixed: false,
             modes: BTreeMap::new(),
+            zones: BTreeMap::new(),
         }
     }
 
@@ -80,6 +83,7 @@ impl Spec {
                 vars: Some("{\"a\":1}".into()),
                 metadata: Some(format!("{{\"row\":{index}}}").into()),
                 tracking: self.modes.get(&at).copied(),
+                time_zone: self.zones.get(&at).map(|zone| zone.as_str().into()),
             });
             index += 1;
         }

@@ -13,6 +13,7 @@ use super::link::answer;
 use super::record::{BatchRecord, Holder, Range};
 use super::{Clock, Inner};
 use crate::form::Ref;
+use crate::hours::{self, Shut};
 use crate::transition::Cell;
 use crate::{
     Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result, StoreError,
@@ -743,7 +744,7 @@ fn take_of(
     if !terms.own {
         note_doubt(books, range);
     }
-    let (chosen, consumed) = match choose(books, range, &refs, rows, terms.own) {
+    let (chosen, shut, consumed) = match choose(books, range, &refs, rows, terms.own) {
         Ok(looked) => looked,
         Err(StoreError::Damaged(what)) => {
             put_off(books, range, &what);
@@ -752,16 +753,21 @@ fn take_of(
         Err(error) => return Err(error),
     };
     let rest = refs.get(consumed..).unwrap_or_default().to_vec();
-    if rest.is_empty() && chosen.is_empty() {
+    if rest.is_empty() && chosen.is_empty() && shut.is_empty() {
         books.remove_range(range.id);
         return Ok(None);
     }
     // The range's own number goes to the first part that stays.
     let mut id = Some(range.id);
+    for (until, refs) in shut {
+        let id = id.take().unwrap_or_else(|| fastrand::u64(..));
+        let shut = range.with_refs(refs).freed(until.millis());
+        books.set_range(Range { id, ..shut });
+    }
     if !rest.is_empty() {
+        let id = id.take().unwrap_or_else(|| fastrand::u64(..));
         let rest = range.with_refs(rest).freed(range.due_at);
-        books.set_range(rest);
-        id = None;
+        books.set_range(Range { id, ..rest });
     }
     if chosen.is_empty() {
         return Ok(None);
@@ -783,17 +789,17 @@ fn note_doubt(books: &mut Books<'_>, range: &Range) {
     }
 }
 
-/// The unreported recipients that may be written to, and how many were looked at. Those that must
-/// not be written to are ended.
+/// The unreported recipients that may be written to now, those to whom the window is shut, and how
+/// many were looked at. Those that must not be written to are ended.
 fn choose(
     books: &mut Books<'_>,
     range: &Range,
     refs: &[Ref],
     rows: usize,
     own: bool,
-) -> Result<(Vec<Chosen>, usize)> {
+) -> Result<(Vec<Chosen>, Shut, usize)> {
     let head = books.head(range.batch)?;
-    let mut chosen = Vec::new();
+    let (mut chosen, mut shut) = (Vec::new(), Shut::new());
     // First everything is read, so that what cannot be read changes nothing.
     for &of in refs {
         let key: LotKey = (range.batch, of.lot);
@@ -824,14 +830,20 @@ fn choose(
             books.end_unsent(key, of.position, Status::Suppressed, data)?;
             continue;
         }
+        let in_window = own && offset < range.doubtful();
+        let until = hours::shut_until(&head, &row, cell, books.now);
+        if let Some(until) = until.filter(|_| !in_window) {
+            shut.entry(until).or_default().push(of);
+            continue;
+        }
         chosen.push(Chosen {
             of,
             cell,
             row,
-            in_window: own && offset < range.doubtful(),
+            in_window,
         });
     }
-    Ok((chosen, consumed))
+    Ok((chosen, shut, consumed))
 }
 
 fn hand_out(

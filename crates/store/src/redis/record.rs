@@ -655,6 +655,7 @@ mod tests {
             vars: None,
             metadata: None,
             tracking: None,
+            time_zone: None,
         };
         let packed = form::pack_rows(std::slice::from_ref(&row)).unwrap();
         let lot = Lot::read(&write_lot("x.example", true, &[77], &packed)).unwrap();

@@ -10,6 +10,7 @@ use super::range::{
 use super::suppress;
 use super::writer::Step;
 use crate::form::Ref;
+use crate::hours::{self, Shut};
 use crate::transition::Cell;
 use crate::{
     BatchHead, Control, LeaseRequest, LeasedRange, LeasedRecipient, RangeRef, Release, Result,
@@ -27,6 +28,8 @@ const BATCHES: usize = 256;
 const QUANTUM: usize = 16;
 /// For how long a range that cannot be read is left alone.
 const UNREADABLE: Duration = Duration::from_mins(10);
+/// Ranges in which nobody is to be had that one wish goes through.
+const IN_VAIN: usize = 256;
 /// Queues of which the turn is remembered.
 const TURNS: usize = 65_536;
 
@@ -113,6 +116,8 @@ struct Room {
     per_batch: usize,
     /// What is left of batches that were looked at, or named.
     of: HashMap<BatchId, usize>,
+    /// Ranges in which there may be nobody to be had.
+    in_vain: usize,
 }
 
 impl Room {
@@ -127,6 +132,7 @@ impl Room {
                 .iter()
                 .map(|(id, rows)| (*id, count(*rows)))
                 .collect(),
+            in_vain: IN_VAIN,
         }
     }
 
@@ -158,7 +164,7 @@ fn serve_rank(
         for &(no, id) in &group {
             let mut own = share.min(room.of_batch(id));
             while own > 0
-                && let Some(range) = take(books, queue, no, own.min(room.largest), terms)?
+                && let Some(range) = take(books, queue, no, own, room, terms)?
             {
                 let rows = range.items.len();
                 own = own.saturating_sub(rows);
@@ -227,13 +233,21 @@ fn take(
     queue: Queue<'_>,
     no: BatchNo,
     rows: usize,
+    room: &mut Room,
     terms: &Terms,
 ) -> Result<Option<LeasedRange>> {
-    while let Some(first) = first_due(books.step, queue, no, terms.now)? {
+    let rows = rows.min(room.largest);
+    while room.in_vain > 0
+        && let Some(first) = first_due(books.step, queue, no, terms.now)?
+    {
+        room.in_vain -= 1;
         match take_of(books, first, rows, terms) {
             Ok(None) => {}
             Err(StoreError::Damaged(what)) => put_off(books.step, first, terms.now, &what)?,
-            taken => return taken,
+            taken => {
+                room.in_vain += 1;
+                return taken;
+            }
         }
     }
     Ok(None)
@@ -274,6 +288,7 @@ fn take_of(
     if let Some(damage) = looked.damage {
         keep_unread(books.step, &range, id.take(), damage, lost, terms.now)?;
     }
+    keep_shut(books.step, &range, &mut id, looked.shut)?;
     if !rest.is_empty() {
         let (piece, count) = range.part(rest);
         let free = free(&range, range.due_at);
@@ -315,6 +330,16 @@ fn keep_unread(
     put_off(step, id, now, &damage.what)
 }
 
+/// Makes ranges of those to whom the window of their batch is shut, due when it opens.
+fn keep_shut(step: &Step<'_>, range: &Range, id: &mut Option<i64>, shut: Shut) -> Result<()> {
+    for (until, refs) in shut {
+        let (piece, count) = range.part(refs);
+        let free = free(range, until.millis());
+        write(step, range, id.take(), (&piece, count), &free)?;
+    }
+    Ok(())
+}
+
 /// Leaves a range that cannot be read as it is, and lets nobody have it for a while. Its window
 /// stays: a holder that nobody is, with a token that nobody has.
 pub(super) fn put_off(step: &Step<'_>, id: i64, now: Timestamp, what: &str) -> Result<()> {
@@ -346,6 +371,8 @@ struct Chosen {
 struct Looked {
     /// The unreported recipients that may be written to.
     chosen: Vec<Chosen>,
+    /// Those to whom the window of the batch is shut.
+    shut: Shut,
     /// How many references were looked at.
     consumed: usize,
     damage: Option<Damage>,
@@ -357,6 +384,7 @@ fn choose(books: &mut Books<'_, '_>, range: &Range, refs: &[Ref], rows: usize) -
     let guarded = suppress::any(books.step.connection, &head.account)?;
     let mut looked = Looked {
         chosen: Vec::new(),
+        shut: Shut::new(),
         consumed: 0,
         damage: None,
     };
@@ -368,12 +396,18 @@ fn choose(books: &mut Books<'_, '_>, range: &Range, refs: &[Ref], rows: usize) -
         let in_window = range.held && offset < range.window;
         match consider(books, range, of, &head, guarded) {
             Ok(None) => {}
-            Ok(Some((cell, row))) => looked.chosen.push(Chosen {
-                of,
-                cell,
-                row,
-                in_window,
-            }),
+            Ok(Some((cell, row))) => {
+                let shut = hours::shut_until(&head, &row, cell, books.now).filter(|_| !in_window);
+                match shut {
+                    Some(until) => looked.shut.entry(until).or_default().push(of),
+                    None => looked.chosen.push(Chosen {
+                        of,
+                        cell,
+                        row,
+                        in_window,
+                    }),
+                }
+            }
             Err(StoreError::Damaged(what)) => {
                 let damage = looked.damage.get_or_insert(Damage {
                     first: offset,
@@ -517,6 +551,7 @@ fn reclaim_one(books: &mut Books<'_, '_>, id: i64, terms: &Terms) -> Result<Opti
             terms.now,
         )?;
     }
+    keep_shut(books.step, &range, &mut id, looked.shut)?;
     if looked.chosen.is_empty() {
         if let Some(id) = id {
             delete(books.step, id)?;

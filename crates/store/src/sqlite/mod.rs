@@ -658,6 +658,7 @@ mod tests {
             vars: Some(format!("{:x}", fastrand::u128(..)).repeat(4).into()),
             metadata: None,
             tracking: None,
+            time_zone: None,
         };
         NewLot {
             number: LotNumber::new(Partition(0), number).unwrap(),

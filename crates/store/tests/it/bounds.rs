@@ -59,6 +59,7 @@ fn row(index: u32, chance: &mut fastrand::Rng) -> Row {
         vars: Some(vars.to_string().into()),
         metadata: None,
         tracking: None,
+        time_zone: None,
     }
 }
 

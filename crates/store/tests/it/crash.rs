@@ -145,6 +145,7 @@ pub(crate) async fn submit(store: &SqliteStore, id: BatchId) -> store::Result<()
         vars: None,
         metadata: None,
         tracking: None,
+        time_zone: None,
     };
     let lot = NewLot {
         number: LotNumber::new(Partition(0), 0).expect("a number"),

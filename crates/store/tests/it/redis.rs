@@ -60,6 +60,7 @@ async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<Bat
         vars: None,
         metadata: None,
         tracking: None,
+        time_zone: None,
     };
     let all: Vec<Row> = (0..rows).map(row).collect();
     let lots = all

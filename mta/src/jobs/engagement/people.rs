@@ -13,7 +13,6 @@ use store::{Announcement, StoreError};
 use super::actor_of;
 use super::docs::{Docs, person_of};
 use super::revise::Revised;
-use crate::admin::messages::outcome;
 
 /// The longest address of a link or page that is kept, in bytes.
 const URL: usize = 200;
@@ -39,8 +38,8 @@ async fn of_person(docs: &mut Docs<'_>, event: &Event) -> Result<(), StoreError>
     };
     let became = match event.kind {
         EventKind::EmailDelivered => Some(DeliveryStatus::Ok),
-        EventKind::EmailBounced => outcome(Status::Bounce, class_of(event)),
-        EventKind::EmailFailed => outcome(Status::Failed, class_of(event)),
+        EventKind::EmailBounced => DeliveryStatus::of(Status::Bounce, class_of(event)),
+        EventKind::EmailFailed => DeliveryStatus::of(Status::Failed, class_of(event)),
         _ => None,
     };
     let person = docs.prospect(&event.account, &person_of(recipient)).await?;

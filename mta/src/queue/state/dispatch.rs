@@ -243,6 +243,12 @@ impl QueueState {
                 {
                     self.end_waiting(&waiting, Finding::TooLate(None), now, out);
                 }
+                // The store keeps it until the window opens again.
+                Permission::Go if waiting.item.is_shut(now.wall) => {
+                    let range = waiting.item.range;
+                    self.lane(name).put_back(waiting);
+                    self.return_range(range, None, now, out);
+                }
                 Permission::Go => return Some((waiting, conn)),
                 Permission::Suppressed(reason) => {
                     self.end_waiting(&waiting, Finding::Suppressed(reason), now, out)

@@ -84,9 +84,15 @@ impl QueueState {
             ending: None,
             requeue: Vec::new(),
         };
+        let profiles = &self.config.profiles;
+        let profile = profiles.get(&leased.batch.account).copied();
+        let profile = profile.unwrap_or(StatusProfile::Default);
         let mut doubtful = Vec::new();
         for one in leased.items {
             let maybe_started = one.maybe_started;
+            let zone = one.row.time_zone.as_deref();
+            let window = leased.batch.window.as_ref();
+            let shut_at = window.and_then(|window| window.closes_at(zone, now.wall));
             let item = Item {
                 range: id,
                 batch: Arc::clone(&leased.batch),
@@ -95,6 +101,8 @@ impl QueueState {
                 row: one.row,
                 attempt: one.attempts.saturating_add(1),
                 ambiguous_before: one.ambiguous_before,
+                profile,
+                shut_at,
             };
             let waiting = Waiting {
                 item: Arc::new(item),
