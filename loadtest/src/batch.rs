@@ -1,5 +1,6 @@
 //! The batch that is submitted: made while it is sent, so that memory does not grow with it.
 
+use crate::intake::Form;
 use anyhow::{Result, ensure};
 use bytes::Bytes;
 use content::{ContentSpec, Mailbox, TrackingSpec};
@@ -15,6 +16,8 @@ use std::task::{Context, Poll};
 /// Bytes handed over at a time.
 const CHUNK: usize = 64 * 1024;
 
+/// Nothing of it is sent before.
+const FAR_AWAY: &str = "2099-01-01T00:00:00Z";
 const FROM_NAME: &str = "Load Test";
 const SUBJECT: &str = "Hello {{ name }}, news of today";
 const FILLER: &str = "The courier runs by day and by night, over the pass and along the shore, \
@@ -62,14 +65,7 @@ impl Shape {
     /// # Errors
     /// When the size has no room for variables and links.
     pub fn body(&self, first: u64, end: u64) -> Result<Generated> {
-        let mut head = json!({
-            "campaign": "loadtest",
-            "from": {"email": self.from, "name": FROM_NAME},
-            "subject": SUBJECT,
-            "html": self.html()?,
-            "text": self.text(),
-        })
-        .to_string();
+        let mut head = self.head(json!({}))?;
         // The recipients come last, as the one key that is not held in memory.
         head.truncate(head.len().saturating_sub(1));
         head.push_str(",\"recipients\":[");
@@ -81,6 +77,88 @@ impl Shape {
             pending: head,
             closed: false,
         })
+    }
+
+    /// The whole body of one call in a form, in pieces; its mail waits for a time that is far away.
+    ///
+    /// # Errors
+    /// As [`Self::body`].
+    pub fn written(&self, form: Form) -> Result<Vec<Bytes>> {
+        let mut head = self.head(json!({"send_at": FAR_AWAY}))?;
+        let mut pieces = Vec::new();
+        let mut piece = match form {
+            Form::Json => {
+                head.truncate(head.len().saturating_sub(1));
+                head + ",\"recipients\":[\n"
+            }
+            Form::Ndjson => head + "\n",
+            Form::Csv => {
+                let vars = (0..self.vars).map(|var| format!(",v{var}"));
+                format!("email,name,prospect_id{}\n", vars.collect::<String>())
+            }
+        };
+        for n in 0..self.recipients {
+            match form {
+                Form::Json if n > 0 => piece.push(','),
+                Form::Json | Form::Ndjson | Form::Csv => {}
+            }
+            match form {
+                Form::Json | Form::Ndjson => self.line(&mut piece, n),
+                Form::Csv => self.record(&mut piece, n),
+            }
+            if piece.len() >= CHUNK {
+                pieces.push(std::mem::take(&mut piece).into());
+            }
+        }
+        if form == Form::Json {
+            piece.push_str("]}");
+        }
+        pieces.push(piece.into());
+        Ok(pieces)
+    }
+
+    /// A batch that is to be filled in parts.
+    ///
+    /// # Errors
+    /// As [`Self::body`].
+    pub fn held(&self) -> Result<Bytes> {
+        Ok(self.head(json!({"hold": true}))?.into())
+    }
+
+    /// The batch without recipients, and with these fields.
+    fn head(&self, more: serde_json::Value) -> Result<String> {
+        let mut head = json!({
+            "campaign": "loadtest",
+            "from": {"email": self.from, "name": FROM_NAME},
+            "subject": SUBJECT,
+            "html": self.html()?,
+            "text": self.text(),
+        });
+        if let (Some(head), serde_json::Value::Object(more)) = (head.as_object_mut(), more) {
+            head.extend(more);
+        }
+        Ok(head.to_string())
+    }
+
+    /// Recipient `n` as JSON, on a line of its own.
+    fn line(&self, out: &mut String, n: u64) {
+        let (email, name, prospect) = (self.email(n), name(n), prospect(n));
+        let vars = vars(n, self.vars);
+        // Writing to a string cannot fail.
+        writeln!(
+            out,
+            "{{\"email\":\"{email}\",\"name\":\"{name}\",\"prospect_id\":\"{prospect}\",\"vars\":{vars}}}"
+        )
+        .ok();
+    }
+
+    /// Recipient `n` in a table.
+    fn record(&self, out: &mut String, n: u64) {
+        write!(out, "{},{},{}", self.email(n), name(n), prospect(n)).ok();
+        for var in 0..self.vars {
+            write!(out, ",{n} of {var}").ok();
+        }
+        out.push('\n');
     }
 
     /// The content as the service compiles it, for whoever makes the messages without it.
@@ -199,16 +277,10 @@ impl Generated {
     }
 
     fn recipient(&mut self) {
-        let n = self.next;
-        let comma = if n == self.first { "" } else { "," };
-        let (email, name, prospect) = (self.shape.email(n), name(n), prospect(n));
-        let vars = vars(n, self.shape.vars);
-        // Writing to a string cannot fail.
-        writeln!(
-            self.pending,
-            "{comma}{{\"email\":\"{email}\",\"name\":\"{name}\",\"prospect_id\":\"{prospect}\",\"vars\":{vars}}}"
-        )
-        .ok();
+        if self.next != self.first {
+            self.pending.push(',');
+        }
+        self.shape.line(&mut self.pending, self.next);
         self.next += 1;
     }
 }

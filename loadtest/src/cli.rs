@@ -2,7 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed at run time, 2 bad usage.
 
-use crate::{mta, nodes, queued, sink, source, tracker};
+use crate::{intake, mta, nodes, queued, sink, source, tracker};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -23,6 +23,7 @@ enum Command {
     Sink(sink::Args),
     Source(source::Args),
     Mta(Box<mta::Args>),
+    Intake(Box<intake::Args>),
     Queued(Box<queued::Args>),
     Nodes(Box<nodes::Args>),
     Tracker(tracker::Args),
@@ -75,6 +76,7 @@ async fn run(command: Command, out: &mut (dyn Write + Send)) -> Result<()> {
         Command::Bare(args) => tracker::bare::run(&args, out, stop).await,
         Command::Source(args) => or(stop, async { source::run(&args, out).await.map(drop) }).await,
         Command::Mta(args) => or(stop, mta::run(&args, out)).await,
+        Command::Intake(args) => or(stop, intake::run(&args, out)).await,
         Command::Queued(args) => or(stop, queued::run(&args, out)).await,
         Command::Nodes(args) => or(stop, nodes::run(&args, out)).await,
         Command::Tracker(args) => or(stop, tracker::run(&args, out)).await,

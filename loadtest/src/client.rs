@@ -4,7 +4,8 @@ use crate::batch::Generated;
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Empty, Limited, StreamBody};
+use hyper::body::Frame;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::client::legacy::Client as Http;
@@ -111,10 +112,37 @@ impl Client {
         serde_json::from_slice(&body).with_context(|| quoted(status, &body))
     }
 
+    /// Posts pieces of a body that is there already; the answer, which must be 2xx.
+    ///
+    /// # Errors
+    /// When it is none; the message quotes it.
+    pub async fn give(&self, path: &str, media: &str, body: &[Bytes]) -> Result<Bytes> {
+        let pieces = body
+            .to_vec()
+            .into_iter()
+            .map(|piece| Ok(Frame::data(piece)));
+        let body = StreamBody::new(futures_util::stream::iter(pieces));
+        let (status, answer) = self
+            .call_as(Method::POST, path, media, body.boxed())
+            .await?;
+        ensure!(status.is_success(), "{path}: {}", quoted(status, &answer));
+        Ok(answer)
+    }
+
     async fn call(
         &self,
         method: Method,
         path: &str,
+        body: BoxBody<Bytes, Infallible>,
+    ) -> Result<(StatusCode, Bytes)> {
+        self.call_as(method, path, "application/json", body).await
+    }
+
+    async fn call_as(
+        &self,
+        method: Method,
+        path: &str,
+        media: &str,
         body: BoxBody<Bytes, Infallible>,
     ) -> Result<(StatusCode, Bytes)> {
         let url = format!("{}{path}", self.base);
@@ -122,7 +150,7 @@ impl Client {
             .method(method)
             .uri(&url)
             .header(AUTHORIZATION, format!("Bearer {}", self.key))
-            .header(CONTENT_TYPE, "application/json")
+            .header(CONTENT_TYPE, media)
             .body(body)
             .context("the key cannot stand in a header")?;
         let response = self.http.request(request).await;

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod client;
 pub mod counterpart;
 pub mod format;
+pub mod intake;
 pub mod load;
 pub mod local;
 pub mod mta;

@@ -132,8 +132,11 @@ impl Mailboxes {
             })
             .collect();
         let mut times = 0;
-        for message in refused.into_iter().take_while(|_| times < REFUSALS) {
+        for message in refused {
             times += usize::from(self.was_within(message, event.occurred_at).await?);
+            if times == REFUSALS {
+                break;
+            }
         }
         if times < REFUSALS {
             return Ok(());

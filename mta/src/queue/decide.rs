@@ -520,7 +520,7 @@ mod tests {
         let within = |expires_at: &str, zone: Option<&str>| {
             let mut item = item(1);
             item.row.time_zone = zone.map(Box::from);
-            item.batch = Arc::new(store::BatchHead {
+            item.batch = std::sync::Arc::new(store::BatchHead {
                 window: Some(window.clone()),
                 expires_at: Timestamp::parse(expires_at).ok(),
                 ..(*item.batch).clone()
@@ -534,7 +534,7 @@ mod tests {
                 AttemptResult::TemporaryError { retry_at, .. } => Some(retry_at.to_string()),
                 _ => None,
             };
-        let unreachable = || Finding::Unreachable(trouble(Class::ConnectFailure));
+        let unreachable = || refused(451, "4.3.0 not now");
         let long = "2026-12-03T00:00:00Z";
         let of = |text: &str| Some(text.to_owned());
         assert_eq!(

@@ -4,8 +4,8 @@
 //!
 //! `HIKYAKU_TEST_FULL=1` uploads and exports a million recipients.
 
-use crate::chaos::{role, share_key, sites};
-use crate::harness::{FROM_DOMAIN, Service, Site, newsletter, peak_kib, until};
+use crate::chaos::{full, role, share_key, sites};
+use crate::harness::{FROM_DOMAIN, Service, Site, newsletter, peak_kib, program, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
@@ -21,10 +21,6 @@ use std::time::{Duration, Instant};
 use testkit::redis::RedisServer;
 
 const NDJSON: &str = "application/x-ndjson";
-
-fn full() -> bool {
-    std::env::var_os("HIKYAKU_TEST_FULL").is_some()
-}
 
 /// The head of a batch that nothing is sent of: its time is far away.
 fn head() -> Value {
@@ -364,7 +360,7 @@ async fn a_send_that_is_broken_off_goes_on_when_it_is_given_again() -> Result<()
     std::fs::write(&table, people + "not-an-address,Nobody,0\n")?;
     std::fs::write(&html, "<p>Dear {{ name }}, {{ points }} points</p>")?;
     let send = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hikyaku"));
+        let mut command = Command::new(program());
         command
             .args([
                 "send",
