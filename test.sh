@@ -69,7 +69,17 @@ install_missing() {
 }
 
 command -v cargo >/dev/null || { echo "missing: cargo, the Rust toolchain (rust-version in Cargo.toml)" >&2; exit 1; }
-[ "$check_only" = 1 ] || { install_missing; crates/hikyaku/tests/unpack-peers.sh; crates/content/tests/corpora/fetch.sh; }
+# Schemathesis, pinned by digest, where the test of the specification looks for it.
+install_schemathesis() {
+  local pinned=crates/hikyaku/tests/schemathesis.txt into=target/schemathesis
+  cmp -s "$pinned" "$into/pinned" && return
+  step "installing Schemathesis"
+  rm -rf "$into"
+  python3 -m pip install --quiet --no-warn-script-location --root-user-action=ignore --target "$into" --require-hashes -r "$pinned"
+  cp "$pinned" "$into/pinned"
+}
+
+[ "$check_only" = 1 ] || { install_missing; install_schemathesis; crates/hikyaku/tests/unpack-peers.sh; crates/content/tests/corpora/fetch.sh; }
 
 step "format"
 cargo fmt --all --check

@@ -117,10 +117,8 @@ impl Client {
     /// # Errors
     /// When it is none; the message quotes it.
     pub async fn give(&self, path: &str, media: &str, body: &[Bytes]) -> Result<Bytes> {
-        let pieces = body
-            .to_vec()
-            .into_iter()
-            .map(|piece| Ok(Frame::data(piece)));
+        let frame = |piece: &Bytes| Ok::<_, Infallible>(Frame::data(piece.clone()));
+        let pieces: Vec<_> = body.iter().map(frame).collect();
         let body = StreamBody::new(futures_util::stream::iter(pieces));
         let (status, answer) = self
             .call_as(Method::POST, path, media, body.boxed())

@@ -213,10 +213,13 @@ fn bare(form: Form, body: &[Bytes]) -> Result<Duration> {
     Ok(process::of_this_thread()? - began)
 }
 
+/// A row: its name, and what a run has to say to it.
+type Row = (&'static str, fn(&Run) -> String);
+
 fn table(runs: &[Run]) -> Table {
     let head = runs.iter().map(|run| run.form.name().to_owned());
     let mut table = Table::new(std::iter::once("one call".to_owned()).chain(head));
-    let rows: [(&str, fn(&Run) -> String); 9] = [
+    let rows: [Row; 9] = [
         ("recipients", |run| count(run.recipients)),
         ("bytes", |run| bytes(run.bytes)),
         ("accepted per second", |run| {

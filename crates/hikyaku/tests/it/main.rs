@@ -29,6 +29,7 @@ mod prometheus;
 mod redis;
 mod reload;
 mod sink;
+mod specification;
 mod tempers;
 mod tidy;
 mod unsubscribe;
