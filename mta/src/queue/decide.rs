@@ -532,7 +532,11 @@ mod tests {
                 .result
             {
                 AttemptResult::TemporaryError { retry_at, .. } => Some(retry_at.to_string()),
-                _ => None,
+                AttemptResult::Delivered
+                | AttemptResult::Bounce
+                | AttemptResult::Failed
+                | AttemptResult::Suppressed(_)
+                | AttemptResult::Cancelled => None,
             };
         let unreachable = || refused(451, "4.3.0 not now");
         let long = "2026-12-03T00:00:00Z";

@@ -348,7 +348,7 @@ async fn an_account_made_over_the_api_has_its_weight_after_a_restart_too() {
     std::fs::write(home.config_file().with_file_name("shaping.toml"), shaping).expect("written");
     let service = Service::at(home).await;
     // Twice over, so that a change of a running service counts as well.
-    let mut before = 0;
+    let mut before = 0_usize;
     for weight in [2, 8] {
         let admin = service.api.with_key("hk_admin");
         let change = json!({"weight": weight});
@@ -368,8 +368,8 @@ async fn an_account_made_over_the_api_has_its_weight_after_a_restart_too() {
             batches.push((api.clone(), id));
         }
         // Those of the moment in which only one of them was there do not count.
-        peer.wait_for(before + 40).await.expect("some");
-        peer.wait_for(before + 160).await.expect("more");
+        peer.wait_for(before as u64 + 40).await.expect("some");
+        peer.wait_for(before as u64 + 160).await.expect("more");
         let messages = peer.messages();
         let some = messages.iter().skip(before + 40).take(120);
         let heavy = some

@@ -211,7 +211,7 @@ async fn uploads_and_exports_need_no_more_memory_for_more_people() -> Result<()>
     Ok(())
 }
 
-/// Mail that arrives later than `after` the moment at which it was stopped.
+/// How long after the moment at which it was stopped mail came.
 fn late(sink: &Sink, stopped: Instant, is_his: impl Fn(&str) -> bool) -> Vec<Duration> {
     let messages = sink.messages();
     let his = messages
@@ -221,61 +221,73 @@ fn late(sink: &Sink, stopped: Instant, is_his: impl Fn(&str) -> bool) -> Vec<Dur
         .collect()
 }
 
+/// Gives an order to a node; when it was answered.
+async fn order(node: &Service, batch: &str, order: &str) -> Result<Instant> {
+    let path = format!("/v1/batches/{batch}/{order}");
+    node.client.post(&path, &Value::Null).await?.ok()?;
+    Ok(Instant::now())
+}
+
+/// A batch to so many, who are told by name.
+async fn submit_to(node: &Service, name: &str, count: usize) -> Result<String> {
+    let mut batch = newsletter(count, 3);
+    let people = batch["recipients"].as_array_mut().context("people")?;
+    for (n, recipient) in people.iter_mut().enumerate() {
+        recipient["email"] = json!(address(name, n));
+    }
+    node.submit(&batch).await
+}
+
+fn address(name: &str, n: usize) -> String {
+    format!("{name}{n}@{name}{}.example", n % 3)
+}
+
+/// Waits until both batches are being sent, and by both nodes.
+async fn at_full_speed(nodes: [&Service; 2], sink: &Sink) -> Result<()> {
+    until("mail of both", async || {
+        let messages = sink.messages();
+        let sent = |name: &str| {
+            let his = messages
+                .iter()
+                .filter(|of| of.recipients[0].starts_with(name));
+            his.count() > 100
+        };
+        Ok((sent("paused") && sent("cancelled")).then_some(()))
+    })
+    .await?;
+    for node in nodes {
+        until("mail of a node", async || {
+            let page = node.client.get("/metrics").await?.text();
+            let delivered = "hikyaku_outcomes_total{outcome=\"delivered\"";
+            Ok(page
+                .lines()
+                .any(|line| line.starts_with(delivered))
+                .then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pause_cancel_and_suppression_hold_on_all_nodes_within_a_second() -> Result<()> {
+    const PEOPLE: usize = 20_000;
     let directory = tempfile::tempdir()?;
     let redis = RedisServer::start(directory.path().to_owned(), &["--appendonly", "yes"])?;
     let sink = Sink::keeping_messages().await?;
-    let shaping = format!(
-        "{}[mx]\n\"*\" = \"{}\"\n",
-        Site::quick_shaping(),
-        sink.address()
-    );
-    let sites = sites(2, &redis.url(), &shaping)?;
+    let mx = format!("[mx]\n\"*\" = \"{}\"\n", sink.address());
+    let sites = sites(2, &redis.url(), &format!("{}{mx}", Site::quick_shaping()))?;
     let one = sites[0].start(role(&sites[0], "mta")).await?;
     share_key(&sites)?;
     let two = sites[1].start(role(&sites[1], "mta")).await?;
-    let within = Duration::from_secs(1);
-    // Each is told to a node, and must hold on the other, too.
-    let (mut paused, mut cancelled) = (newsletter(20_000, 3), newsletter(20_000, 3));
-    for (batch, name) in [(&mut paused, "paused"), (&mut cancelled, "cancelled")] {
-        for (n, recipient) in batch["recipients"]
-            .as_array_mut()
-            .context("people")?
-            .iter_mut()
-            .enumerate()
-        {
-            recipient["email"] = json!(format!("{name}{n}@{name}{}.example", n % 3));
-        }
-    }
-    let (paused, cancelled) = (one.submit(&paused).await?, one.submit(&cancelled).await?);
-    until("mail of both", async || {
-        let enough = |name: &str| {
-            sink.messages()
-                .iter()
-                .filter(|of| of.recipients[0].starts_with(name))
-                .count()
-                > 100
-        };
-        Ok((enough("paused") && enough("cancelled")).then_some(()))
-    })
-    .await?;
-    // Both nodes send.
-    for node in [&one, &two] {
-        let page = node.client.get("/metrics").await?.text();
-        let sent = page
-            .lines()
-            .any(|line| line.starts_with("hikyaku_outcomes_total{outcome=\"delivered\""));
-        ensure!(sent, "a node that does not send: {page}");
-    }
-    let all: Vec<String> = (19_000..20_000)
-        .map(|n| format!("paused{n}@paused{}.example", n % 3))
-        .collect();
-    let unwanted: BTreeSet<&str> = all.iter().map(String::as_str).collect();
-    let mut lines = String::new();
-    unwanted
-        .iter()
-        .try_for_each(|email| writeln!(lines, "{}", json!({"email": email, "reason": "manual"})))?;
+    let paused = submit_to(&one, "paused", PEOPLE).await?;
+    let cancelled = submit_to(&one, "cancelled", PEOPLE).await?;
+    at_full_speed([&one, &two], &sink).await?;
+
+    // Told to one node, and to hold on the other, too.
+    let unwanted: BTreeSet<String> = (PEOPLE / 2..PEOPLE).map(|n| address("paused", n)).collect();
+    let line = |email| json!({"email": email, "reason": "manual"}).to_string() + "\n";
+    let lines: String = unwanted.iter().map(line).collect();
     let asked = two.client.call(
         hyper::Method::POST,
         "/v1/suppressions",
@@ -284,62 +296,38 @@ async fn pause_cancel_and_suppression_hold_on_all_nodes_within_a_second() -> Res
     );
     asked.await?.ok()?;
     let suppressed_at = Instant::now();
-    let asked = two
-        .client
-        .post(&format!("/v1/batches/{paused}/pause"), &Value::Null);
-    asked.await?.ok()?;
-    let paused_at = Instant::now();
-    let asked = two
-        .client
-        .post(&format!("/v1/batches/{cancelled}/cancel"), &Value::Null);
-    asked.await?.ok()?;
-    let cancelled_at = Instant::now();
+    let cancelled_at = order(&two, &cancelled, "cancel").await?;
+    let paused_at = order(&two, &paused, "pause").await?;
     let done = two.ended(&cancelled, "cancelled").await?;
     ensure!(done["counters"]["cancelled"].as_u64() > Some(0), "{done}");
-    // So long as others still would have sent thousands.
-    tokio::time::sleep(2 * within).await;
-    for (what, at, name) in [
-        ("pause", paused_at, "paused"),
-        ("cancel", cancelled_at, "cancelled"),
-    ] {
-        let late = late(&sink, at, |to| to.starts_with(name));
+    let batch = one.batch(&paused).await?;
+    ensure!(
+        batch["state"] == "paused" && batch["counters"]["queued"].as_u64() > Some(0),
+        "{batch}"
+    );
+    // For as long others would have sent thousands.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let late_after = |what: &str, at: Instant, is_his: &dyn Fn(&str) -> bool| {
+        let late = late(&sink, at, is_his);
         println!(
-            "{what}: {} after it, the last {:?}",
+            "{what}: {} came after it, the last {:?}",
             late.len(),
             late.iter().max()
         );
-        assert!(
-            late.iter().all(|after| *after < within),
-            "{what}: {:?}",
-            late.iter().max()
-        );
-    }
-    let batch = one.batch(&paused).await?;
-    assert_eq!(batch["state"], "paused");
-    ensure!(
-        batch["counters"]["queued"].as_u64() > Some(1_000),
-        "it was stopped in the middle: {batch}"
-    );
-    one.client
-        .post(&format!("/v1/batches/{paused}/resume"), &Value::Null)
-        .await?
-        .ok()?;
+        let in_time = late.iter().all(|after| *after < Duration::from_secs(1));
+        assert!(in_time, "{what}: {:?}", late.iter().max());
+    };
+    late_after("pause", paused_at, &|to| to.starts_with("paused"));
+    late_after("cancel", cancelled_at, &|to| to.starts_with("cancelled"));
+
+    order(&one, &paused, "resume").await?;
     let done = one.completed(&paused).await?;
-    assert_eq!(done["counters"]["accepted"], 20_000);
-    let late = late(&sink, suppressed_at, |to| unwanted.contains(to));
-    assert!(
-        late.iter().all(|after| *after < within),
-        "suppression: {:?}",
-        late.iter().max()
-    );
+    late_after("suppression", suppressed_at, &|to| unwanted.contains(to));
     ensure!(done["counters"]["suppressed"].as_u64() > Some(0), "{done}");
     let mut people = BTreeSet::new();
     for message in sink.messages() {
-        ensure!(
-            people.insert(message.recipients[0].clone()),
-            "twice: {}",
-            message.recipients[0]
-        );
+        let to = &message.recipients[0];
+        ensure!(people.insert(to.clone()), "twice: {to}");
     }
     Ok(())
 }
@@ -359,6 +347,7 @@ async fn a_send_that_is_broken_off_goes_on_when_it_is_given_again() -> Result<()
     }
     std::fs::write(&table, people + "not-an-address,Nobody,0\n")?;
     std::fs::write(&html, "<p>Dear {{ name }}, {{ points }} points</p>")?;
+    let config = site.config();
     let send = || {
         let mut command = Command::new(program());
         command
@@ -374,7 +363,7 @@ async fn a_send_that_is_broken_off_goes_on_when_it_is_given_again() -> Result<()
             .arg("--recipients")
             .arg(&table)
             .arg("--config")
-            .arg(site.config());
+            .arg(&config);
         command
     };
     let quiet = |command: &mut Command| -> Result<_> {
@@ -399,7 +388,8 @@ async fn a_send_that_is_broken_off_goes_on_when_it_is_given_again() -> Result<()
     .await?;
     broken_off.kill()?;
     broken_off.wait()?;
-    let output = tokio::task::spawn_blocking(move || send().output()).await??;
+    let mut again = send();
+    let output = tokio::task::spawn_blocking(move || again.output()).await??;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(
         output.status.success(),
