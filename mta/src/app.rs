@@ -18,6 +18,8 @@ use service::tasks::{Shutdown, Tasks};
 use store::Store;
 use tokio::net::TcpListener;
 
+use crate::abtest::{Testing, TestingDeps};
+use crate::admin::abtests::Looks;
 use crate::admin::auth::Keys;
 use crate::admin::report::Reports;
 use crate::admin::{Api, Hooks, Probe, router, server};
@@ -174,6 +176,16 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     };
     let run = mailboxes.run(deps.shutdown.clone());
     drop(deps.tasks.spawn("mailboxes", run));
+    let testing = Testing::new(TestingDeps {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        node: journal.id(),
+    });
+    drop(
+        deps.tasks
+            .spawn("abtests", testing.run(deps.shutdown.clone())),
+    );
     let engagement = Engagement {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
@@ -465,6 +477,7 @@ fn api(
         keys,
         tenants,
         reports: Reports::default(),
+        looks: Looks::default(),
         intake: Arc::new(intake),
         rules: Arc::clone(&shared.rules),
         probes,

@@ -4,6 +4,7 @@
 //! not depend on the tracker: the two share nothing but the store and, in one
 //! process, the handle to it.
 
+mod abtest;
 mod admin;
 pub mod app;
 pub mod classify;

@@ -5,8 +5,11 @@
 //! head, so that each attempt, on any node, makes the same message: the content as submitted, and
 //! the keys that were in use at release. Must not hold secrets: keys are named, not contained.
 
-use content::ContentSpec;
+use content::{ContentSpec, Mailbox};
+use engagement::abtest::{Fallback, Metric, Mode};
+use model::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// The content of a released batch and the names of what signs it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +32,76 @@ pub struct Released {
     /// Shown to others than its recipients: what they do with it does not count.
     #[serde(default)]
     pub proof: bool,
+    /// What is different for each variant; empty: there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub variants: Vec<Variant>,
+    /// What is done with the variants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test: Option<Test>,
+}
+
+/// A variant of the content: what is not here is the batch's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Variant {
+    /// Its name.
+    pub name: String,
+    /// The sender, when it is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Mailbox>,
+    /// Template of the subject.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// Template of the HTML part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub html: Option<String>,
+    /// Template of the plain text part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Selectors of its From domain's DKIM keys.
+    #[serde(default)]
+    pub dkim_selectors: Vec<String>,
+    /// When its part of the test leaves; none: with the batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send_at: Option<Timestamp>,
+}
+
+impl Variant {
+    /// Whether this field of the content is its own, and not the batch's.
+    pub fn says(&self, field: &str) -> bool {
+        match field {
+            "from" | "from.email" | "from.name" => self.from.is_some(),
+            "subject" => self.subject.is_some(),
+            "html" => self.html.is_some(),
+            "text" => self.text.is_some(),
+            _ => false,
+        }
+    }
+}
+
+/// What is done with variants.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Test {
+    /// Whether a winner is sought, and how.
+    pub mode: Mode,
+    /// The part of the recipients who are in the test.
+    pub fraction: f64,
+    /// What the variants are judged by.
+    pub metric: Metric,
+    /// For how long it runs, or a round of it, in milliseconds.
+    pub wait_ms: u64,
+    /// The P(best) from which on a decision is `confident`.
+    pub min_confidence: f64,
+    /// What is done otherwise.
+    pub fallback: Fallback,
+    /// What the dealing of recipients is keyed with, drawn once.
+    pub seed: [u8; 32],
+}
+
+impl Test {
+    /// For how long it runs, or a round of it.
+    pub const fn wait(&self) -> Duration {
+        Duration::from_millis(self.wait_ms)
+    }
 }
 
 /// Why stored bytes are not a content that can be sent.
@@ -43,8 +116,40 @@ pub enum ReleasedError {
 }
 
 impl Released {
-    /// The form that this program writes.
+    /// The form of a content without variants.
     pub const FORM: u16 = 1;
+    /// The form of one with variants, which programs before them must not take for the other.
+    pub const WITH_VARIANTS: u16 = 2;
+
+    /// The contents that recipients get: one, or one for each variant, in their order.
+    pub fn specs(&self) -> Vec<ContentSpec> {
+        if self.variants.is_empty() {
+            return vec![self.spec.clone()];
+        }
+        let of = |variant: &Variant| {
+            let mut spec = self.spec.clone();
+            if let Some(from) = &variant.from {
+                spec.from = from.clone();
+            }
+            if let Some(subject) = &variant.subject {
+                spec.subject.clone_from(subject);
+            }
+            spec.html = variant.html.clone().or(spec.html);
+            spec.text = variant.text.clone().or(spec.text);
+            spec
+        };
+        self.variants.iter().map(of).collect()
+    }
+
+    /// The selectors of the keys that sign each of [`Released::specs`].
+    pub fn selectors(&self) -> Vec<&[String]> {
+        if self.variants.is_empty() {
+            return vec![&self.dkim_selectors];
+        }
+        let each = self.variants.iter();
+        each.map(|variant| variant.dkim_selectors.as_slice())
+            .collect()
+    }
 
     /// The stored form.
     ///
@@ -65,7 +170,7 @@ impl Released {
         }
         // The form first: a later one has fields that this version cannot name.
         let Form { form } = serde_json::from_slice(bytes).map_err(ReleasedError::Damaged)?;
-        if form != Self::FORM {
+        if ![Self::FORM, Self::WITH_VARIANTS].contains(&form) {
             return Err(ReleasedError::Form(form));
         }
         serde_json::from_slice(bytes).map_err(ReleasedError::Damaged)
@@ -87,7 +192,42 @@ mod tests {
             tracking_key: 1,
             allow_duplicates: false,
             proof: false,
+            variants: Vec::new(),
+            test: None,
         }
+    }
+
+    #[test]
+    fn a_variant_has_what_it_does_not_say_from_the_batch() {
+        let variant = |name: &str| Variant {
+            name: name.to_owned(),
+            from: None,
+            subject: None,
+            html: None,
+            text: None,
+            dkim_selectors: vec![name.to_lowercase()],
+            send_at: None,
+        };
+        let of = Released {
+            form: Released::WITH_VARIANTS,
+            variants: vec![
+                Variant {
+                    subject: Some("Hey".to_owned()),
+                    ..variant("A")
+                },
+                Variant {
+                    html: Some("<p>".to_owned()),
+                    ..variant("B")
+                },
+            ],
+            ..released()
+        };
+        let read = Released::from_bytes(&of.to_bytes().expect("bytes")).expect("reads back");
+        let specs = read.specs();
+        let text = Some("Hi".to_owned());
+        assert_eq!((&*specs[0].subject, &specs[0].html), ("Hey", &None));
+        assert_eq!((&*specs[1].subject, &specs[1].text), ("Hello", &text));
+        assert_eq!(read.selectors(), [&["a".to_owned()][..], &["b".to_owned()]]);
     }
 
     #[test]
@@ -99,10 +239,10 @@ mod tests {
         );
         let newer = String::from_utf8(bytes)
             .expect("JSON")
-            .replace("\"form\":1", "\"form\":2,\"more\":0");
+            .replace("\"form\":1", "\"form\":3,\"more\":0");
         assert!(matches!(
             Released::from_bytes(newer.as_bytes()),
-            Err(ReleasedError::Form(2))
+            Err(ReleasedError::Form(3))
         ));
         assert!(matches!(
             Released::from_bytes(b"{}"),

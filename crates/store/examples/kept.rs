@@ -43,6 +43,7 @@ async fn submit(store: &SqliteStore, head: BatchHead, count: u32) -> Result<()> 
         number: LotNumber::new(Partition(0), 0).context("a number")?,
         queue: "x.example".into(),
         rows: (0..count).map(row).collect::<Result<_>>()?,
+        variants: Vec::new(),
     };
     store.stage_lots(head.id, vec![lot]).await?;
     let batch = NewBatch {

@@ -79,6 +79,7 @@ fn lots(recipients: u32) -> Result<Vec<NewLot>> {
                 number,
                 queue,
                 rows,
+                variants: Vec::new(),
             })
         })
         .collect()
@@ -123,6 +124,7 @@ async fn submit(store: &SqliteStore, recipients: u32) -> Result<()> {
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     };
     let batch = NewBatch {
         head,

@@ -9,7 +9,7 @@
 
 use crate::form::{self, Ref};
 use crate::transition::Cell;
-use crate::{Note, Result, StoreError, Suppression, Suspension};
+use crate::{HELD_BACK, Note, Result, StoreError, Suppression, Suspension};
 use model::{
     BatchId, BatchState, Counters, JournalId, LotNumber, Partition, Row, Seq, Status, Timestamp,
 };
@@ -264,8 +264,8 @@ pub(crate) fn mark_doubtful(cells: &mut [u8], positions: impl Iterator<Item = u1
 /// What is to be sent of a lot.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Waiting {
-    /// Never tried: from which position, how many.
-    pub(crate) spans: Vec<(u16, u32)>,
+    /// Never tried: when due, from which position, how many.
+    pub(crate) spans: Vec<(i64, u16, u32)>,
     /// To be tried again: by time and queue.
     pub(crate) retries: BTreeMap<(i64, Box<str>), Vec<Ref>>,
 }
@@ -293,11 +293,14 @@ impl LotPiece {
             }
             let at = due.get(&position).copied();
             if cell.attempts() == 0 && at.is_none() {
+                let due_at = if cell.is_held_back() { HELD_BACK } else { 0 };
                 match waiting.spans.last_mut() {
-                    Some((first, count)) if u32::from(*first) + *count == u32::from(position) => {
+                    Some((due, first, count))
+                        if *due == due_at && u32::from(*first) + *count == u32::from(position) =>
+                    {
                         *count += 1;
                     }
-                    _ => waiting.spans.push((position, 1)),
+                    _ => waiting.spans.push((due_at, position, 1)),
                 }
                 continue;
             }
@@ -551,7 +554,7 @@ mod tests {
                 facts: Vec::new(),
             };
             let waiting = lot.waiting(&lot.read_rows().unwrap()).unwrap();
-            let spans = waiting.spans.iter().flat_map(|(first, count)| (u32::from(*first)..).take(usize::try_from(*count).unwrap()));
+            let spans = waiting.spans.iter().flat_map(|(_, first, count)| (u32::from(*first)..).take(usize::try_from(*count).unwrap()));
             let refs = waiting.retries.values().flatten().map(|of| u32::from(of.position));
             let mut found: Vec<u32> = spans.chain(refs).collect();
             found.sort_unstable();

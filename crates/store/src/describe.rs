@@ -6,7 +6,8 @@ use crate::erased;
 use crate::transition::{Cell, Engagement};
 use crate::{BatchHead, KeptHit, RecipientQuery, RecipientRow};
 use model::{
-    Attempt, AttemptResult, Fact, FactId, HitKind, Revision, Row, Status, Timestamp, TrackingMode,
+    Actor, Attempt, AttemptResult, Fact, FactId, HitKind, Revision, Row, Status, Timestamp,
+    TrackingMode,
 };
 
 /// Facts told of one message.
@@ -31,6 +32,7 @@ pub(crate) fn wanted(
         && query
             .clicked
             .is_none_or(|clicked| clicked == has(Engagement::Clicked))
+        && (!query.with_variant || cell.variant() > 0)
 }
 
 /// What happened to one recipient, as the store learned it.
@@ -121,12 +123,18 @@ pub(crate) fn describe(
             .map(|hit| hit.at)
             .min()
     };
+    let first_human = |kind: HitKind| {
+        let hits = facts.hits.iter().map(|kept| &kept.hit);
+        let human = hits.filter(|hit| hit.kind == kind && hit.verdict.actor == Actor::Human);
+        human.map(|hit| hit.at).min()
+    };
     let delivery = facts
         .attempts
         .iter()
         .find(|attempt| attempt.result == AttemptResult::Delivered);
     RecipientRow {
         row,
+        variant: head.variant_name(cell.variant()).map(Box::from),
         status,
         attempts: cell.attempts(),
         next_attempt_at: match last.map(|attempt| attempt.result) {
@@ -146,7 +154,9 @@ pub(crate) fn describe(
         accepted_at: head.created_at,
         delivered_at: delivery.map(|attempt| attempt.at),
         opened_at: first(HitKind::Open),
+        opened_human_at: first_human(HitKind::Open),
         clicked_at: first(HitKind::Click),
+        clicked_human_at: first_human(HitKind::Click),
         complained_at: None,
         unsubscribed_at: first(HitKind::Unsubscribe),
         replied_at: facts.replies.iter().copied().min(),

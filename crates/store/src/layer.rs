@@ -176,6 +176,17 @@ impl<L: Layer> Store for L {
         .await
     }
 
+    async fn release_wave(
+        &self,
+        batch: BatchId,
+        wave: u32,
+        how: Wave,
+        now: Timestamp,
+    ) -> Result<u64> {
+        let answer = self.inner().release_wave(batch, wave, how, now);
+        around(self, "release_wave", answer).await
+    }
+
     async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
         around(self, "control", self.inner().control(after)).await
     }

@@ -190,6 +190,18 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<ChangeOutcome>;
 
+    /// Lets the mail of a wave leave, of a batch of which the mail may leave: what is `scheduled` in
+    /// it is `queued`, and has its variant for good. The first caller says how; who repeats it, after
+    /// any crash, only ends what was begun. Goes in short steps, each of which moves some recipients
+    /// whole. How many were moved now.
+    async fn release_wave(
+        &self,
+        batch: BatchId,
+        wave: u32,
+        how: Wave,
+        now: Timestamp,
+    ) -> Result<u64>;
+
     /// What was changed by anyone after `after`, at most 1,000; what is about the same recipient,
     /// or about any batch or destination, in the order of the changes. `None`: nothing, only
     /// the cursor of this moment. One round trip; a node asks at least every 250 ms. The feed is

@@ -137,15 +137,16 @@ pub(crate) fn of_address(
     event
 }
 
-/// An event of a recipient.
+/// An event of a recipient, which has the variant of this number.
 pub(crate) fn of_row(
     told: Told,
     seq: u64,
     recorded_at: Timestamp,
     head: &BatchHead,
-    row: &Row,
+    (row, variant): (&Row, u8),
 ) -> Event {
     let mut event = of_batch(told, seq, recorded_at, head);
+    event.variant = head.variant_name(variant).map(str::to_owned);
     event.message_id = Some(MessageId {
         batch: head.id,
         index: row.index,

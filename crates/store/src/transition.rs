@@ -12,8 +12,9 @@ use model::{
 
 /// The mutable part of a recipient: four bytes, of which a lot has an array.
 ///
-/// The stored status never is `scheduled`: whether what waits is `scheduled` or `queued` is said
-/// by its batch ([`Cell::status`]), so that a release changes one record and not a million.
+/// The stored status is `scheduled` only for what waits for its wave. Of everything else that waits
+/// its batch says whether it is `scheduled` or `queued` ([`Cell::status`]), so that a release
+/// changes one record and not a million.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cell {
     status: u8,
@@ -28,6 +29,8 @@ mod flag {
     pub(super) const AMBIGUOUS: u8 = 2;
     pub(super) const DELIVERED: u8 = 4;
     pub(super) const ERASED: u8 = 8;
+    /// From here on, the number of the variant.
+    pub(super) const VARIANT: u8 = 4;
 }
 
 /// One bit of engagement: set once, counted once.
@@ -61,6 +64,46 @@ impl Cell {
         flags: 0,
         engagement: 0,
     };
+
+    /// A recipient that waits for its wave; the number of its variant, from 1, or 0.
+    pub const fn held_back(variant: u8) -> Self {
+        Self {
+            status: Status::Scheduled.code(),
+            flags: variant << flag::VARIANT,
+            ..Self::NEW
+        }
+    }
+
+    /// The cells of a new lot: nothing happened to anybody yet.
+    pub(crate) fn fresh(rows: usize, variants: &[u8]) -> Vec<u8> {
+        if variants.is_empty() {
+            return Self::NEW.to_bytes().repeat(rows);
+        }
+        let cell = |variant: &u8| Self::held_back(*variant).to_bytes();
+        variants.iter().flat_map(cell).collect()
+    }
+
+    /// The number of its variant, from 1; 0 when it has none (yet).
+    pub const fn variant(self) -> u8 {
+        self.flags >> flag::VARIANT
+    }
+
+    /// Whether it waits for its wave.
+    pub fn is_held_back(self) -> bool {
+        self.stored() == Status::Scheduled
+    }
+
+    /// Its wave is released, with this variant unless it has one. Whether it waited for that.
+    pub(crate) fn release(&mut self, variant: u8, counters: &mut Counters) -> bool {
+        if !self.is_held_back() {
+            return false;
+        }
+        if self.variant() == 0 {
+            self.flags |= variant << flag::VARIANT;
+        }
+        self.move_to(Status::Queued, true, counters);
+        true
+    }
 
     /// Reads the stored form; `None` when it is not one.
     pub fn read(bytes: &[u8]) -> Option<Self> {

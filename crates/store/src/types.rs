@@ -27,6 +27,9 @@ pub struct NewLot {
     pub queue: Box<str>,
     /// The recipients in the order in which they are to be sent.
     pub rows: Vec<Row>,
+    /// In a batch with variants: the number of each recipient's variant, from 1, or 0 where that is
+    /// decided later. They wait until their wave is released. Empty in every other batch.
+    pub variants: Vec<u8>,
 }
 
 /// A batch at its commit.
@@ -129,7 +132,100 @@ pub struct BatchHead {
     /// What pauses it.
     #[serde(default)]
     pub guardrails: Option<model::Guardrails>,
+    /// Its recipients get different contents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variants: Option<Box<Variants>>,
 }
+
+/// The most waves of a batch.
+pub const WAVES: u32 = 16;
+
+/// The variants of a batch, and when the waves of its recipients leave.
+///
+/// Every lot belongs to one wave, said by the last digit of its number in base [`WAVES`]. What is in
+/// a wave is `scheduled` until [`Store::release_wave`](crate::Store::release_wave).
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Variants {
+    /// Their names, in order; 2 to 8.
+    pub names: Vec<String>,
+    /// How each wave was released; none: it was not yet.
+    pub waves: Vec<Option<Wave>>,
+}
+
+/// How a wave was released. Never changed.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Wave {
+    /// When: `Date` and DKIM `t=` of its messages.
+    pub at: Timestamp,
+    /// How those whose variant was not decided before are shared out among the variants, in any
+    /// proportion.
+    pub shares: Vec<f64>,
+}
+
+/// 2⁶⁴ divided by the golden ratio: steps of this size spread over the circle as evenly as can be.
+const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+impl Wave {
+    /// Tells the number, from 1, of the variant of whoever stands at a place of this lot: the
+    /// shares are spread evenly over the lot. 0 when nothing has a share.
+    pub(crate) fn in_lot(&self, batch: BatchId, lot: LotNumber) -> impl Fn(u16) -> u8 {
+        let start = model::partition_hash("wave", &format!("{batch} {}", lot.0));
+        let total: f64 = self.shares.iter().sum();
+        move |position| {
+            let point = start.wrapping_add(u64::from(position).wrapping_mul(GOLDEN));
+            // 53 bits are what a share can tell apart.
+            let point = (point >> 11) as f64 / (1_u64 << 53) as f64;
+            let (mut sum, mut last) = (0.0, 0);
+            for (number, share) in (1_u8..).zip(&self.shares) {
+                if *share > 0.0 {
+                    sum += share / total;
+                    last = number;
+                    if point < sum {
+                        break;
+                    }
+                }
+            }
+            last
+        }
+    }
+}
+
+/// The wave of a lot, in a batch that has waves.
+pub fn wave_of(lot: LotNumber) -> usize {
+    usize::try_from(lot.0 % WAVES).unwrap_or(0)
+}
+
+impl BatchHead {
+    /// When the mail of a lot may leave, as far as that is known.
+    pub fn release_of(&self, lot: LotNumber) -> Timestamp {
+        let wave = self
+            .variants
+            .as_ref()
+            .and_then(|of| of.waves.get(wave_of(lot)));
+        wave.and_then(Option::as_ref)
+            .map_or(self.release_at, |wave| wave.at)
+    }
+
+    /// Whether its recipients leave in waves, each when that is released.
+    pub(crate) fn is_in_waves(&self) -> bool {
+        self.variants.is_some()
+    }
+
+    /// Whether it may still change: parts may come, or a wave is still to be released.
+    pub(crate) fn may_change(&self) -> bool {
+        let waits = |of: &Variants| of.waves.iter().any(Option::is_none);
+        self.held || self.variants.as_deref().is_some_and(waits)
+    }
+
+    /// The name of a variant by its number, from 1.
+    pub(crate) fn variant_name(&self, number: u8) -> Option<&str> {
+        let place = usize::from(number).checked_sub(1)?;
+        self.variants.as_ref()?.names.get(place).map(String::as_str)
+    }
+}
+
+/// The due time of what waits for its wave: never.
+pub(crate) const HELD_BACK: i64 = 1 << 52;
 
 /// A part of an open batch that asks for its turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -214,6 +310,10 @@ pub struct Batch {
     pub started_at: Option<Timestamp>,
     /// When the last recipient got a final status.
     pub completed_at: Option<Timestamp>,
+    /// Since when it is paused, if its mail had begun to leave.
+    pub paused_at: Option<Timestamp>,
+    /// How long it was paused in all before that, since its mail began to leave.
+    pub paused_for: Duration,
     /// `accepted` is the sum of the eight status counters.
     pub counters: Counters,
 }
@@ -326,6 +426,8 @@ pub struct LeasedRecipient {
     pub maybe_started: bool,
     /// An earlier attempt was already ambiguous.
     pub ambiguous_before: bool,
+    /// The number of its variant, from 1; 0: its batch has none.
+    pub variant: u8,
 }
 
 /// A range handed back.
@@ -722,6 +824,8 @@ pub struct RecipientQuery {
     pub clicked: Option<bool>,
     /// Only of this domain.
     pub domain: Option<String>,
+    /// Only whose variant is decided.
+    pub with_variant: bool,
 }
 
 /// A recipient as it is read (contract, section 3).
@@ -729,6 +833,8 @@ pub struct RecipientQuery {
 pub struct RecipientRow {
     /// The recipient as submitted.
     pub row: Row,
+    /// The name of its variant, once that is decided.
+    pub variant: Option<Box<str>>,
     /// Its status.
     pub status: Status,
     /// Attempts made.
@@ -753,8 +859,12 @@ pub struct RecipientRow {
     pub delivered_at: Option<Timestamp>,
     /// First.
     pub opened_at: Option<Timestamp>,
+    /// First, by a person.
+    pub opened_human_at: Option<Timestamp>,
     /// First.
     pub clicked_at: Option<Timestamp>,
+    /// First, by a person.
+    pub clicked_human_at: Option<Timestamp>,
     /// First.
     pub complained_at: Option<Timestamp>,
     /// First.

@@ -3,6 +3,7 @@
 //! Owns every route of the daemon and how a call becomes a question to the store. Must not hold
 //! state of its own, and must not know how mail is sent.
 
+pub(crate) mod abtests;
 pub(crate) mod auth;
 mod batches;
 mod body;
@@ -66,6 +67,7 @@ pub(crate) struct Api {
     pub(crate) keys: Arc<Keys>,
     pub(crate) tenants: Arc<Tenants>,
     pub(crate) reports: report::Reports,
+    pub(crate) looks: abtests::Looks,
     pub(crate) intake: Arc<Intake>,
     pub(crate) rules: Arc<ArcSwap<Rules>>,
     pub(crate) probes: Vec<Probe>,
@@ -130,6 +132,12 @@ fn routes() -> Routes {
         .change("/v1/batches/{id}/cancel", BatchChange::Cancel)
         .change("/v1/batches/{id}/archive", BatchChange::Archive)
         .change("/v1/batches/{id}/unarchive", BatchChange::Unarchive)
+        .at(Method::GET, "/v1/batches/{id}/ab_test", abtests::one)
+        .at(
+            Method::POST,
+            "/v1/batches/{id}/ab_test/decide",
+            abtests::decide,
+        )
         .at(Method::GET, "/v1/batches/{id}/recipients", recipients::list)
         .at(Method::GET, "/v1/batches/{id}/report", report::report)
         .at(Method::POST, "/v1/batches/{id}/proof", batches::proof)

@@ -56,7 +56,7 @@ impl RowView {
             },
             email: row.email.to_string(),
             prospect_id: row.prospect_id.map(String::from),
-            variant: None,
+            variant: found.variant.map(String::from),
             status: found.status,
             attempts: found.attempts,
             next_attempt_at: found.next_attempt_at,
@@ -98,6 +98,7 @@ pub(super) async fn list(
         domain: params
             .parsed::<model::Domain>("domain")
             .map(|domain| domain.to_string()),
+        with_variant: false,
     };
     params.finish()?;
     match form {

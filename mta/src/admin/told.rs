@@ -196,6 +196,7 @@ async fn about(
                 prospect_id: row.prospect_id.as_deref().map(str::to_owned),
             }),
             metadata: batch.metadata.clone(),
+            variant: story.recipient.variant.as_deref().map(str::to_owned),
             ..About::default()
         });
     }

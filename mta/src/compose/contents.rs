@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
-use content::{Content, RenderContext, Tracker};
+use content::{Content, ContentSpec, RenderContext, Tracker};
 use links::KeyRing;
 use model::{BatchId, Domain};
 use service::tasks::blocking;
 use store::{BatchHead, Store, StoreError};
 
-use super::{Prepared, load_keys};
+use super::{Prepared, Variant, load_keys};
 use crate::released::Released;
 
 /// Bytes of stored content whose compiled form is kept; the one used longest ago goes first.
@@ -114,10 +114,6 @@ impl Contents {
     fn prepare(&self, head: &BatchHead, bytes: &[u8]) -> Result<Prepared, LoadError> {
         let text = |error: &dyn std::error::Error| LoadError::Final(error.to_string());
         let released = Released::from_bytes(bytes).map_err(|error| text(&error))?;
-        let content = Content::compile(&released.spec).map_err(|errors| {
-            let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
-            LoadError::Final(all.join("; "))
-        })?;
         let host = Tracker::host(&released.tracker_base_url);
         let signer = self
             .ring
@@ -131,14 +127,6 @@ impl Contents {
             })?;
         let tracker =
             Tracker::new(&released.tracker_base_url, signer).map_err(|error| text(&error))?;
-        let from_domain: Box<str> = released.spec.from.email.domain().into();
-        let keys =
-            load_keys(&self.dkim_dir, &from_domain, &released.dkim_selectors).map_err(|error| {
-                let source = std::error::Error::source(&error)
-                    .map(|source| format!(": {source}"))
-                    .unwrap_or_default();
-                LoadError::Keys(format!("{error}{source}"))
-            })?;
         let context = RenderContext {
             batch: head.id,
             released_at: head.release_at,
@@ -146,14 +134,35 @@ impl Contents {
             mode: head.tracking,
             proof: released.proof,
         };
+        let specs = released.specs();
+        let made = specs.iter().zip(released.selectors());
+        let made = made.map(|(spec, selectors)| self.make(spec, selectors));
+        Ok(Prepared {
+            variants: made.collect::<Result<_, _>>()?,
+            context,
+        })
+    }
+
+    /// Compiles one content and reads the keys that sign it.
+    fn make(&self, spec: &ContentSpec, selectors: &[String]) -> Result<Variant, LoadError> {
+        let content = Content::compile(spec).map_err(|errors| {
+            let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
+            LoadError::Final(all.join("; "))
+        })?;
+        let from_domain: Box<str> = spec.from.email.domain().into();
+        let keys = load_keys(&self.dkim_dir, &from_domain, selectors).map_err(|error| {
+            let source = std::error::Error::source(&error)
+                .map(|source| format!(": {source}"))
+                .unwrap_or_default();
+            LoadError::Keys(format!("{error}{source}"))
+        })?;
         let bounce_domain = self
             .bounce_domain
             .as_ref()
             .map_or(&*from_domain, Domain::as_str)
             .into();
-        Ok(Prepared {
+        Ok(Variant {
             content,
-            context,
             keys,
             from_domain,
             bounce_domain,

@@ -25,8 +25,14 @@ use crate::queue::job::Job;
 
 /// What the messages of one batch are made of.
 pub struct Prepared {
-    content: Content,
     context: RenderContext,
+    /// One, or one for each variant of the batch.
+    variants: Vec<Variant>,
+}
+
+/// One content and what signs it.
+struct Variant {
+    content: Content,
     keys: Arc<[content::dkim::Key]>,
     from_domain: Box<str>,
     /// Domain of the reverse-path.
@@ -37,7 +43,6 @@ impl std::fmt::Debug for Prepared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Prepared")
             .field("batch", &self.context.batch)
-            .field("keys", &self.keys)
             .finish_non_exhaustive()
     }
 }
@@ -72,12 +77,22 @@ impl Prepared {
     /// # Errors
     /// The reason, for people: this recipient cannot get this content.
     pub fn compose(&self, job: &Job, metrics: &Metrics) -> Result<(String, Body, bool), String> {
-        let mut message = self
+        // Variants are counted from 1; 0 has whoever is in a batch without them.
+        let place = usize::from(job.item.variant.saturating_sub(1));
+        let of = self.variants.get(place);
+        let of = of.ok_or_else(|| format!("the batch has no variant {place}"))?;
+        // The waves of a batch with variants are released each at its own time.
+        let own = (job.item.variant > 0).then(|| RenderContext {
+            released_at: job.item.release_at(),
+            ..self.context.clone()
+        });
+        let context = own.as_ref().unwrap_or(&self.context);
+        let mut message = of
             .content
-            .render(&job.item.row, &self.context)
+            .render(&job.item.row, context)
             .map_err(|error| error.to_string())?;
-        let signed = message.sign(&self.from_domain, &self.keys, self.context.released_at);
-        for key in self.keys.iter() {
+        let signed = message.sign(&of.from_domain, &of.keys, context.released_at);
+        for key in of.keys.iter() {
             let algorithm = match key.algorithm() {
                 Algorithm::Rsa2048 => SignatureAlgorithm::RsaSha256,
                 Algorithm::Ed25519 => SignatureAlgorithm::Ed25519Sha256,
@@ -94,7 +109,7 @@ impl Prepared {
         let body = Body::new(vec![Bytes::from(message.into_bytes())])
             .map_err(|error| error.to_string())?;
         Ok((
-            reverse_path(job.item.message(), &self.bounce_domain),
+            reverse_path(job.item.message(), &of.bounce_domain),
             body,
             smtp_utf8,
         ))

@@ -653,7 +653,7 @@ impl Connection<'_> {
         }
         self.deliver
             .recorder
-            .outcome(attempt, job.item.batch.release_at);
+            .outcome(attempt, job.item.release_at());
         self.report(job, Fate::Recorded { delivered, heard }).await;
     }
 

@@ -228,7 +228,7 @@ impl Deliver {
         let (now, chance) = (self.clock.now(), fastrand::f64());
         let finding = Finding::Unreachable(trouble);
         let attempt = decide(finding, &job.item, &job.policy, now, chance);
-        self.recorder.outcome(attempt, job.item.batch.release_at);
+        self.recorder.outcome(attempt, job.item.release_at());
         Fate::Recorded {
             delivered: false,
             heard: None,

@@ -11,17 +11,19 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use futures_util::stream;
 use journal::Journal;
-use model::{AttemptResult, BatchState, Domain, Timestamp};
+use model::{AttemptResult, BatchState, Domain, Status, Timestamp};
 use service::clock::SharedClock;
 use service::config::shaping::{Limits, ShapingFile};
 use service::metrics::LimitKind;
 use store::{Backlog, Batch, MIXED, MessageStory, Store, StoreError, Suspension, Work, WorkScope};
 
 use super::facts::{
-    BatchFacts, DestinationFacts, LastAttempt, Limit, MessageFacts, NodeFacts, SourceLimits, Stock,
-    Suspended,
+    BatchFacts, DestinationFacts, HeldBack, LastAttempt, Limit, MessageFacts, NodeFacts,
+    SourceLimits, Stock, Suspended,
 };
 use super::{Explanation, Source, judge};
+use crate::abtest::Plan;
+use crate::abtest::kept::Kept;
 use crate::queue::snapshot::{DestinationView, LimitSight, Scope, Snapshot};
 use crate::resolve::Route;
 use crate::sending::SendingHandle;
@@ -362,12 +364,48 @@ impl Explainer {
             view: snapshot.as_ref().and_then(|of| of.batch),
             parts: facts,
             mixed,
+            held_back: self.all_held_back(batch).await?,
         };
         let mut explanation = judge::of_batch(&facts, &node);
         if coarse && explanation.recipients.is_some() {
             explanation.unknown.push(COARSE.to_owned());
         }
         Ok(explanation)
+    }
+
+    /// What holds the rest of a batch back, when only the rest is left.
+    async fn all_held_back(&self, batch: &Batch) -> Result<Option<HeldBack>, StoreError> {
+        let of = &batch.counters;
+        if of.scheduled == 0 || of.queued + of.temporary_error > 0 {
+            return Ok(None);
+        }
+        self.held_back(batch, None).await
+    }
+
+    /// What holds a recipient of a batch with variants back: one that has this variant already, or
+    /// gets one when the test is decided.
+    async fn held_back(
+        &self,
+        batch: &Batch,
+        variant: Option<&str>,
+    ) -> Result<Option<HeldBack>, StoreError> {
+        if batch.head.variants.is_none() || batch.started_at.is_none() {
+            return Ok(None);
+        }
+        let now = self.clock.now();
+        let Some(plan) = Plan::load(&*self.store, batch.head.id).await? else {
+            return Ok(None);
+        };
+        if let Some(at) = variant.and_then(|name| plan.variant_at(batch, name)) {
+            return Ok(Some(HeldBack::Variant(at)));
+        }
+        let (kept, _) = Kept::load(&*self.store, batch.head.id, now).await?;
+        let round = u32::try_from(kept.rounds.len()).unwrap_or(u32::MAX);
+        let at = plan.decide_at(batch, round, now);
+        Ok(Some(match at.filter(|_| kept.decisions.is_empty()) {
+            Some(at) => HeldBack::Test(at),
+            None => HeldBack::Person,
+        }))
     }
 
     /// Work by destination, with what this node holds of it.
@@ -457,6 +495,10 @@ impl Explainer {
                 .map_or(crate::queue::snapshot::Whereabouts::Absent, |of| of.message),
             destination: self.facts(&resolved, view, &suspensions),
             stock,
+            held_back: match row.status {
+                Status::Scheduled => self.held_back(batch, row.variant.as_deref()).await?,
+                _ => None,
+            },
         };
         let mut explanation = judge::of_message(&facts, &node);
         if coarse && explanation.state == super::State::Unknown {

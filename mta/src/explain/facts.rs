@@ -110,6 +110,19 @@ pub(crate) struct BatchFacts {
     pub(crate) parts: Vec<(DestinationFacts, Stock)>,
     /// Recipients in lots of several domains, whose destinations are not known.
     pub(crate) mixed: Stock,
+    /// Everybody who is left is held back.
+    pub(crate) held_back: Option<HeldBack>,
+}
+
+/// What holds recipients of a batch with variants back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeldBack {
+    /// The time of their variant comes then.
+    Variant(Timestamp),
+    /// The test is decided then, or a round of it.
+    Test(Timestamp),
+    /// A person is to decide.
+    Person,
 }
 
 /// What is known of a message.
@@ -131,6 +144,7 @@ pub(crate) struct MessageFacts {
     pub(crate) destination: DestinationFacts,
     /// Of its batch, in the queue of its domain.
     pub(crate) stock: Stock,
+    pub(crate) held_back: Option<HeldBack>,
 }
 
 /// The last attempt of a message.

@@ -7,7 +7,8 @@ use model::{BatchState, Class, Status, Timestamp};
 use std::time::Duration;
 
 use super::facts::{
-    BatchFacts, DestinationFacts, LastAttempt, MessageFacts, NodeFacts, SourceLimits, Stock,
+    BatchFacts, DestinationFacts, HeldBack, LastAttempt, MessageFacts, NodeFacts, SourceLimits,
+    Stock,
 };
 use super::troubles::Noted;
 use super::{
@@ -87,7 +88,7 @@ pub(crate) fn of_batch(facts: &BatchFacts, node: &NodeFacts) -> Explanation {
     if let Some(end) = batch_end(facts) {
         return finished(explanation, end);
     }
-    let mut chain: Vec<_> = batch_stop(facts.state, facts.release_at)
+    let mut chain: Vec<_> = batch_stop(facts.state, facts.release_at, facts.held_back)
         .into_iter()
         .collect();
     chain.extend(node_constraints(node));
@@ -173,7 +174,11 @@ fn batch_end(facts: &BatchFacts) -> Option<Constraint> {
 }
 
 /// What the state of a batch keeps from leaving.
-fn batch_stop(state: BatchState, release_at: Timestamp) -> Option<Constraint> {
+fn batch_stop(
+    state: BatchState,
+    release_at: Timestamp,
+    held_back: Option<HeldBack>,
+) -> Option<Constraint> {
     let caller = Some(Source::Caller);
     match state {
         BatchState::Open => Some(Constraint::new(
@@ -194,7 +199,21 @@ fn batch_stop(state: BatchState, release_at: Timestamp) -> Option<Constraint> {
             caller,
             "the time of the batch has not come".to_owned(),
         )),
-        BatchState::InProgress | BatchState::Completed | BatchState::Cancelled => None,
+        BatchState::InProgress => held_back.map(|of| {
+            let (end, detail) = match of {
+                HeldBack::Variant(at) => (End::At(at), "the time of its variant has not come"),
+                HeldBack::Test(at) => {
+                    let detail = "held back for the A/B test of the batch, which is decided then";
+                    (End::At(at), detail)
+                }
+                HeldBack::Person => {
+                    let detail = "held back: the A/B test of the batch found no winner and is to be decided by hand";
+                    (End::ByHand, detail)
+                }
+            };
+            Constraint::new(Kind::Scheduled, end, caller, detail.to_owned())
+        }),
+        BatchState::Completed | BatchState::Cancelled => None,
     }
 }
 
@@ -217,7 +236,7 @@ pub(crate) fn of_message(facts: &MessageFacts, node: &NodeFacts) -> Explanation 
         settle(&mut explanation, vec![sent]);
         return explanation;
     }
-    let mut chain: Vec<_> = batch_stop(facts.batch_state, facts.release_at)
+    let mut chain: Vec<_> = batch_stop(facts.batch_state, facts.release_at, facts.held_back)
         .into_iter()
         .collect();
     let retry_at = facts.next_attempt_at.filter(|at| *at > node.now);
@@ -772,7 +791,7 @@ fn absent(stock: &Stock) -> Vec<Constraint> {
     if found.is_empty()
         && let Some((state, at)) = stock.stopped_by
     {
-        found.extend(batch_stop(state, at));
+        found.extend(batch_stop(state, at, None));
     }
     found
 }

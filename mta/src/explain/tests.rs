@@ -135,6 +135,7 @@ fn message() -> MessageFacts {
         place: Whereabouts::Absent,
         destination: destination(),
         stock: Stock::default(),
+        held_back: None,
     }
 }
 
@@ -210,6 +211,25 @@ fn what_the_batch_is_holds_its_messages() {
     ] {
         let found = judged(|of| (of.batch_state, of.release_at) = (state, at(600)));
         assert_eq!(found, (State::Waiting, Some(kind), next), "{state}");
+    }
+}
+
+#[test]
+fn what_a_test_holds_back_says_when_it_is_decided() {
+    for (held_back, next, says) in [
+        (HeldBack::Test(at(300)), Some(at(300)), "A/B test"),
+        (HeldBack::Variant(at(200)), Some(at(200)), "variant"),
+        (HeldBack::Person, None, "by hand"),
+    ] {
+        let mut facts = message();
+        facts.held_back = Some(held_back);
+        let found = of_message(&facts, &node());
+        let bound = found.constraint.expect("it waits");
+        assert_eq!((bound.kind, bound.until), (Kind::Scheduled, next));
+        assert!(bound.detail.contains(says), "{}", bound.detail);
+        let mut facts = batch(BatchState::InProgress, Vec::new());
+        facts.held_back = Some(held_back);
+        assert_eq!(of_batch(&facts, &node()).constraint, Some(bound));
     }
 }
 
@@ -620,6 +640,7 @@ fn batch(state: BatchState, parts: Vec<(DestinationFacts, Stock)>) -> BatchFacts
         view: None,
         parts,
         mixed: Stock::default(),
+        held_back: None,
     }
 }
 

@@ -190,14 +190,32 @@ impl<'m> Fields<'m> {
         Some(read)
     }
 
-    /// A field of the contract that this version cannot honour; `harmless` values ask for nothing.
-    pub(crate) fn unsupported(&mut self, key: &str, harmless: &[Value]) {
-        if self
-            .take(key)
-            .is_some_and(|value| !harmless.contains(&value))
-        {
-            self.mistake(key, "is not supported yet");
+    /// Notes a mistake at a path below this object.
+    pub(crate) fn mistake_at(&mut self, below: &str, detail: impl Into<String>) {
+        let path = format!("{}/{below}", self.path);
+        self.mistakes.add(path, Code::InvalidField, detail);
+    }
+
+    /// Reads the objects of the array in this field; one beyond `most` of them, so that there
+    /// being too many shows.
+    pub(crate) fn each<T>(
+        &mut self,
+        key: &str,
+        most: usize,
+        mut read: impl FnMut(&mut Fields<'_>) -> T,
+    ) -> Option<Vec<T>> {
+        let items = self.converted(key, |value| match value {
+            Value::Array(items) => Ok(items),
+            other => Err(expected(&other, "an array")),
+        })?;
+        let path = self.path(key);
+        let mut all = Vec::new();
+        for (place, item) in items.into_iter().take(most + 1).enumerate() {
+            let mut fields = Fields::of(format!("{path}/{place}"), item, self.mistakes);
+            all.push(read(&mut fields));
+            fields.finish();
         }
+        Some(all)
     }
 
     /// Whatever was not read does not exist.

@@ -163,6 +163,7 @@ impl Intake {
                     opened: choice.opened,
                     clicked: choice.clicked,
                     domain: None,
+                    with_variant: false,
                 })
                 .await?;
             let wanted = |found: &&RecipientRow| {

@@ -1,8 +1,7 @@
 //! The head of a batch: everything but its recipients.
 //!
 //! Owns which fields a batch has, and what each may be, as far as that can be said without the
-//! account, the keys or the templates. Fields of the contract that this version cannot honour are
-//! refused by name, never ignored. Pure.
+//! account, the keys or the templates. Pure.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::fields::{Fields, Mistakes, expected, no_control, string};
 use super::row::METADATA_MAX;
+use super::variants::{self, TestRequest, VariantRequest};
 
 /// The list that an unsubscribe leaves when the batch names none (contract, section 6).
 pub(crate) const DEFAULT_LIST: &str = "default";
@@ -51,6 +51,9 @@ pub(crate) struct BatchRequest {
     pub(crate) raw: Option<String>,
     pub(crate) attachments: Vec<Attachment>,
     pub(crate) guardrails: Option<Guardrails>,
+    pub(crate) variants: Vec<VariantRequest>,
+    /// Is there when variants are.
+    pub(crate) test: Option<TestRequest>,
 }
 
 /// `tracking`
@@ -85,22 +88,29 @@ pub(crate) fn read(
     let mut fields = Fields::of(String::new(), document, mistakes);
     let raw = fields.string("raw");
     let from = sender(&mut fields, raw.as_deref());
-    let subject = if raw.is_some() {
+    if raw.is_some() {
         beside_raw(&mut fields);
+    }
+    let (variants, test) = variants::read(&mut fields);
+    // What every variant has, the batch need not have.
+    let all = |has: fn(&VariantRequest) -> bool| !variants.is_empty() && variants.iter().all(has);
+    let subject = if raw.is_some() || (!fields.has("subject") && all(|of| of.subject.is_some())) {
+        fields.take("subject");
         Some(String::new())
     } else {
         fields.required("subject", string)
     };
-    let (html, text) = bodies(&mut fields, raw.is_some());
+    let has_bodies = all(|of| of.html.is_some() || of.text.is_some());
+    let (html, text) = bodies(&mut fields, raw.is_some() || has_bodies);
     let attachments = fields
         .converted("attachments", attachments)
         .unwrap_or_default();
     let guardrails = fields.within("guardrails", guardrails).flatten();
     let hold = fields.flag("hold", false);
     recipients(&mut fields, recipient_count, hold);
-    unsupported(&mut fields);
     let send_at = fields.time("send_at");
-    let expires_at = expires_at(&mut fields, send_at.unwrap_or(now).max(now));
+    let decided = variants::over(&variants, test.as_ref(), send_at.unwrap_or(now).max(now));
+    let expires_at = expires_at(&mut fields, decided);
     let window = fields.within("window", window).flatten();
     let account = fields.label("account", LABEL_MAX);
     let campaign = fields.label("campaign", LABEL_MAX);
@@ -115,6 +125,10 @@ pub(crate) fn read(
     let pool = fields.label("pool", LABEL_MAX);
     let metadata = metadata(&mut fields);
     let allow_duplicates = fields.flag("allow_duplicates", false);
+    if allow_duplicates && !variants.is_empty() {
+        let detail = "is not possible with variants: nobody may get two of them";
+        fields.mistake("allow_duplicates", detail);
+    }
     fields.finish();
     Some(BatchRequest {
         account,
@@ -141,6 +155,8 @@ pub(crate) fn read(
         raw,
         attachments,
         guardrails,
+        variants,
+        test,
     })
 }
 
@@ -166,18 +182,21 @@ fn sender(fields: &mut Fields<'_>, raw: Option<&str>) -> Option<Mailbox> {
                 .parse()
                 .map_err(|error: model::AddressError| error.to_string())
         });
-        let name = from.converted("name", |value| {
-            let name = string(value)?;
-            if name.len() > NAME_MAX {
-                return Err(format!("is longer than {NAME_MAX} bytes"));
-            }
-            no_control(&name).map(|()| name)
-        });
+        let name = from.converted("name", display_name);
         Some(Mailbox {
             email: email?,
             name: name.filter(|name| !name.is_empty()),
         })
     })?
+}
+
+/// The name beside an address.
+pub(super) fn display_name(value: Value) -> Result<String, String> {
+    let name = string(value)?;
+    if name.len() > NAME_MAX {
+        return Err(format!("is longer than {NAME_MAX} bytes"));
+    }
+    no_control(&name).map(|()| name)
 }
 
 /// A message that is complete has no other content.
@@ -190,6 +209,8 @@ fn beside_raw(fields: &mut Fields<'_>) {
         "attachments",
         "reply_to",
         "vars",
+        "variants",
+        "ab_test",
     ] {
         if fields.has(key) {
             fields.take(key);
@@ -291,8 +312,8 @@ fn minute_of_day(value: &Value, last: u16) -> Result<u16, String> {
     minute.ok_or_else(|| expected(value, "a time of day such as \"09:00\""))
 }
 
-fn bodies(fields: &mut Fields<'_>, is_raw: bool) -> (Option<String>, Option<String>) {
-    let missing = !fields.has("html") && !fields.has("text") && !is_raw;
+fn bodies(fields: &mut Fields<'_>, has_others: bool) -> (Option<String>, Option<String>) {
+    let missing = !fields.has("html") && !fields.has("text") && !has_others;
     if missing {
         fields.mistake("html", "is missing: a batch needs html or text");
     }
@@ -319,18 +340,12 @@ fn recipients(fields: &mut Fields<'_>, count: u32, hold: bool) {
     }
 }
 
-/// What this version refuses, unless it asks for nothing.
-fn unsupported(fields: &mut Fields<'_>) {
-    fields.unsupported("ab_test", &[]);
-    fields.unsupported("variants", &[Value::Array(Vec::new())]);
-}
-
 fn expires_at(fields: &mut Fields<'_>, release: Timestamp) -> Option<Timestamp> {
     let expires_at = fields.time("expires_at")?;
     if expires_at <= release {
         fields.mistake(
             "expires_at",
-            "is not after the time at which the batch is released",
+            "is not after the time at which the last of the batch is released",
         );
     }
     Some(expires_at)
@@ -533,18 +548,6 @@ mod tests {
             mistakes_of(json!([])).first().map(String::as_str),
             Some(" invalid_field")
         );
-    }
-
-    #[test]
-    fn what_cannot_be_honoured_yet_is_refused_by_name() {
-        for (key, value) in [
-            ("window", json!({"from": "09:00"})),
-            ("ab_test", json!({})),
-            ("variants", json!([{}])),
-        ] {
-            let expected = vec![format!("/{key} invalid_field")];
-            assert_eq!(mistakes_of(with(key, value)), expected, "{key}");
-        }
     }
 
     #[test]

@@ -7,9 +7,12 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use model::{LotNumber, Partition, Row};
-use store::{LOT_ROWS, MIXED, NewLot};
+use store::{LOT_ROWS, MIXED, NewLot, WAVES};
+
+use crate::abtest::layout::Dealing;
 
 /// From here on a domain has lots of its own; below, it joins a mixed lot.
 pub(crate) const OWN_LOT_ROWS: usize = 50;
@@ -67,6 +70,8 @@ pub(crate) struct LotBuilder {
     /// The next running number; one for all partitions is simplest and long enough.
     next: u32,
     sealed: Vec<NewLot>,
+    /// In a batch with variants.
+    dealing: Option<Arc<Dealing>>,
 }
 
 impl LotBuilder {
@@ -80,6 +85,21 @@ impl LotBuilder {
             bytes: 0,
             next: first,
             sealed: Vec::new(),
+            dealing: None,
+        }
+    }
+
+    /// Deals recipients to variants. Every group becomes a lot for each wave that it has somebody
+    /// in, so numbers are given out by as many as there may be waves.
+    pub(crate) fn dealt(self, dealing: Option<Arc<Dealing>>) -> Self {
+        let next = match dealing {
+            Some(_) => self.next.next_multiple_of(WAVES),
+            None => self.next,
+        };
+        Self {
+            next,
+            dealing,
+            ..self
         }
     }
 
@@ -204,17 +224,30 @@ impl LotBuilder {
         queue: Box<str>,
         group: Group,
     ) -> Result<(), TooManyLots> {
-        let number = LotNumber::new(partition, self.next).ok_or(TooManyLots)?;
-        self.next += 1;
         self.rows = self.rows.saturating_sub(group.rows.len());
         self.bytes = self
             .bytes
             .saturating_sub(group.rows.iter().map(weight).sum());
-        self.sealed.push(NewLot {
-            number,
-            queue,
-            rows: group.rows,
-        });
+        let Some(dealing) = &self.dealing else {
+            self.sealed.push(NewLot {
+                number: LotNumber::new(partition, self.next).ok_or(TooManyLots)?,
+                queue,
+                rows: group.rows,
+                variants: Vec::new(),
+            });
+            self.next += 1;
+            return Ok(());
+        };
+        for dealt in dealing.deal(group.rows, &*queue == MIXED) {
+            let number = LotNumber::new(partition, self.next + dealt.wave);
+            self.sealed.push(NewLot {
+                number: number.ok_or(TooManyLots)?,
+                queue: queue.clone(),
+                rows: dealt.rows,
+                variants: dealt.variants,
+            });
+        }
+        self.next += WAVES;
         Ok(())
     }
 }

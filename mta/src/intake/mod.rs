@@ -24,3 +24,4 @@ mod single;
 mod splitter;
 pub(crate) mod spool;
 pub(crate) mod submit;
+pub(crate) mod variants;

@@ -15,7 +15,7 @@ use model::{BatchId, LotNumber};
 use serde::Serialize;
 use service::tasks::Stage;
 use store::{
-    Batch, CallKey, EndedCall, EndedPart, LotHashes, NewLot, NewPart, PartEnd, PartTurn,
+    Batch, CallKey, EndedCall, EndedPart, LotHashes, NewLot, NewPart, PartEnd, PartTurn, WAVES,
     address_hash,
 };
 use tokio::runtime::Handle;
@@ -30,6 +30,7 @@ use super::row::Rejection;
 use super::splitter::Head;
 use super::spool::SpoolReader;
 use super::submit::{Intake, Submitted, Submitter, blocking, caller_gone};
+use crate::abtest::layout::Dealing;
 use crate::admin::problem::{Answer, Code, Refusal};
 use crate::intake::fields::Fields;
 use crate::released::Released;
@@ -112,7 +113,8 @@ impl Filling {
 /// A part that has arrived.
 struct Part {
     batch: Batch,
-    content: Arc<Content>,
+    contents: Vec<Content>,
+    dealing: Option<Arc<Dealing>>,
     allow_duplicates: bool,
     rows: u32,
     call: Option<CallKey>,
@@ -186,19 +188,25 @@ impl Intake {
             only_recipients(&head, media)?;
             let released = Released::from_bytes(&stored)
                 .map_err(|error| Refusal::internal("content", &error))?;
-            let content = Content::compile(&released.spec)
-                .map_err(|errors| Refusal::internal("content", &format!("{errors:?}")))?;
+            let specs = released.specs();
+            let contents: Result<Vec<_>, _> = specs.iter().map(Content::compile).collect();
+            let contents =
+                contents.map_err(|errors| Refusal::internal("content", &format!("{errors:?}")))?;
+            let dealing =
+                Dealing::of(&released).map_err(|error| Refusal::internal("content", &error))?;
             let mut spool = spool.read().map_err(|error| Refusal::disk(&error))?;
             // What a table becomes has no field that does not exist.
             if media != Media::PartCsv {
                 check(&mut spool)?;
             }
-            Ok((Arc::new(content), released.allow_duplicates, spool))
+            let made = (contents, dealing.map(Arc::new));
+            Ok((made, released.allow_duplicates, spool))
         };
-        let (content, allow_duplicates, spool) = blocking(read).await?;
+        let ((contents, dealing), allow_duplicates, spool) = blocking(read).await?;
         let part = Arc::new(Part {
             batch,
-            content,
+            contents,
+            dealing,
             allow_duplicates,
             rows: spool.rows(),
             call,
@@ -250,11 +258,16 @@ impl Intake {
         gone: &CancellationToken,
     ) -> Answer<(Option<Arc<[u8]>>, Turn)> {
         // Each partition may have one lot that is not full, each time that memory is short.
-        let lots = turn.part.rows / LOT_LEAST + 1 + u32::from(self.store.partitions());
+        let mut lots = turn.part.rows / LOT_LEAST + 1 + u32::from(self.store.partitions());
+        lots = lots.min(turn.part.rows.max(1));
+        if turn.part.dealing.is_some() {
+            // From a number on that is a multiple of theirs.
+            lots = (lots + 1).saturating_mul(WAVES);
+        }
         let new = NewPart {
             batch: turn.part.batch.head.id,
             part: turn.id,
-            lots: lots.min(turn.part.rows.max(1)),
+            lots,
         };
         let first = self.turn(new, gone).await?;
         let done = Arc::clone(&self).take_part(new, first, turn, gone).await;
@@ -330,8 +343,9 @@ impl Intake {
             };
             let account = part.batch.head.account.as_str();
             let partitions = intake.store.partitions();
-            let judge = Judge::new(&part.content, account, partitions, part.allow_duplicates)
+            let judge = Judge::new(&part.contents, account, partitions, part.allow_duplicates)
                 .of(&part.batch.head)
+                .dealing(part.dealing.clone())
                 .after(first, &earlier);
             spool.rewind().map_err(|error| Refusal::disk(&error))?;
             let sorted = judge.sort(spool, Some(&out))?;

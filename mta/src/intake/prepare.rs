@@ -3,30 +3,63 @@
 //! Owns the question whether a batch may be sent at all, and answers it with every reason at once.
 //! Reads the key directory, so it blocks.
 
+use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
-use content::{Content, ContentError, ContentSpec, TrackingSpec};
+use aws_lc_rs::rand;
+use content::{Content, ContentError, ContentSpec, LinkReport, Mailbox, TrackingSpec};
+use engagement::abtest::{Metric, Mode};
 use model::{BatchId, Timestamp, TrackingMode};
 use serde_json::Value;
 use service::config::{Account, DkimPolicy, Pool};
-use store::BatchHead;
+use store::{BatchHead, Variants};
 
 use super::fields::{Mistakes, Strict, pointer_step};
 use super::head::{self, BatchRequest};
 use super::recipients::{malformed, reason};
 use super::splitter::Head;
+use super::variants::{Promise, VariantRequest};
+use crate::abtest::layout::{Dealing, Layout};
 use crate::admin::problem::{Answer, Code, Refusal, mistake};
 use crate::compose::{domain_selectors, load_keys};
-use crate::released::Released;
+use crate::released::{Released, Test, Variant};
 
 /// A batch that may be sent, as far as its head goes.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) head: BatchHead,
     pub(crate) released: Released,
-    pub(crate) content: Content,
+    /// One, or one for each variant.
+    pub(crate) contents: Vec<Content>,
+    /// In a batch with variants.
+    pub(crate) dealing: Option<Arc<Dealing>>,
     pub(crate) allow_duplicates: bool,
     pub(crate) warnings: Vec<String>,
+}
+
+impl Prepared {
+    /// What became of the links; of a batch with variants those of the first.
+    pub(crate) fn links(&self) -> LinkReport {
+        let first = self.contents.first();
+        first.map(|of| of.links().clone()).unwrap_or_default()
+    }
+
+    /// What its test can show with so many recipients.
+    pub(crate) fn promise(&self, recipients: u64) -> Option<Promise> {
+        let (test, variants) = (&self.released.test, &self.released.variants);
+        Promise::of(test.as_ref(), variants.len(), recipients)
+    }
+
+    /// What to warn of, with what the list looks like.
+    pub(crate) fn warnings(&self, advice: Vec<String>, promise: Option<&Promise>) -> Vec<String> {
+        let mut all = self.warnings.clone();
+        if let (Some(promise), Some(test)) = (promise, &self.released.test) {
+            all.extend(promise.warnings(test.metric));
+        }
+        all.extend(advice);
+        all
+    }
 }
 
 /// For whom a batch is submitted, and with what it is judged.
@@ -60,29 +93,24 @@ pub(crate) fn prepare(
     };
     let account = account(&request, against, &mut mistakes)?;
     pool(&request, against, &mut mistakes);
-    let spec = spec_of(&request, account);
-    let compiled = Content::compile(&spec).map_err(|errors| {
-        for error in errors {
-            mistakes.push(content_mistake(error));
-        }
-    });
-    let (true, Ok(content)) = (mistakes.is_empty(), compiled) else {
+    measurable(&request, account, &mut mistakes);
+    let mut released = released(&request, account, against.tracking_key);
+    let contents = compile(&released, &mut mistakes);
+    if !mistakes.is_empty() {
         return Err(Refusal::of_mistakes(mistakes.into_vec()));
-    };
-    let (dkim_selectors, warnings) = signing(&request, account, against.dkim_dir)?;
-    let batch = batch_head(&request, id, now, account);
+    }
+    let warnings = sign(&request, account, against.dkim_dir, &mut released)?;
+    let mut batch = batch_head(&request, id, now, account);
+    spread(&mut batch, &mut released, now);
+    if let Some(test) = &mut released.test {
+        rand::fill(&mut test.seed).map_err(|error| Refusal::internal("random", &error))?;
+    }
+    let dealing = Dealing::of(&released).map_err(|error| Refusal::internal("dealing", &error))?;
     Ok(Prepared {
         head: batch,
-        released: Released {
-            form: Released::FORM,
-            spec,
-            dkim_selectors,
-            tracker_base_url: account.tracking.base_url.clone(),
-            tracking_key: against.tracking_key,
-            allow_duplicates: request.allow_duplicates,
-            proof: false,
-        },
-        content,
+        dealing: dealing.map(Arc::new),
+        released,
+        contents,
         allow_duplicates: request.allow_duplicates,
         warnings,
     })
@@ -166,6 +194,114 @@ fn spec_of(request: &BatchRequest, account: &Account) -> ContentSpec {
     }
 }
 
+fn released(request: &BatchRequest, account: &Account, tracking_key: u16) -> Released {
+    let variant = |of: &VariantRequest| Variant {
+        name: of.name.clone(),
+        from: of.from(&request.from),
+        subject: of.subject.clone(),
+        html: of.html.clone(),
+        text: of.text.clone(),
+        dkim_selectors: Vec::new(),
+        send_at: of.send_at,
+    };
+    let test = request.test.as_ref().map(|of| Test {
+        mode: of.mode,
+        fraction: of.fraction,
+        metric: of.metric,
+        wait_ms: u64::try_from(of.wait.as_millis()).unwrap_or(u64::MAX),
+        min_confidence: of.min_confidence,
+        fallback: of.fallback,
+        seed: [0; 32],
+    });
+    Released {
+        form: match test {
+            Some(_) => Released::WITH_VARIANTS,
+            None => Released::FORM,
+        },
+        spec: spec_of(request, account),
+        dkim_selectors: Vec::new(),
+        tracker_base_url: account.tracking.base_url.clone(),
+        tracking_key,
+        allow_duplicates: request.allow_duplicates,
+        proof: false,
+        variants: request.variants.iter().map(variant).collect(),
+        test,
+    }
+}
+
+/// Compiles every content. What is wrong is told where the caller wrote it: with the variant, or
+/// once with the batch.
+fn compile(released: &Released, mistakes: &mut Mistakes) -> Vec<Content> {
+    let mut contents = Vec::new();
+    let mut told: HashSet<String> = HashSet::new();
+    for (place, spec) in released.specs().iter().enumerate() {
+        match Content::compile(spec) {
+            Ok(content) => contents.push(content),
+            Err(errors) => {
+                for error in errors {
+                    let own = released.variants.get(place);
+                    let own = own.is_some_and(|of| of.says(&error.field));
+                    let mut mistake = content_mistake(error);
+                    if own {
+                        mistake.path = format!("/variants/{place}{}", mistake.path);
+                    }
+                    if told.insert(format!("{} {}", mistake.path, mistake.detail)) {
+                        mistakes.push(mistake);
+                    }
+                }
+            }
+        }
+    }
+    contents
+}
+
+/// A test needs what it is decided by.
+fn measurable(request: &BatchRequest, account: &Account, mistakes: &mut Mistakes) {
+    let Some(test) = request.test.as_ref().filter(|of| of.mode != Mode::Split) else {
+        return;
+    };
+    let mut missing = |what: &str| {
+        let path = "/ab_test/metric".to_owned();
+        mistakes.add(
+            path,
+            Code::InvalidField,
+            format!("cannot be measured {what}"),
+        );
+    };
+    let clicks = matches!(test.metric, Metric::Clicks | Metric::ClickToOpen);
+    let opens = matches!(test.metric, Metric::Opens | Metric::ClickToOpen);
+    if clicks && !request.tracking.clicks {
+        missing("without tracking.clicks");
+    }
+    if opens && !request.tracking.opens {
+        missing("without tracking.opens");
+    }
+    let mode = account.tracking.mode;
+    let mode = request.tracking.mode.map_or(mode, |own| own.min(mode));
+    if (clicks || opens) && mode != TrackingMode::Individual {
+        missing("unless tracking.mode, and that of the account, is individual");
+    }
+}
+
+/// Names the waves of a batch with variants; its mail may leave when the first of them does.
+fn spread(batch: &mut BatchHead, released: &mut Released, now: Timestamp) {
+    let (asked, variants) = (batch.release_at, &mut released.variants);
+    if variants.iter().any(|of| of.send_at.is_some()) {
+        for variant in variants.iter_mut() {
+            variant.send_at = Some(variant.send_at.unwrap_or(asked).max(now));
+        }
+        let first = variants.iter().filter_map(|of| of.send_at).min();
+        batch.release_at = first.unwrap_or(asked);
+    }
+    let names = variants.iter().map(|of| of.name.clone()).collect();
+    batch.variants = Layout::of(released).map(|layout| {
+        Box::new(Variants {
+            names,
+            waves: (0..layout.waves()).map(|_| None).collect(),
+        })
+    });
+}
+
 /// `campaign:list:account:hikyaku`: what a mailbox provider groups complaints by.
 fn feedback_id(request: &BatchRequest, account: &Account) -> String {
     let part = |text: &str| -> String {
@@ -205,14 +341,42 @@ fn content_mistake(error: ContentError) -> service::http::ProblemError {
     mistake
 }
 
-/// The selectors of the keys that sign, and what to warn of.
-fn signing(
+/// Notes the keys that sign, of the batch and of each variant; what to warn of.
+fn sign(
     request: &BatchRequest,
     account: &Account,
     dir: &Path,
+    released: &mut Released,
+) -> Answer<Vec<String>> {
+    let allowed = account.from_domains.as_deref();
+    let (selectors, mut warnings) = signing(&request.from, account, dir, "/from/email")?;
+    for (place, variant) in released.variants.iter_mut().enumerate() {
+        variant.dkim_selectors.clone_from(&selectors);
+        let Some(from) = &variant.from else { continue };
+        let path = format!("/variants/{place}/from/email");
+        if !head::domain_is_allowed(&from.email, allowed) {
+            let domain = from.email.domain();
+            let detail = format!("the account does not send from {domain}");
+            return Err(Refusal::at(Code::ForbiddenFrom, &path, detail));
+        }
+        let (own, more) = signing(from, account, dir, &path)?;
+        variant.dkim_selectors = own;
+        warnings.extend(more);
+    }
+    warnings.dedup();
+    released.dkim_selectors = selectors;
+    Ok(warnings)
+}
+
+/// The selectors of the keys that sign for a sender, and what to warn of.
+fn signing(
+    from: &Mailbox,
+    account: &Account,
+    dir: &Path,
+    path: &str,
 ) -> Answer<(Vec<String>, Vec<String>)> {
-    let domain = request.from.email.domain();
-    let refuse = |detail: String| Err(Refusal::at(Code::NoDkimKey, "/from/email", detail));
+    let domain = from.email.domain();
+    let refuse = |detail: String| Err(Refusal::at(Code::NoDkimKey, path, detail));
     // Read, and not only found: what is accepted must be possible to sign.
     let found = domain_selectors(dir, domain).and_then(|selectors| {
         load_keys(dir, domain, &selectors)?;
@@ -262,5 +426,6 @@ fn batch_head(request: &BatchRequest, id: BatchId, now: Timestamp, account: &Acc
         held: request.hold,
         window: request.window.clone(),
         guardrails: request.guardrails,
+        variants: None,
     }
 }

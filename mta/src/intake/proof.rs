@@ -45,11 +45,23 @@ impl Intake {
         to: Vec<EmailAddress>,
         as_recipient: Option<u32>,
     ) -> Answer<Proof> {
-        let shown = self.shown(batch.head.id, as_recipient).await?;
+        let (shown, variant) = self.shown(batch.head.id, as_recipient).await?;
         let stored = self.store.content(batch.head.id).await?;
         let stored = stored.ok_or_else(|| Refusal::not_found("batch"))?;
         let mut released =
             Released::from_bytes(&stored).map_err(|error| Refusal::internal("content", &error))?;
+        // Whose variant is not decided is shown the first.
+        let place = released
+            .variants
+            .iter()
+            .position(|of| Some(&of.name) == variant.as_ref());
+        let place = place.unwrap_or(0);
+        let selectors = released.selectors().get(place).map(|of| of.to_vec());
+        let spec = released.specs().into_iter().nth(place);
+        released.spec = spec.unwrap_or(released.spec);
+        released.dkim_selectors = selectors.unwrap_or_default();
+        (released.form, released.test) = (Released::FORM, None);
+        released.variants.clear();
         let content = Content::compile(&released.spec)
             .map_err(|errors| Refusal::internal("content", &format!("{errors:?}")))?;
         released.proof = true;
@@ -75,6 +87,7 @@ impl Intake {
         let mut head = batch.head.clone();
         (head.id, head.created_at, head.release_at) = (id, now, now);
         (head.held, head.expires_at, head.window, head.guardrails) = (false, None, None, None);
+        head.variants = None;
         head.priority = Priority::Transactional;
         head.metadata = serde_json::json!({ "proof_of": batch.head.id });
         let content = released
@@ -100,12 +113,12 @@ impl Intake {
         })
     }
 
-    /// The recipient whose message is shown: this one, or the first.
-    async fn shown(&self, batch: BatchId, index: Option<u32>) -> Answer<Row> {
+    /// The recipient whose message is shown, and the variant: this one, or the first.
+    async fn shown(&self, batch: BatchId, index: Option<u32>) -> Answer<(Row, Option<String>)> {
         let found = match index {
             Some(index) => {
                 let story = self.store.message(MessageId { batch, index }).await?;
-                story.map(|story| story.recipient.row)
+                story.map(|story| story.recipient)
             }
             None => {
                 let first = self.store.recipients(RecipientQuery {
@@ -116,10 +129,12 @@ impl Intake {
                     opened: None,
                     clicked: None,
                     domain: None,
+                    with_variant: false,
                 });
-                first.await?.items.pop().map(|found| found.row)
+                first.await?.items.pop()
             }
         };
+        let found = found.map(|found| (found.row, found.variant.map(String::from)));
         found.ok_or_else(|| {
             let detail = "there is no such recipient in the batch";
             Refusal::at(Code::InvalidField, "/as_recipient", detail)

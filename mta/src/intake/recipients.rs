@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Arc;
 
 use content::Content;
 use model::{Partition, Row};
@@ -18,6 +19,7 @@ use super::lots::{Bounds, LotBuilder};
 use super::row::{self, Parsed, Rejection, RejectionCode};
 use super::splitter::Position;
 use super::spool::SpoolReader;
+use crate::abtest::layout::Dealing;
 use crate::admin::problem::{Answer, Code, Refusal};
 
 /// The most rejections that an answer lists.
@@ -41,7 +43,9 @@ pub(crate) struct Sorted {
 
 /// Everything that recipients are judged by.
 pub(crate) struct Judge<'c> {
-    content: &'c Content,
+    /// All that a recipient may get.
+    contents: &'c [Content],
+    dealing: Option<Arc<Dealing>>,
     account: &'c str,
     partitions: u16,
     seen: Option<Seen>,
@@ -59,13 +63,14 @@ pub(crate) type Earlier<'c> = &'c (dyn Fn(&str) -> Answer<bool> + Send + Sync);
 
 impl<'c> Judge<'c> {
     pub(crate) fn new(
-        content: &'c Content,
+        contents: &'c [Content],
         account: &'c str,
         partitions: u16,
         allow_duplicates: bool,
     ) -> Self {
         Self {
-            content,
+            contents,
+            dealing: None,
             account,
             partitions,
             seen: (!allow_duplicates).then(Seen::default),
@@ -82,6 +87,11 @@ impl<'c> Judge<'c> {
             head: Some(head),
             ..self
         }
+    }
+
+    /// Deals them to variants.
+    pub(crate) fn dealing(self, dealing: Option<Arc<Dealing>>) -> Self {
+        Self { dealing, ..self }
     }
 
     /// Goes on where the parts of the batch before ended.
@@ -104,7 +114,9 @@ impl<'c> Judge<'c> {
     ) -> Answer<Sorted> {
         let mut mistakes = Mistakes::default();
         let has_window = self.head.is_some_and(|head| head.window.is_some());
-        let mut lots = LotBuilder::new(Bounds::default(), self.first.1).by_zone(has_window);
+        let mut lots = LotBuilder::new(Bounds::default(), self.first.1)
+            .by_zone(has_window)
+            .dealt(self.dealing.clone());
         let mut index = 0;
         while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
             let parsed = match spooled.json {
@@ -183,7 +195,8 @@ impl<'c> Judge<'c> {
             let detail = "email is there already; allow_duplicates would take it".to_owned();
             return Ok(Err((RejectionCode::Duplicate, detail)));
         }
-        let checked = self.content.check(row);
+        let mut contents = self.contents.iter();
+        let checked = contents.try_for_each(|content| content.check(row));
         if let Err(error) = checked {
             let code = match error {
                 content::RecipientError::MissingVariable { .. } => RejectionCode::MissingVariable,

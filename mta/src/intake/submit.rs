@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use aws_lc_rs::rand;
 use axum::body::Body;
-use content::{LinkReport, RenderContext, Tracker};
+use content::{Content, LinkReport, RenderContext, Tracker};
 use links::KeyRing;
 use model::{BatchId, BatchState, Domain, Row, Timestamp};
 use serde::Serialize;
@@ -29,6 +29,8 @@ use super::receive::{Form, Limits, Media, Received, Receiver, Sizes};
 use super::recipients::{Judge, Sorted};
 use super::row::Rejection;
 use super::single::{self, Taken};
+use super::variants::Promise;
+use crate::abtest;
 use crate::admin::problem::{Answer, Code, Refusal};
 use crate::tenants::Tenants;
 
@@ -95,6 +97,9 @@ pub(crate) struct Accepted {
     pub(crate) rejected_count: u64,
     pub(crate) links: LinkReport,
     pub(crate) warnings: Vec<String>,
+    /// What its test can show.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ab_test: Option<Promise>,
 }
 
 /// The answer to a dry run.
@@ -105,8 +110,14 @@ pub(crate) struct Checked {
     rejected_count: u64,
     links: LinkReport,
     warnings: Vec<String>,
-    /// Of the first good recipient.
+    /// Of the first good recipient; of a batch with variants the first of them.
     rendered: Option<Rendered>,
+    /// The same recipient's message in each variant.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    variants: Vec<Rendered>,
+    /// What its test can show.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ab_test: Option<Promise>,
     /// What receivers will find of DMARC (RFC 7489 §3.1).
     alignment: Alignment,
 }
@@ -154,8 +165,10 @@ impl Alignment {
 }
 
 /// A message as it would leave, unsigned, with links that lead nowhere.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Rendered {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    variant: Option<String>,
     email: String,
     message: String,
     /// Bytes on the wire, without the signatures.
@@ -163,7 +176,12 @@ pub(crate) struct Rendered {
 }
 
 /// Renders with a tracking key that nobody has: a dry run must not make links that work.
-fn render(prepared: &Prepared, row: &Row, account: &Account) -> Answer<Rendered> {
+fn render(
+    prepared: &Prepared,
+    (place, content): (usize, &Content),
+    row: &Row,
+    account: &Account,
+) -> Answer<Rendered> {
     let failed = |error: &dyn std::fmt::Display| Refusal::internal("dry run", error);
     let mut secret = [0_u8; 32];
     rand::fill(&mut secret).map_err(|error| failed(&error))?;
@@ -179,11 +197,12 @@ fn render(prepared: &Prepared, row: &Row, account: &Account) -> Answer<Rendered>
         mode: prepared.head.tracking,
         proof: false,
     };
-    let message = prepared
-        .content
+    let message = content
         .render(row, &context)
         .map_err(|error| failed(&error))?;
+    let variant = prepared.released.variants.get(place);
     Ok(Rendered {
+        variant: variant.map(|of| of.name.clone()),
         email: row.email.to_string(),
         size: message.size(),
         message: String::from_utf8_lossy(&message.into_bytes()).into_owned(),
@@ -209,18 +228,24 @@ impl Intake {
             let mut spool = spool.map_err(|error| Refusal::disk(&error))?;
             let sorted = judge.sort(&mut spool, None)?;
             let account = intake.account(&prepared.head.account);
-            let first = sorted.first.as_ref().zip(account);
-            let rendered = first
-                .map(|(row, account)| render(&prepared, row, &account))
-                .transpose()?;
+            let mut all = Vec::new();
+            if let Some((row, account)) = sorted.first.as_ref().zip(account) {
+                for of in prepared.contents.iter().enumerate() {
+                    all.push(render(&prepared, of, row, &account)?);
+                }
+            }
+            let is_one = prepared.released.variants.is_empty();
+            let promise = prepared.promise(sorted.accepted);
             Ok(Checked {
+                rendered: all.first().cloned(),
+                variants: if is_one { Vec::new() } else { all },
                 accepted: sorted.accepted,
                 rejected: sorted.rejected,
                 rejected_count: sorted.rejected_count,
-                links: prepared.content.links().clone(),
+                links: prepared.links(),
                 alignment: Alignment::of(&prepared, intake.bounce_domain.as_ref()),
-                warnings: [prepared.warnings, sorted.advice.warnings()].concat(),
-                rendered,
+                warnings: prepared.warnings(sorted.advice.warnings(), promise.as_ref()),
+                ab_test: promise,
             })
         })
         .await
@@ -296,12 +321,13 @@ impl Intake {
     fn judge<'p>(&self, prepared: &'p Prepared) -> Judge<'p> {
         let (account, partitions) = (prepared.head.account.as_str(), self.store.partitions());
         Judge::new(
-            &prepared.content,
+            &prepared.contents,
             account,
             partitions,
             prepared.allow_duplicates,
         )
         .of(&prepared.head)
+        .dealing(prepared.dealing.clone())
     }
 
     /// Accepts a batch, unless the call took effect before.
@@ -420,6 +446,10 @@ impl Intake {
                 answer: Arc::clone(&answer),
             }),
         };
+        if head.variants.is_some() {
+            // Before the batch: what nobody knows of would never be decided.
+            abtest::kept::register(&*self.store, head.id, now).await?;
+        }
         let timer = self.metrics.store_seconds("commit_batch").start_timer();
         self.store.commit_batch(batch, now).await?;
         timer.observe_duration();
@@ -465,6 +495,7 @@ fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> 
     } else {
         BatchState::InProgress
     };
+    let promise = prepared.promise(sorted.accepted);
     let json = match (media, sorted.rejected.first()) {
         (Media::Message, Some(rejection)) => return Err(single::rejected(rejection)),
         (Media::Message, None) => serde_json::to_vec(&Taken::new(id, state)),
@@ -474,8 +505,9 @@ fn answer(prepared: &Prepared, sorted: Sorted, media: Media, now: Timestamp) -> 
             accepted: sorted.accepted,
             rejected: sorted.rejected,
             rejected_count: sorted.rejected_count,
-            links: prepared.content.links().clone(),
-            warnings: [prepared.warnings.clone(), sorted.advice.warnings()].concat(),
+            links: prepared.links(),
+            warnings: prepared.warnings(sorted.advice.warnings(), promise.as_ref()),
+            ab_test: promise,
         }),
     };
     json.map_err(|error| Refusal::internal("answer", &error))

@@ -168,6 +168,7 @@ mod tests {
             number: LotNumber::new(Partition(0), 0).unwrap(),
             queue: "x.example".into(),
             rows: vec![row(0, "a@x.example"), row(1, "b@x.example")],
+            variants: Vec::new(),
         };
         store.stage_lots(id, vec![lot]).await.unwrap();
         let batch = NewBatch {

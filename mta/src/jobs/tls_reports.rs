@@ -213,6 +213,8 @@ impl TlsReporting {
             tracking_key: self.ring.load().ids().next().unwrap_or_default(),
             allow_duplicates: false,
             proof: false,
+            variants: Vec::new(),
+            test: None,
         };
         let content = released.to_bytes().map_err(|error| made(&error))?;
         let (accepted, partitions) = (to.len() as u64, self.store.partitions());
@@ -297,6 +299,7 @@ impl TlsReporting {
             held: false,
             window: None,
             guardrails: None,
+            variants: None,
         }
     }
 }

@@ -345,6 +345,7 @@ impl World {
             attempts: 0,
             maybe_started: false,
             ambiguous_before: false,
+            variant: 0,
         });
         LeasedRange {
             range: id,

@@ -51,7 +51,7 @@ pub enum Finding {
 pub fn expires_at(item: &Item, policy: &Policy) -> Timestamp {
     item.batch
         .expires_at
-        .unwrap_or(item.batch.release_at + policy.limits.expire)
+        .unwrap_or(item.release_at() + policy.limits.expire)
 }
 
 /// The attempt as a fact. `chance` is from 0 to 1 and becomes the jitter of the retry time.

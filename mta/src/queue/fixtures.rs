@@ -28,6 +28,7 @@ pub(crate) fn head(batch: u8) -> BatchHead {
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     }
 }
 
@@ -66,6 +67,7 @@ pub(crate) fn item(attempt: u8) -> Item {
         ambiguous_before: false,
         profile: StatusProfile::Default,
         shut_at: None,
+        variant: 0,
     }
 }
 

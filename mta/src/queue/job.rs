@@ -37,9 +37,16 @@ pub struct Item {
     pub profile: StatusProfile,
     /// From then on the window of its batch is shut to its recipient.
     pub shut_at: Option<Timestamp>,
+    /// The number of its variant, from 1; 0: its batch has none.
+    pub variant: u8,
 }
 
 impl Item {
+    /// When its mail might leave: its batch's time, or that of its wave.
+    pub fn release_at(&self) -> Timestamp {
+        self.batch.release_of(self.place.lot)
+    }
+
     /// The message's id.
     pub fn message(&self) -> MessageId {
         MessageId {

@@ -652,6 +652,7 @@ impl World {
                 attempts: person.attempts,
                 maybe_started: person.maybe_started,
                 ambiguous_before: person.ambiguous,
+                variant: 0,
             }
         });
         let range = LeasedRange {

@@ -707,7 +707,7 @@ impl QueueState {
     ) {
         let policy = self.policy_of(waiting);
         let attempt = decide(finding, &waiting.item, &policy, now.wall, self.random.f64());
-        let (attempt, released_at) = (Box::new(attempt), waiting.item.batch.release_at);
+        let (attempt, released_at) = (Box::new(attempt), waiting.item.release_at());
         out.push(Action::Record {
             attempt,
             released_at,

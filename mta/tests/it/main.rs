@@ -1,5 +1,6 @@
 //! The daemon from outside: real sockets, the real store.
 
+mod abtests;
 mod contents;
 mod disk;
 mod engaging;

@@ -256,6 +256,7 @@ impl Station {
             opened: None,
             clicked: None,
             domain: None,
+            with_variant: false,
         };
         let page = self.store.recipients(query).await.expect("an answer");
         page.items.into_iter().next().expect("a recipient")
@@ -346,6 +347,7 @@ pub(crate) fn lots(to: &[String]) -> Vec<NewLot> {
                 number,
                 queue: queue.as_str().into(),
                 rows: some.to_vec(),
+                variants: Vec::new(),
             });
         }
     }
@@ -366,6 +368,8 @@ pub(crate) fn content(ring: &ArcSwap<KeyRing>, dkim_selectors: &[&str]) -> Vec<u
         tracking_key: ring.load().ids().next().expect("a key"),
         allow_duplicates: false,
         proof: false,
+        variants: Vec::new(),
+        test: None,
     };
     released.to_bytes().expect("bytes")
 }
@@ -401,5 +405,6 @@ pub(crate) fn head(id: BatchId, now: Timestamp) -> BatchHead {
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     }
 }

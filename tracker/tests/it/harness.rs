@@ -174,6 +174,7 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
         number: model::LotNumber::new(model::Partition(0), number).expect("few lots"),
         queue: MIXED.into(),
         rows: rows.to_vec(),
+        variants: Vec::new(),
     });
     store.stage_lots(id, lots.collect()).await.expect("staged");
     let now = SystemClock::shared().now();
@@ -193,6 +194,7 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     };
     let batch = NewBatch {
         head,

@@ -6,6 +6,7 @@
     reason = "a test speaks by failing, and its clock is the wall"
 )]
 
+mod abtests;
 mod apart;
 mod away;
 mod bad_input;

@@ -85,6 +85,11 @@ pub(super) const STORE_SECONDS: Family = timed(
     &["op"],
     STORE_BUCKETS,
 );
+pub(super) const ABTEST_RATE: Family = family(
+    "hikyaku_abtest_rate",
+    "Rate of each variant of a test that runs, by its metric, of people, at equal age",
+    &["batch", "variant"],
+);
 pub(super) const DUPLICATES: Family = family(
     "hikyaku_duplicates_total",
     "Messages that somebody may have got twice",

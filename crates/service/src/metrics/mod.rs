@@ -42,6 +42,7 @@ pub struct Metrics {
     destination_limit_base: GaugeVec,
     throttled: IntCounterVec,
     store_seconds: HistogramVec,
+    abtest_rate: GaugeVec,
     /// `hikyaku_duplicates_total[cause]`
     pub duplicates: Resolved<DuplicateCause, IntCounter>,
     /// `hikyaku_queue_recipients[state]`
@@ -116,6 +117,7 @@ impl Metrics {
             destination_limit_base: r.float_gauges(&families::DESTINATION_LIMIT_BASE),
             throttled: r.counters(&families::THROTTLED),
             store_seconds: r.histograms(&families::STORE_SECONDS),
+            abtest_rate: r.float_gauges(&families::ABTEST_RATE),
             duplicates: Resolved::of(&r.counters(&families::DUPLICATES)),
             queue_recipients: Resolved::of(&r.gauges(&families::QUEUE_RECIPIENTS)),
             queue_oldest_seconds: r.gauge(&families::QUEUE_OLDEST_SECONDS),
@@ -220,18 +222,29 @@ impl Metrics {
         self.store_seconds.with_label_values(&[op])
     }
 
+    /// Sets `hikyaku_abtest_rate` of a variant, until [`Metrics::forget_abtest`].
+    pub fn abtest_rate(&self, batch: &str, variant: &str, rate: f64) {
+        let gauge = self.abtest_rate.with_label_values(&[batch, variant]);
+        gauge.set(rate);
+    }
+
+    /// The test of a batch is over: it has no rates any more.
+    pub fn forget_abtest(&self, batch: &str) {
+        forget_in(&self.abtest_rate, "batch", batch);
+    }
+
     fn forget(&self, destination: &str) {
-        forget_in(&self.outcomes, destination);
-        forget_in(&self.smtp_connections, destination);
-        forget_in(&self.destination_limit, destination);
-        forget_in(&self.destination_limit_base, destination);
-        forget_in(&self.throttled, destination);
+        forget_in(&self.outcomes, "destination", destination);
+        forget_in(&self.smtp_connections, "destination", destination);
+        forget_in(&self.destination_limit, "destination", destination);
+        forget_in(&self.destination_limit_base, "destination", destination);
+        forget_in(&self.throttled, "destination", destination);
     }
 }
 
-/// Removes every series of a destination that lost its label. What it counted is not added to
-/// `other`: there it would look like a burst.
-fn forget_in<B: MetricVecBuilder>(family: &MetricVec<B>, destination: &str)
+/// Removes every series with this label: of a destination that lost its own, or of a test that is
+/// over. What a destination counted is not added to `other`: there it would look like a burst.
+fn forget_in<B: MetricVecBuilder>(family: &MetricVec<B>, label: &str, value: &str)
 where
     MetricVec<B>: Collector,
 {
@@ -240,7 +253,7 @@ where
     for metric in series {
         let labels = metric.get_label().iter();
         let values: HashMap<&str, &str> = labels.map(|pair| (pair.name(), pair.value())).collect();
-        if values.get("destination") == Some(&destination) {
+        if values.get(label) == Some(&value) {
             // Gone already if two renderings meet, which is as good.
             family.remove(&values).ok();
         }
@@ -357,6 +370,7 @@ mod tests {
         metrics.limit(&there, LimitKind::Rate, 5.0, 10.0);
         metrics.throttled(&there, ThrottleReason::Rate).inc();
         metrics.egress_source("ip1", true);
+        metrics.abtest_rate("01JD", "A", 0.2);
         metrics.store_seconds("lease").observe(0.001);
         let open = metrics.connection(&there);
         let page = metrics.render();
@@ -370,7 +384,9 @@ mod tests {
         let connections = "hikyaku_smtp_connections{destination=\"x.example\"}";
         assert_eq!(line(&page, connections), Some(format!("{connections} 1")));
         drop(open);
+        metrics.forget_abtest("01JD");
         let page = metrics.render();
+        assert_eq!(line(&page, "hikyaku_abtest_rate{"), None);
         assert_eq!(line(&page, connections), Some(format!("{connections} 0")));
     }
 

@@ -18,6 +18,7 @@ mod reading;
 mod shared;
 mod simulation;
 mod support;
+mod waves;
 
 pub use control::*;
 pub use facts::*;
@@ -29,6 +30,7 @@ pub use parts::*;
 pub use reading::*;
 pub use shared::*;
 pub use simulation::*;
+pub use waves::*;
 
 use crate::Store;
 use std::sync::Arc;
@@ -73,6 +75,10 @@ macro_rules! conformance_tests {
             a_part_comes_before_the_start_or_not_at_all
             an_open_batch_ends_by_a_cancel_or_its_start
             addresses_of_earlier_parts_are_found
+            waves_are_released_each_by_itself
+            a_wave_is_shared_out_evenly
+            a_wave_waits_for_its_batch
+            parts_wait_for_their_wave
             a_range_is_split_as_wanted
             transactional_mail_goes_first_and_batches_take_turns
             no_batch_is_lost_among_many

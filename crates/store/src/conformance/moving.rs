@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 
 /// Everything of a store, as a file.
-async fn exported(store: &dyn Store, now: Timestamp) -> Result<Vec<u8>> {
+pub(super) async fn exported(store: &dyn Store, now: Timestamp) -> Result<Vec<u8>> {
     let (to, mut pieces) = mpsc::channel(4);
     let writing = async {
         let mut writer = BackupWriter::new(Vec::new()).expect("memory");
@@ -28,7 +28,7 @@ async fn exported(store: &dyn Store, now: Timestamp) -> Result<Vec<u8>> {
     given.map(|()| file)
 }
 
-async fn imported(store: &dyn Store, file: &[u8], now: Timestamp) -> Result<()> {
+pub(super) async fn imported(store: &dyn Store, file: &[u8], now: Timestamp) -> Result<()> {
     let mut reader = BackupReader::new(file)?;
     while let Some(piece) = reader.next_piece()? {
         store.import(piece, now).await?;

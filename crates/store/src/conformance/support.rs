@@ -58,6 +58,7 @@ impl Spec {
                 held: false,
                 window: None,
                 guardrails: None,
+                variants: None,
             },
             emails,
             rejected: Vec::new(),
@@ -113,6 +114,7 @@ impl Spec {
                     number: number.expect("few lots"),
                     queue: queue.clone().into(),
                     rows: rows.to_vec(),
+                    variants: Vec::new(),
                 });
             }
         }
@@ -383,6 +385,7 @@ pub(super) fn query(batch: BatchId) -> RecipientQuery {
         opened: None,
         clicked: None,
         domain: None,
+        with_variant: false,
     }
 }
 

@@ -53,6 +53,8 @@ impl Inner {
             archived: record.archived,
             started_at: record.started_at,
             completed_at: record.completed_at,
+            paused_at: record.paused_at,
+            paused_for: Duration::from_millis(record.paused_ms),
             counters: self.counters(batch).await?,
         })
     }
@@ -99,10 +101,12 @@ impl Inner {
     ) -> Result<bool> {
         let name = batch.to_string().into_bytes();
         let key = keys::batch(HOME, batch);
+        let releases =
+            after.released && !before.released && !self.known_head(batch).await?.is_in_waves();
         let commit = &mut books.commit;
         commit.check(key.clone(), Some(before.version));
         commit.write("SET", key, [after.write(new_version())]);
-        if after.released && !before.released {
+        if releases {
             commit.release_counters(keys::counters(HOME, batch));
         }
         let due = |of: &BatchRecord| of.state == BatchState::Scheduled;
@@ -149,7 +153,8 @@ impl Inner {
                 let key = keys::batch(p, batch);
                 commit.check(key.clone(), Some(copy.version));
                 commit.write("SET", key, [home.write(new_version())]);
-                if home.released && !copy.released {
+                let releases = home.released && !copy.released;
+                if releases && !self.known_head(batch).await?.is_in_waves() {
                     commit.release_counters(keys::counters(p, batch));
                 }
                 if commit.run(self, false).await? != Outcome::Conflict {
@@ -269,11 +274,16 @@ impl Inner {
         let control = match change {
             BatchChange::Pause | BatchChange::PauseFor(_) if before.state != BatchState::Paused => {
                 after.state = BatchState::Paused;
+                after.paused_at = before.released.then_some(now);
                 event(EventKind::BatchPaused);
                 vec![Control::Paused(batch)]
             }
             BatchChange::Resume if before.state == BatchState::Paused => {
                 let due = before.release_at <= now;
+                if let Some(at) = after.paused_at.take() {
+                    let paused = u64::try_from(now.since(at).as_millis()).unwrap_or(u64::MAX);
+                    after.paused_ms = after.paused_ms.saturating_add(paused);
+                }
                 event(EventKind::BatchResumed);
                 let mut told = vec![Control::Resumed(batch)];
                 if due && !before.released {

@@ -327,8 +327,9 @@ impl<'a> Books<'a> {
         let head = self.head(key.0)?;
         let told = Told::of_fact(kind, journal, seq, fact, &head);
         let row = self.row(key, position)?;
+        let variant = self.cell(key, position)?.map_or(0, Cell::variant);
         self.events
-            .push(tell::of_row(told, 0, self.now, &head, &row));
+            .push(tell::of_row(told, 0, self.now, &head, (&row, variant)));
         Ok(())
     }
 
@@ -396,8 +397,13 @@ impl<'a> Books<'a> {
         self.set_cell(key, position, cell);
         let head = self.head(key.0)?;
         let told = self.own(kind, format!("{}.{} {kind}", key.0, row.index), data);
-        self.events
-            .push(tell::of_row(told, 0, self.now, &head, &row));
+        self.events.push(tell::of_row(
+            told,
+            0,
+            self.now,
+            &head,
+            (&row, cell.variant()),
+        ));
         Ok(true)
     }
 

@@ -95,8 +95,8 @@ impl Inner {
         let head: BatchHead = serde_json::from_slice(&text)
             .map_err(|error| StoreError::Damaged(format!("the head of {batch}: {error}")))?;
         let head = Arc::new(head);
-        if head.held {
-            // Its start decides when it was released.
+        if head.may_change() {
+            // Its start decides when it was released; a wave, when that leaves.
             return Ok(Some(head));
         }
         let mut heads = self

@@ -51,6 +51,7 @@ pub(super) struct Scripts {
     pub(super) scan: Lua,
     pub(super) past: Lua,
     pub(super) share: Lua,
+    pub(super) swap: Lua,
 }
 
 impl Scripts {
@@ -66,6 +67,7 @@ impl Scripts {
             scan: Lua::new(include_str!("scan.lua")),
             past: Lua::new(include_str!("past.lua")),
             share: Lua::new(include_str!("share.lua")),
+            swap: Lua::new(include_str!("swap.lua")),
         }
     }
 }

@@ -156,7 +156,7 @@ impl Inner {
         let of_queue = [b"0".to_vec(), keys::lot_member(batch, lot.number)];
         commit.write("ZADD", keys::lots_of(p, &lot.queue), of_queue);
         let waiting = lot.waiting(&rows)?;
-        for (first, count) in waiting.spans {
+        for (due_at, first, count) in waiting.spans {
             books.set_range(Range {
                 version: new_version(),
                 id: fastrand::u64(..),
@@ -164,7 +164,7 @@ impl Inner {
                 batch,
                 queue: lot.queue.as_str().into(),
                 rank: 1,
-                due_at: 0,
+                due_at,
                 count,
                 holder: Holder::Nobody,
                 token: 0,
@@ -275,6 +275,8 @@ impl Inner {
             completed_at,
             accepted: piece.accepted,
             rejected: piece.rejected,
+            paused_at: (state == BatchState::Paused && piece.released).then_some(now),
+            paused_ms: 0,
         };
         for (p, cells) in &statuses {
             let cells = (!piece.retired).then_some(cells);

@@ -28,6 +28,7 @@ mod ship;
 mod stage;
 mod suppress;
 mod url;
+mod waves;
 mod work;
 
 pub use server::Standing;
@@ -41,7 +42,7 @@ use crate::{
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
     NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
     Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    Suppression, SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -325,6 +326,16 @@ impl Store for RedisStore {
         now: Timestamp,
     ) -> Result<ChangeOutcome> {
         self.inner.change(batch, change, now).await
+    }
+
+    async fn release_wave(
+        &self,
+        batch: BatchId,
+        wave: u32,
+        how: Wave,
+        now: Timestamp,
+    ) -> Result<u64> {
+        self.inner.release_wave(batch, wave, how, now).await
     }
 
     async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {

@@ -13,8 +13,8 @@ use super::cache::{MAP_CHUNK, MAP_ENTRY};
 use super::commit::{Commit, Outcome, not_replicated, wait};
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{BatchRecord, Cells, Holder, Piece, Range, Version, new_version};
-use super::stage::{PackedLot, pack};
+use super::record::{BatchRecord, Holder, Piece, Range, Version, new_version};
+use super::stage::{PackedLot, first_due, pack};
 use crate::{EndedPart, LotHashes, NewLot, NewPart, PartEnd, PartTurn, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Row, Timestamp, partition_hash};
@@ -288,7 +288,7 @@ impl Inner {
                 pipeline
                     .cmd("SET")
                     .arg(keys::cells(p, new.batch, number))
-                    .arg(Cells::fresh(lot.rows));
+                    .arg(&lot.cells);
                 pipeline
                     .cmd("HSET")
                     .arg(keys::indices(p, new.batch))
@@ -497,6 +497,7 @@ impl Inner {
         let wanted = lots.iter().map(|(lot, _)| (batch, *lot)).collect();
         let read = self.lots(&wanted).await?;
         let rank = self.home(batch).await?.map_or(1, |record| record.rank());
+        let due_at = first_due(self.known_head(batch).await?.is_in_waves());
         let mut books = Books::open(self, p, now);
         books.commit.check(keys::filed(p, batch), last);
         books.commit.write("SET", keys::filed(p, batch), [own]);
@@ -514,7 +515,12 @@ impl Inner {
             commit.write("ZADD", keys::lots_of(p, &found.queue), of_queue);
             commit.write("HDEL", keys::indices(p, batch), [lot.0.to_string()]);
             count += i64::from(*rows);
-            books.set_range(range_of(p, batch, *lot, *rows, &found.queue, rank));
+            let range = range_of(p, batch, *lot, *rows, &found.queue);
+            books.set_range(Range {
+                rank,
+                due_at,
+                ..range
+            });
         }
         let key = keys::counters(p, batch);
         books
@@ -603,21 +609,14 @@ fn marker(part: u32, piece: u32) -> Version {
 }
 
 /// The range of a new lot: found by its name, so that it is never made twice.
-fn range_of(
-    p: Partition,
-    batch: BatchId,
-    lot: LotNumber,
-    rows: u32,
-    queue: &str,
-    rank: u8,
-) -> Range {
+fn range_of(p: Partition, batch: BatchId, lot: LotNumber, rows: u32, queue: &str) -> Range {
     Range {
         version: [0; 8],
         id: partition_hash(&format!("part {batch}"), &lot.0.to_string()),
         partition: p,
         batch,
         queue: queue.into(),
-        rank,
+        rank: 1,
         due_at: 0,
         count: rows,
         holder: Holder::Nobody,

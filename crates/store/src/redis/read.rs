@@ -547,6 +547,7 @@ fn survey(queues: &mut BTreeMap<Box<str>, Backlog>, of: Value, now: Timestamp) -
         let millis = i64::try_from(u64::from_be_bytes(bytes)).unwrap_or(i64::MAX);
         Timestamp::from_millis(millis)
     });
+    let following = following.filter(|at| at.millis() < crate::HELD_BACK);
     let batch = answer::bytes(next()).and_then(|bytes| String::from_utf8(bytes).ok());
     let batch: Option<BatchId> = batch.and_then(|text| text.parse().ok());
     let (due, following, transactional) = match record.state {

@@ -102,6 +102,8 @@ pub(super) struct BatchRecord {
     pub(super) completed_at: Option<Timestamp>,
     pub(super) accepted: u64,
     pub(super) rejected: u64,
+    pub(super) paused_at: Option<Timestamp>,
+    pub(super) paused_ms: u64,
 }
 
 impl Kept {
@@ -150,6 +152,9 @@ impl BatchRecord {
             completed_at: time(from.i64()?),
             accepted: from.u64()?,
             rejected: from.u64()?,
+            // Where there was no pause these are left out.
+            paused_at: from.i64().and_then(time),
+            paused_ms: from.u64().unwrap_or(0),
         })
     }
 
@@ -171,6 +176,10 @@ impl BatchRecord {
         to.extend(time(self.completed_at));
         to.extend(self.accepted.to_le_bytes());
         to.extend(self.rejected.to_le_bytes());
+        if self.paused_at.is_some() || self.paused_ms > 0 {
+            to.extend(time(self.paused_at));
+            to.extend(self.paused_ms.to_le_bytes());
+        }
         to
     }
 
@@ -489,11 +498,6 @@ impl Span {
 }
 
 impl Cells {
-    /// Nothing happened to anybody yet.
-    pub(super) fn fresh(rows: usize) -> Vec<u8> {
-        Cell::NEW.to_bytes().repeat(rows)
-    }
-
     pub(super) fn read(stored: Vec<u8>) -> Self {
         Self {
             bytes: stored.clone(),
@@ -689,7 +693,7 @@ mod tests {
 
         #[test]
         fn changed_cells_are_written_where_they_stand(changes in prop::collection::vec((0_u16..50, 1_u8..9), 0..20)) {
-            let mut stored = Cells::fresh(50);
+            let mut stored = Cell::fresh(50, &[]);
             let mut cells = Cells::read(stored.clone());
             for (position, flags) in changes {
                 let mut bytes = Cell::NEW.to_bytes();

@@ -416,7 +416,8 @@ impl Inner {
             let mut books = self.books_with(p, now, ids).await?;
             let waiting = |id: &u64| {
                 let range = books.range(*id)?;
-                let waits = range.due_at > now.millis() && !range.is_taken(books.moment);
+                let later = now.millis() + 1..crate::HELD_BACK;
+                let waits = later.contains(&range.due_at) && !range.is_taken(books.moment);
                 waits.then(|| range.clone())
             };
             let ranges: Vec<Range> = ids.iter().filter_map(waiting).collect();

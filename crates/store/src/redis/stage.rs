@@ -12,10 +12,9 @@ use super::cache::{MAP_CHUNK, MAP_ENTRY};
 use super::commit::{Commit, Outcome, not_replicated, wait};
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{
-    BatchRecord, Cells, Holder, Kept, Piece, Range, lot_queue, new_version, write_lot,
-};
+use super::record::{BatchRecord, Holder, Kept, Piece, Range, lot_queue, new_version, write_lot};
 use super::server;
+use crate::transition::Cell;
 use crate::{Control, LOT_ROWS, NewBatch, NewLot, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Timestamp};
@@ -48,6 +47,8 @@ pub(super) struct PackedLot {
     pub(super) rows: usize,
     pub(super) indices: Vec<u8>,
     pub(super) bytes: Vec<u8>,
+    pub(super) cells: Vec<u8>,
+    in_waves: bool,
 }
 
 pub(super) fn pack(lot: &NewLot) -> Result<PackedLot> {
@@ -64,9 +65,16 @@ pub(super) fn pack(lot: &NewLot) -> Result<PackedLot> {
         number: lot.number,
         queue: lot.queue.clone(),
         rows: lot.rows.len(),
+        cells: Cell::fresh(lot.rows.len(), &lot.variants),
+        in_waves: !lot.variants.is_empty(),
         indices: form::pack_u32s(lot.rows.iter().map(|row| row.index)),
         bytes: write_lot(&lot.queue, overrides, &hashes, &form::pack_rows(&lot.rows)?),
     })
+}
+
+/// From when on a new lot may be leased, once its batch is released.
+pub(super) const fn first_due(in_waves: bool) -> i64 {
+    if in_waves { crate::HELD_BACK } else { 0 }
 }
 
 impl Inner {
@@ -96,8 +104,7 @@ impl Inner {
         commit.check(keys::batch(p, batch), None);
         commit.check(key.clone(), None);
         commit.write("SET", key.clone(), [&lot.bytes]);
-        let cells = Cells::fresh(lot.rows);
-        commit.write("SET", keys::cells(p, batch, lot.number.0), [cells]);
+        commit.write("SET", keys::cells(p, batch, lot.number.0), [&lot.cells]);
         let number = lot.number.0.to_le_bytes();
         let rows = u16::try_from(lot.rows).unwrap_or(u16::MAX).to_le_bytes();
         commit.write(
@@ -119,7 +126,7 @@ impl Inner {
             batch,
             queue: lot.queue,
             rank: 1,
-            due_at: 0,
+            due_at: first_due(lot.in_waves),
             count,
             holder: Holder::Nobody,
             token: 0,
@@ -204,7 +211,8 @@ impl Inner {
         }
         let record = first_record(&batch, now);
         for (&p, &count) in counts.iter().filter(|(p, _)| **p != HOME) {
-            self.first_copy(p, id, &record, count).await?;
+            let queued = record.released && !batch.head.is_in_waves();
+            self.first_copy(p, id, &record, (count, queued)).await?;
         }
         self.commit_home(&batch, record.clone(), counts.get(&HOME).copied(), now)
             .await?;
@@ -342,7 +350,7 @@ impl Inner {
         p: Partition,
         batch: BatchId,
         record: &BatchRecord,
-        count: u64,
+        (count, queued): (u64, bool),
     ) -> Result<()> {
         let copy = BatchRecord {
             state: BatchState::Open,
@@ -352,7 +360,7 @@ impl Inner {
         let mut commit = Commit::new(p);
         commit.check(keys::batch(p, batch), None);
         commit.write("SET", keys::batch(p, batch), [copy.write(new_version())]);
-        count_first(&mut commit, batch, count, record.released);
+        count_first(&mut commit, batch, count, queued);
         commit.write::<&[u8]>("DEL", keys::indices(p, batch), []);
         // A conflict: it is there since an earlier try.
         commit.run(self, true).await.map(drop)
@@ -387,7 +395,8 @@ impl Inner {
         let commit = &mut books.commit;
         commit.check(keys::batch(HOME, id), None);
         commit.write("SET", keys::batch(HOME, id), [record.write(new_version())]);
-        count_first(commit, id, count.unwrap_or(0), record.released);
+        let queued = record.released && !batch.head.is_in_waves();
+        count_first(commit, id, count.unwrap_or(0), queued);
         commit.write("ZADD", keys::batches(HOME), [&b"0"[..], &name]);
         commit.write("ZREM", keys::staged(HOME), [&name]);
         if record.state != BatchState::Completed {
@@ -527,13 +536,15 @@ fn first_record(batch: &NewBatch, now: Timestamp) -> BatchRecord {
         completed_at: (state == BatchState::Completed).then_some(now),
         accepted: batch.accepted,
         rejected: batch.rejected,
+        paused_at: None,
+        paused_ms: 0,
     }
 }
 
-fn count_first(commit: &mut Commit, batch: BatchId, count: u64, released: bool) {
+fn count_first(commit: &mut Commit, batch: BatchId, count: u64, queued: bool) {
     let count = i64::try_from(count).unwrap_or(i64::MAX);
     if count > 0 {
-        let waiting = if released { "queued" } else { "scheduled" };
+        let waiting = if queued { "queued" } else { "scheduled" };
         let key = keys::counters(commit.partition, batch);
         commit.count(key, &[("accepted", count), (waiting, count)], false);
     }

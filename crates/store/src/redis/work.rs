@@ -87,7 +87,9 @@ fn add(work: &mut Work, range: &Range, now: Timestamp, moment: i64) {
         Holder::Nobody | Holder::Node(_) | Holder::PutOff if due_at <= now => work.due += count,
         Holder::Nobody | Holder::Node(_) | Holder::PutOff => {
             work.later += count;
-            work.next_due = Some(work.next_due.map_or(due_at, |next| next.min(due_at)));
+            if range.due_at < crate::HELD_BACK {
+                work.next_due = Some(work.next_due.map_or(due_at, |next| next.min(due_at)));
+            }
         }
     }
 }

@@ -348,7 +348,12 @@ impl<'s, 'c> Books<'s, 'c> {
 
     /// Lets the mail of a batch leave: what was scheduled is queued.
     pub(super) fn release_batch(&mut self, mut batch: BatchRecord) -> Result<()> {
-        let ids = counter_ids(self.step.connection, batch.no)?;
+        // What has waves stays scheduled until they are released.
+        let in_waves = self.head(batch.no)?.is_in_waves();
+        let ids = match in_waves {
+            true => Vec::new(),
+            false => counter_ids(self.step.connection, batch.no)?,
+        };
         for id in ids {
             let lot = ids::any_lot(id);
             self.count(lot, |counters| {

@@ -99,8 +99,8 @@ impl Cache {
         let head: BatchHead = serde_json::from_str(&text)
             .map_err(|error| StoreError::Damaged(format!("the head of batch {no}: {error}")))?;
         let head = Arc::new(head);
-        if head.held {
-            // Its start decides when it was released.
+        if head.may_change() {
+            // Its start decides when it was released; a wave, when that leaves.
             return Ok(head);
         }
         self.heads

@@ -232,6 +232,8 @@ pub(super) fn describe(
         archived: record.archived,
         started_at: record.started_at,
         completed_at: record.completed_at,
+        paused_at: record.paused_at,
+        paused_for: std::time::Duration::from_millis(record.paused_ms),
         counters: read_counters(connection, record.no)?,
     })
 }
@@ -311,6 +313,7 @@ fn pause(
     let (no, id) = (batch.no, batch.id);
     let mut books = Books::open(step, now);
     batch.state = BatchState::Paused;
+    batch.paused_at = batch.released.then_some(now);
     books.set_batch(batch)?;
     books.batch_event(EventKind::BatchPaused, no, data);
     books.tell(&Control::Paused(id))?;
@@ -325,6 +328,10 @@ fn resume(step: &mut Step<'_>, mut batch: BatchRecord, now: Timestamp) -> Result
     let (no, id, released) = (batch.no, batch.id, batch.released);
     let mut books = Books::open(step, now);
     let due = batch.release_at <= now;
+    if let Some(at) = batch.paused_at.take() {
+        let paused = u64::try_from(now.since(at).as_millis()).unwrap_or(u64::MAX);
+        batch.paused_ms = batch.paused_ms.saturating_add(paused);
+    }
     batch.state = if released || due {
         BatchState::InProgress
     } else {

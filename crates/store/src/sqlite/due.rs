@@ -62,7 +62,10 @@ fn some_due(
     now: Timestamp,
     dry_run: bool,
 ) -> Result<(u64, Option<i64>)> {
-    let waiting = "due_at>?2 AND expires<=?2 AND id>?3 ORDER BY id LIMIT ?4";
+    let waiting = format!(
+        "due_at>?2 AND due_at<{} AND expires<=?2 AND id>?3 ORDER BY id LIMIT ?4",
+        crate::HELD_BACK
+    );
     let now_at = now.millis();
     let some = match among {
         Among::Batch(no) => ranges(

@@ -9,6 +9,7 @@ use super::readers::Reading;
 use super::record::{By, record};
 use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
 use crate::tell::{self, Told};
+use crate::transition::Cell;
 use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
 use model::{About, Event, EventKind, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -299,6 +300,23 @@ impl Telling<'_> {
         Ok(Some(block))
     }
 
+    /// The number of a recipient's variant, which its cell says.
+    fn variant(&self, head: &BatchHead, lot: LotId, position: u16) -> Result<u8> {
+        if head.variants.is_none() {
+            return Ok(0);
+        }
+        const CELL: i64 = 4;
+        let from = i64::from(position) * CELL + 1;
+        let cell: Option<Vec<u8>> = self
+            .reading
+            .connection
+            .prepare_cached("SELECT substr(data, ?2, ?3) FROM cell WHERE lot=?1")?
+            .query_row(params![lot, from, CELL], |row| row.get(0))
+            .optional()?;
+        let cell = cell.and_then(|bytes| Cell::read(&bytes));
+        Ok(cell.map_or(0, Cell::variant))
+    }
+
     fn of_recipient(
         &self,
         told: Told,
@@ -320,7 +338,7 @@ impl Telling<'_> {
             ids::nat(seq),
             recorded_at,
             head,
-            row,
+            (row, self.variant(head, lot, position)?),
         )))
     }
 }

@@ -174,11 +174,19 @@ fn take_lot(step: &mut Step<'_>, lot: &LotPiece) -> Result<()> {
     }
     let waiting = lot.waiting(&rows)?;
     let partition = lot.number.partition();
-    for (first, count) in waiting.spans {
+    for (due_at, first, count) in waiting.spans {
         execute(
             connection,
-            "INSERT INTO work (batch, partition, queue, due_at, count, lot, first) VALUES (?1, ?2, ?3, 0, ?4, ?5, ?6)",
-            params![no, partition.0, lot.queue, count, lot.number.0, first],
+            "INSERT INTO work (batch, partition, queue, due_at, count, lot, first) VALUES (?1, ?2, ?3, ?7, ?4, ?5, ?6)",
+            params![
+                no,
+                partition.0,
+                lot.queue,
+                count,
+                lot.number.0,
+                first,
+                due_at
+            ],
         )?;
     }
     for ((due_at, queue), refs) in waiting.retries {
@@ -262,7 +270,7 @@ fn finish(
     execute(
         connection,
         "UPDATE batch SET state=?2, released=?3, archived=?4, priority=?5, release_at=?6, started_at=?7, completed_at=?8,
-         accepted=?9, rejected=?10, tracking=?11, account=?12, campaign=?13, list=?14, head=?15, retired=?16 WHERE no=?1",
+         accepted=?9, rejected=?10, tracking=?11, account=?12, campaign=?13, list=?14, head=?15, retired=?16, paused_at=?17 WHERE no=?1",
         params![
             no,
             state.code(),
@@ -280,6 +288,7 @@ fn finish(
             head.list,
             batch.head,
             if batch.retired { 2 } else { 0 },
+            (state == BatchState::Paused && batch.released).then_some(now.millis()),
         ],
     )?;
     if head.priority == Priority::Transactional {

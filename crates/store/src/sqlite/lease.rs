@@ -484,6 +484,7 @@ fn hand_out(
         attempts: item.cell.attempts(),
         maybe_started: item.in_window || item.cell.maybe_started(),
         ambiguous_before: item.cell.ambiguous(),
+        variant: item.cell.variant(),
     });
     Ok(LeasedRange {
         range: RangeRef {

@@ -31,6 +31,7 @@ mod ship;
 mod stage;
 mod story;
 mod suppress;
+mod waves;
 mod work;
 mod writer;
 
@@ -40,7 +41,7 @@ use crate::{
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
     NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
     Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals, Work, WorkScope,
+    SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
@@ -322,6 +323,16 @@ impl Store for SqliteStore {
         now: Timestamp,
     ) -> Result<ChangeOutcome> {
         control::change(self.writer()?, batch, change, now).await
+    }
+
+    async fn release_wave(
+        &self,
+        batch: BatchId,
+        wave: u32,
+        how: Wave,
+        now: Timestamp,
+    ) -> Result<u64> {
+        waves::release(self.writer()?, batch, wave, how, now).await
     }
 
     async fn control(&self, after: Option<ControlCursor>) -> Result<ControlPage> {
@@ -664,6 +675,7 @@ mod tests {
             number: LotNumber::new(Partition(0), number).unwrap(),
             queue: "x.example".into(),
             rows: (0..count).map(row).collect(),
+            variants: Vec::new(),
         }
     }
 
@@ -684,6 +696,7 @@ mod tests {
             held: false,
             window: None,
             guardrails: None,
+            variants: None,
         };
         NewBatch {
             head,

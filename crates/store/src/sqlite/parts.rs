@@ -157,7 +157,8 @@ pub(super) fn commit(step: &mut Step<'_>, ended: &EndedPart, now: Timestamp) -> 
         .checked_add(total)
         .ok_or_else(|| StoreError::Refused("more than 2^32 recipients".into()))?;
     write_map(step.connection, no, first, until)?;
-    let counts = add_ranges(step.connection, &batch)?;
+    let in_waves = step.cache.head(step.connection, no)?.is_in_waves();
+    let counts = add_ranges(step.connection, &batch, in_waves)?;
     if counts.iter().map(|(_, count)| count).sum::<u64>() != ended.accepted {
         return Err(StoreError::Refused(format!(
             "a part of batch {}: {counts:?} recipients are staged, {} are said to be",
@@ -213,7 +214,11 @@ fn write_map(connection: &Connection, no: BatchNo, first: u32, until: u32) -> Re
 }
 
 /// Makes ranges of the staged lots; how many recipients each partition got.
-fn add_ranges(connection: &Connection, batch: &BatchRecord) -> Result<Vec<(i64, u64)>> {
+fn add_ranges(
+    connection: &Connection,
+    batch: &BatchRecord,
+    in_waves: bool,
+) -> Result<Vec<(i64, u64)>> {
     let (from, to) = ids::lot_range(batch.no);
     let rank = if batch.transactional {
         TRANSACTIONAL
@@ -223,10 +228,16 @@ fn add_ranges(connection: &Connection, batch: &BatchRecord) -> Result<Vec<(i64, 
     connection
         .prepare_cached(
             "INSERT INTO work (batch, partition, queue, rank, due_at, count, lot, first)
-             SELECT ?1, (id >> 24) & 255, queue, ?4, 0, count, id & 4294967295, 0 FROM lot
+             SELECT ?1, (id >> 24) & 255, queue, ?4, ?5, count, id & 4294967295, 0 FROM lot
              WHERE id IN (SELECT lot FROM staged WHERE lot BETWEEN ?2 AND ?3)",
         )?
-        .execute(params![batch.no, from, to, rank])?;
+        .execute(params![
+            batch.no,
+            from,
+            to,
+            rank,
+            stage::first_due(in_waves)
+        ])?;
     let mut sql = connection.prepare_cached(
         "SELECT (id >> 24) & 255, SUM(count) FROM lot
          WHERE id IN (SELECT lot FROM staged WHERE lot BETWEEN ?1 AND ?2) GROUP BY 1",

@@ -214,7 +214,7 @@ impl Found {
     /// Looks at the next range of the group, in order of due time.
     fn look(&mut self, (due_at, expires): (i64, i64), count: u64, now: i64) {
         if due_at > now {
-            self.next = Some(due_at);
+            self.next = Some(due_at).filter(|at| *at < crate::HELD_BACK);
             self.done = true;
         } else if expires <= now {
             self.due += count;

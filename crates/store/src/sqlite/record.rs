@@ -20,6 +20,8 @@ pub(super) struct BatchRecord {
     pub(super) release_at: Timestamp,
     pub(super) started_at: Option<Timestamp>,
     pub(super) completed_at: Option<Timestamp>,
+    pub(super) paused_at: Option<Timestamp>,
+    pub(super) paused_ms: u64,
     pub(super) tracking: TrackingMode,
     pub(super) transactional: bool,
 }
@@ -42,7 +44,7 @@ impl BatchRecord {
 
 /// Reads what of a batch can change; `None` when there is no such committed batch.
 pub(super) fn record(connection: &rusqlite::Connection, by: By) -> Result<Option<BatchRecord>> {
-    let columns = "SELECT no, id, state, released, archived, release_at, started_at, completed_at, tracking, priority FROM batch WHERE state < 99 AND";
+    let columns = "SELECT no, id, state, released, archived, release_at, started_at, completed_at, tracking, priority, paused_at, paused_ms FROM batch WHERE state < 99 AND";
     let (sql, key): (_, &dyn rusqlite::ToSql) = match &by {
         By::No(no) => (format!("{columns} no=?1"), no),
         By::Id(id) => (format!("{columns} id=?1"), id),
@@ -74,13 +76,15 @@ fn read_record(row: &rusqlite::Row<'_>) -> rusqlite::Result<BatchRecord> {
         completed_at: row.get::<_, Option<i64>>(7)?.map(ids::time),
         tracking: TrackingMode::from_code(row.get(8)?).unwrap_or(TrackingMode::Off),
         transactional: row.get::<_, u8>(9)? == model::Priority::Transactional.code(),
+        paused_at: row.get::<_, Option<i64>>(10)?.map(ids::time),
+        paused_ms: ids::nat(row.get(11)?),
     })
 }
 
 /// Writes what of a batch can change.
 pub(super) fn save_record(connection: &rusqlite::Connection, batch: &BatchRecord) -> Result<()> {
     connection
-        .prepare_cached("UPDATE batch SET state=?2, released=?3, archived=?4, started_at=?5, completed_at=?6 WHERE no=?1")?
+        .prepare_cached("UPDATE batch SET state=?2, released=?3, archived=?4, started_at=?5, completed_at=?6, paused_at=?7, paused_ms=?8 WHERE no=?1")?
         .execute(params![
             batch.no,
             batch.state.code(),
@@ -88,6 +92,8 @@ pub(super) fn save_record(connection: &rusqlite::Connection, batch: &BatchRecord
             batch.archived,
             batch.started_at.map(Timestamp::millis),
             batch.completed_at.map(Timestamp::millis),
+            batch.paused_at.map(Timestamp::millis),
+            ids::int(batch.paused_ms),
         ])?;
     Ok(())
 }

@@ -34,6 +34,7 @@ pub(super) struct PackedLot {
     emails: Vec<String>,
     indices: Vec<u8>,
     packed: Vec<u8>,
+    variants: Vec<u8>,
 }
 
 /// Packs a lot; refuses one that breaks the rules of a lot.
@@ -49,6 +50,7 @@ pub(super) fn pack(lot: NewLot) -> Result<PackedLot> {
         emails: lot.rows.iter().map(|row| row.email.normalised()).collect(),
         indices: form::pack_u32s(lot.rows.iter().map(|row| row.index)),
         packed: form::pack_rows(&lot.rows)?,
+        variants: lot.variants,
         queue: lot.queue,
     })
 }
@@ -86,9 +88,7 @@ pub(super) fn write_lots(
         connection
             .prepare_cached("INSERT INTO staged VALUES (?1, ?2)")?
             .execute(params![id, lot.indices])?;
-        let cells = crate::transition::Cell::NEW
-            .to_bytes()
-            .repeat(lot.emails.len());
+        let cells = crate::transition::Cell::fresh(lot.emails.len(), &lot.variants);
         connection
             .prepare_cached("INSERT INTO cell VALUES (?1, ?2)")?
             .execute(params![id, cells])?;
@@ -96,10 +96,22 @@ pub(super) fn write_lots(
             continue;
         }
         connection
-            .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, lot, first) VALUES (?1, ?2, ?3, 0, ?4, ?5, 0)")?
-            .execute(params![no, lot.number.partition().0, lot.queue, lot.count, lot.number.0])?;
+            .prepare_cached("INSERT INTO work (batch, partition, queue, due_at, count, lot, first) VALUES (?1, ?2, ?3, ?6, ?4, ?5, 0)")?
+            .execute(params![
+                no,
+                lot.number.partition().0,
+                lot.queue,
+                lot.count,
+                lot.number.0,
+                first_due(!lot.variants.is_empty()),
+            ])?;
     }
     Ok(())
+}
+
+/// From when on a new lot may be leased, once its batch is released.
+pub(super) const fn first_due(in_waves: bool) -> i64 {
+    if in_waves { crate::HELD_BACK } else { 0 }
 }
 
 /// Whether this lot is staged already: whoever got no answer asks again.
@@ -248,7 +260,7 @@ fn finish(step: &mut Step<'_>, no: BatchNo, batch: &NewBatch, now: Timestamp) ->
         (_, false) => BatchState::Scheduled,
     };
     write_batch(step.connection, no, batch, state, released, now)?;
-    write_first_counters(step, no, released)?;
+    write_first_counters(step, no, released && !batch.head.is_in_waves())?;
     let mut books = Books::open(step, now);
     let accepted =
         json!({ "first_index": 0, "count": batch.accepted, "rejected_count": batch.rejected });
@@ -321,7 +333,7 @@ fn write_batch(
     Ok(())
 }
 
-fn write_first_counters(step: &mut Step<'_>, no: BatchNo, released: bool) -> Result<()> {
+fn write_first_counters(step: &mut Step<'_>, no: BatchNo, queued: bool) -> Result<()> {
     let (first, last) = ids::lot_range(no);
     let mut sql = step.connection.prepare_cached(
         "SELECT (id >> 24) & 255, SUM(count) FROM lot WHERE id BETWEEN ?1 AND ?2 GROUP BY 1",
@@ -331,8 +343,8 @@ fn write_first_counters(step: &mut Step<'_>, no: BatchNo, released: bool) -> Res
         let (partition, count) = (model::Partition(sum.0), ids::nat(sum.1));
         let counters = Counters {
             accepted: count,
-            queued: if released { count } else { 0 },
-            scheduled: if released { 0 } else { count },
+            queued: if queued { count } else { 0 },
+            scheduled: if queued { 0 } else { count },
             ..Counters::default()
         };
         let data = step

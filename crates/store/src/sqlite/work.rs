@@ -54,7 +54,10 @@ pub(super) fn work(
             release_at: ids::time(row.get(4)?),
             due: ids::nat(row.get(5)?),
             later: ids::nat(row.get(6)?),
-            next_due: row.get::<_, Option<i64>>(7)?.map(ids::time),
+            next_due: row
+                .get::<_, Option<i64>>(7)?
+                .filter(|at| *at < crate::HELD_BACK)
+                .map(ids::time),
             held: holders.remove(&(queue.clone(), no)).unwrap_or_default(),
             queue,
         });

@@ -81,6 +81,7 @@ async fn submit(store: &dyn Store, people: u32) -> BatchId {
                     number: LotNumber::new(Partition(0), number).expect("few lots"),
                     queue: format!("d{domain}.example").into(),
                     rows: std::mem::take(rows),
+                    variants: Vec::new(),
                 });
                 number += 1;
             }
@@ -106,6 +107,7 @@ async fn submit(store: &dyn Store, people: u32) -> BatchId {
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     };
     let batch = NewBatch {
         head,

@@ -151,6 +151,7 @@ pub(crate) async fn submit(store: &SqliteStore, id: BatchId) -> store::Result<()
         number: LotNumber::new(Partition(0), 0).expect("a number"),
         queue: "x.example".into(),
         rows: (0..ROWS).map(row).collect(),
+        variants: Vec::new(),
     };
     store.stage_lots(id, vec![lot]).await?;
     let head = BatchHead {
@@ -169,6 +170,7 @@ pub(crate) async fn submit(store: &SqliteStore, id: BatchId) -> store::Result<()
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
     };
     let batch = NewBatch {
         head,

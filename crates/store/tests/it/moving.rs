@@ -4,6 +4,7 @@ use crate::fixture::{Redis, Sqlite};
 use store::StoreError;
 use store::conformance::{
     Fixture, a_store_moves, a_store_moves_while_it_sends, half_an_import_is_no_store,
+    what_is_held_back_moves_as_it_is,
 };
 use store::sqlite::Role;
 
@@ -49,6 +50,20 @@ async fn a_store_that_was_filled_by_half_is_refused() {
         matches!(&refused, Err(StoreError::Refused(why)) if why.contains("import")),
         "{refused:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_for_its_wave() {
+    for (from, to) in [
+        (
+            &Sqlite::new(4) as &dyn Fixture,
+            &Redis::single(4) as &dyn Fixture,
+        ),
+        (&Redis::single(4), &Sqlite::new(4)),
+    ] {
+        let moved = what_is_held_back_moves_as_it_is(from, to).await;
+        moved.expect("the stores answer");
+    }
 }
 
 #[tokio::test]

@@ -70,6 +70,7 @@ async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<Bat
             number: LotNumber::new(Partition(0), number).expect("few lots"),
             queue: QUEUE.into(),
             rows: rows.to_vec(),
+            variants: Vec::new(),
         });
     store.stage_lots(id, lots.collect()).await?;
     let head = BatchHead {
@@ -86,6 +87,7 @@ async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<Bat
         held: false,
         window: None,
         guardrails: None,
+        variants: None,
         pool: None,
         rate: model::units::Rate::Unlimited,
     };

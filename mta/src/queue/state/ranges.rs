@@ -103,6 +103,7 @@ impl QueueState {
                 ambiguous_before: one.ambiguous_before,
                 profile,
                 shut_at,
+                variant: one.variant,
             };
             let waiting = Waiting {
                 item: Arc::new(item),

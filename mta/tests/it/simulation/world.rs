@@ -528,6 +528,7 @@ impl World {
                 opened: None,
                 clicked: None,
                 domain: None,
+                with_variant: false,
             };
             let mut query = query;
             loop {
