@@ -450,7 +450,8 @@ async fn variants_are_judged_one_by_one() {
     // What every variant has, the batch need not have; a missing variable of any variant rejects.
     let mut own = tested(2, json!({"wait": "1h"}));
     let fields = own.as_object_mut().expect("an object");
-    (fields.remove("subject"), fields.remove("html"));
+    fields.remove("subject");
+    fields.remove("html");
     own["variants"] = json!([
         {"name": "A", "subject": "a", "text": "a"},
         {"name": "B", "subject": "b {{ points }}", "text": "b"},
