@@ -158,43 +158,7 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
     ));
     let sending = sending.await.context("sending")?;
     end_when_lost(&sending, &deps);
-    let keeping = Keeping {
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        metrics: Arc::clone(&deps.metrics),
-        node: journal.id(),
-        retention: config.retention.clone(),
-    };
-    drop(
-        deps.tasks
-            .spawn("keeping", keeping.run(deps.shutdown.clone())),
-    );
-    let mailboxes = Mailboxes {
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        node: journal.id(),
-    };
-    let run = mailboxes.run(deps.shutdown.clone());
-    drop(deps.tasks.spawn("mailboxes", run));
-    let testing = Testing::new(TestingDeps {
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        metrics: Arc::clone(&deps.metrics),
-        node: journal.id(),
-    });
-    drop(
-        deps.tasks
-            .spawn("abtests", testing.run(deps.shutdown.clone())),
-    );
-    let engagement = Engagement {
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        node: journal.id(),
-        rules: Arc::clone(&shared.engagement),
-        settle: config.tracker.settle,
-    };
-    let run = engagement.run(deps.shutdown.clone());
-    drop(deps.tasks.spawn("engagement", run));
+    start_jobs(config, &deps, &shared, journal.id());
     let explainer = Explainer {
         store: Arc::clone(&deps.store),
         sending: sending.clone(),
@@ -248,6 +212,45 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         metrics: Arc::clone(&deps.metrics),
         tasks: deps.tasks.clone(),
     })
+}
+
+/// What one node at a time does beside sending.
+fn start_jobs(config: &Config, deps: &Deps, shared: &Shared, node: JournalId) {
+    let keeping = Keeping {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        node,
+        retention: config.retention.clone(),
+    };
+    drop(
+        deps.tasks
+            .spawn("keeping", keeping.run(deps.shutdown.clone())),
+    );
+    let mailboxes = Mailboxes {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        node,
+    };
+    let run = mailboxes.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("mailboxes", run));
+    let testing = Testing::new(TestingDeps {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
+        node,
+    });
+    let run = testing.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("abtests", run));
+    let engagement = Engagement {
+        store: Arc::clone(&deps.store),
+        clock: deps.clock.clone(),
+        node,
+        rules: Arc::clone(&shared.engagement),
+        settle: config.tracker.settle,
+    };
+    let run = engagement.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("engagement", run));
 }
 
 fn sending_deps(
