@@ -107,7 +107,14 @@ pub(crate) fn of_batch(facts: &BatchFacts, node: &NodeFacts) -> Explanation {
         chain.extend(content(facts.view.map(|view| view.content)));
         chain.extend(explanation.constraint.take());
     }
-    if facts.mixed.unfinished() > 0 {
+    let has_parts = groups.iter().any(|(_, group)| group.recipients.all() > 0);
+    let mixed = &facts.mixed;
+    if chain.is_empty() && !has_parts && mixed.later > 0 && mixed.later == mixed.unfinished() {
+        explanation.state = State::Waiting;
+        explanation.next_at = mixed.next_due;
+        chain.extend(absent(mixed));
+    }
+    if mixed.unfinished() > 0 {
         let of_several = "recipients in lots of several small domains go to destinations that are not known before their turn";
         explanation
             .unknown

@@ -410,7 +410,10 @@ mod tests {
             (Finding::TooLate(None), None, None),
             // spam
             (
-                refused(550, "5.7.1 Message rejected as spam by content filtering"),
+                refused(
+                    550,
+                    "5.7.1 This message is likely unsolicited email. To reduce the amount of spam sent to us, this message has been blocked.",
+                ),
                 None,
                 Some(Spam),
             ),

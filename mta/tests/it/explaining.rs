@@ -425,6 +425,10 @@ async fn a_send_window_lets_through_whose_day_it_is() {
     assert_eq!(accepted["rejected"][0]["index"], 2, "{accepted}");
     assert_eq!(accepted["rejected"][0]["code"], "invalid_vars");
     let id = accepted["id"].as_str().expect("an id").to_owned();
+    until(&service, &format!("/v1/batches/{id}"), |found| {
+        found["counters"]["delivered"] == 2
+    })
+    .await;
     let why = until(&service, &format!("/v1/why?batch={id}"), |why| {
         why["constraint"]["kind"] == "send_window"
     })

@@ -12,7 +12,12 @@ use crate::station::{Ahead, Station, people};
 #[tokio::test]
 async fn a_window_that_shuts_while_a_batch_is_sent_keeps_the_rest_until_it_opens() {
     let peer = SmtpPeer::start(Temper::accepting()).await.expect("a peer");
-    let mut station = Station::towards(&peer, "", "rate = \"20/s\"\nadaptive = false").await;
+    let mut station = Station::towards(
+        &peer,
+        "",
+        "rate = \"20/s\"\nadaptive = false\nexpire = \"72h\"",
+    )
+    .await;
     let window = SendWindow {
         from: 9 * 60,
         to: 21 * 60,
@@ -25,7 +30,9 @@ async fn a_window_that_shuts_while_a_batch_is_sent_keeps_the_rest_until_it_opens
     station.clock = Arc::new(Ahead(closes_at.since(now) - before));
     let shut = window.clone();
     let batch = station
-        .submit_as(&people("x.example", 120), |head| head.window = Some(shut))
+        .submit_as(&people("x.example", 120), |head| {
+            (head.window, head.release_at) = (Some(shut), closes_at - before);
+        })
         .await;
     let running = station.start().await;
     let opens_at = window.opens_at(None, closes_at);

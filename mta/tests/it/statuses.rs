@@ -15,8 +15,8 @@ async fn service(peer: &SmtpPeer, profile: &str) -> Service {
     let own = format!("{account}    status_profile = {profile:?}\n");
     std::fs::write(home.config_file(), config.replace(account, &own)).expect("written");
     let shaping = format!(
-        "[default]\nrate = \"unlimited\"\nadaptive = false\nretry = [\"10s\"]\nexpire = \"2s\"\n\
-         [mx]\n\"*\" = \"{}\"\n",
+        "[default]\nrate = \"unlimited\"\nadaptive = false\nretry = [\"10s\"]\n\
+         [domain.\"brief.example\"]\nretry = [\"10s\"]\nexpire = \"2s\"\n[mx]\n\"*\" = \"{}\"\n",
         peer.address()
     );
     std::fs::write(home.config_file().with_file_name("shaping.toml"), shaping).expect("written");
@@ -76,7 +76,7 @@ const PEOPLE: [&str; 7] = [
     "full@x.example",
     "policy@x.example",
     "spam@x.example",
-    "later@x.example",
+    "later@brief.example",
 ];
 
 const STATUSES: [&str; 7] = [
@@ -89,8 +89,8 @@ const STATUSES: [&str; 7] = [
     "temporary_error",
 ];
 
-/// Sends twice to everybody: who is stopped the second time, and why.
-async fn stopped_by(profile: &str) -> (Service, Vec<Option<String>>) {
+/// Sends twice to everybody: who is stopped the second time, and why. The peer goes on.
+async fn stopped_by(profile: &str) -> (SmtpPeer, Service, Vec<Option<String>>) {
     let peer = SmtpPeer::start(temper()).await.expect("a peer");
     let service = service(&peer, profile).await;
     let fresh = get(&service, "/v1/recipients/well@x.example").await;
@@ -126,7 +126,7 @@ async fn stopped_by(profile: &str) -> (Service, Vec<Option<String>>) {
         assert_eq!(second, expected, "{email}: {person}");
         stopped.push(reason);
     }
-    (service, stopped)
+    (peer, service, stopped)
 }
 
 fn reasons<const N: usize>(of: [&str; N]) -> Vec<Option<String>> {
@@ -137,7 +137,7 @@ fn reasons<const N: usize>(of: [&str; N]) -> Vec<Option<String>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_default_profile_stops_the_dead_and_a_mailbox_that_is_full_three_times() {
-    let (service, stopped) = stopped_by("default").await;
+    let (_peer, service, stopped) = stopped_by("default").await;
     let expected = ["", "invalid_address", "inactive", "", "", "", ""];
     assert_eq!(stopped, reasons(expected));
     let (_, third) = send(&service, &["full@x.example"]).await;
@@ -175,7 +175,7 @@ async fn the_default_profile_stops_the_dead_and_a_mailbox_that_is_full_three_tim
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_profile_satori_stops_whoever_was_refused_for_good() {
-    let (service, stopped) = stopped_by("satori").await;
+    let (_peer, service, stopped) = stopped_by("satori").await;
     let expected = [
         "",
         "invalid_address",
