@@ -9,6 +9,7 @@ use service::config::{self, Config, Environment, StoreUrl};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Signals, Tasks, supervise};
 use store::Store;
+use store::late::{self, Assumed};
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 
@@ -36,7 +37,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     config.make_data_dir()?;
     let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
     let deps = Deps {
-        store: open_store(&config.store).await?,
+        store: open_store_or_wait(&config.store, &tasks, &shutdown).await?,
         metrics: Arc::new(Metrics::new()),
         clock: SystemClock::shared(),
         tasks: tasks.clone(),
@@ -46,6 +47,38 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     supervise(&tasks, &shutdown, &mut signals, PATIENCE, || mta.reload()).await?;
     tracing::info!("the MTA has ended");
     Ok(())
+}
+
+/// Opens the store that the configuration names; one that is away is opened when it comes, by a
+/// task, and is unavailable until then.
+///
+/// # Errors
+/// When it cannot be used: [`store::StoreError`] says why.
+pub async fn open_store_or_wait(
+    config: &config::Store,
+    tasks: &Tasks,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Arc<dyn Store>> {
+    let StoreUrl::Redis(redis) = &config.url else {
+        // A file is there or not; waiting would not bring it.
+        return open_store(config).await;
+    };
+    let options = redis_options(config, redis, Role::Mta)?;
+    let assumed = Assumed {
+        partitions: config.partitions,
+        is_shared: true,
+    };
+    let opened = late::open_now_or_later(assumed, move || open_redis(options.clone())).await?;
+    if let Some(waiting) = opened.waiting {
+        let shutdown = shutdown.clone();
+        drop(tasks.spawn("store-open", async move {
+            tokio::select! {
+                () = waiting => {}
+                () = shutdown.begun() => {}
+            }
+        }));
+    }
+    Ok(opened.store)
 }
 
 /// Opens the store that the configuration names.
@@ -74,21 +107,34 @@ pub async fn open_store_as(config: &config::Store, role: Role) -> anyhow::Result
             Ok(Arc::new(store))
         }
         StoreUrl::Redis(redis) => {
-            let mut url = RedisUrl::parse(redis.url.reveal())?;
-            if let Some(file) = &config.ca_file {
-                url.believe(file)?;
-            }
-            url.sentinel_user.clone_from(&config.sentinel_username);
-            let password = config.sentinel_password.as_ref();
-            url.sentinel_password = password.map(|text| text.reveal().to_owned());
-            let options = RedisOptions {
-                url,
-                partitions: config.partitions,
-                role,
-                require_durable: config.require_durable,
-                clock: Clock::Server,
-            };
-            Ok(Arc::new(RedisStore::open(options).await?))
+            let options = redis_options(config, redis, role)?;
+            // On the heap: a deep future, which makes those of all callers deep.
+            Ok(Box::pin(open_redis(options)).await?)
         }
     }
+}
+
+async fn open_redis(options: RedisOptions) -> store::Result<Arc<dyn Store>> {
+    Ok(Arc::new(RedisStore::open(options).await?))
+}
+
+fn redis_options(
+    config: &config::Store,
+    redis: &config::Redis,
+    role: Role,
+) -> store::Result<RedisOptions> {
+    let mut url = RedisUrl::parse(redis.url.reveal())?;
+    if let Some(file) = &config.ca_file {
+        url.believe(file)?;
+    }
+    url.sentinel_user.clone_from(&config.sentinel_username);
+    let password = config.sentinel_password.as_ref();
+    url.sentinel_password = password.map(|text| text.reveal().to_owned());
+    Ok(RedisOptions {
+        url,
+        partitions: config.partitions,
+        role,
+        require_durable: config.require_durable,
+        clock: Clock::Server,
+    })
 }

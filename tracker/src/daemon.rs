@@ -5,10 +5,11 @@ use service::clock::SystemClock;
 use service::config::{self, Config, Environment, StoreUrl};
 use service::logging::{self, LoggingError};
 use service::metrics::Metrics;
-use service::tasks::{EndedBadly, Shutdown, Signals, Tasks, supervise};
+use service::tasks::{EndedBadly, Shutdown, Signals, Stage, Tasks, supervise};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use store::late::{self, Assumed};
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 use store::{Store, StoreError};
@@ -54,7 +55,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     let tasks = Tasks::new();
     let shutdown = Shutdown::new();
     let deps = Deps {
-        store: open_store(&config.store).await?,
+        store: open_store(&config.store, &tasks, &shutdown).await?,
         metrics: Arc::new(Metrics::new()),
         clock: SystemClock::shared(),
         tasks: tasks.clone(),
@@ -67,32 +68,59 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     Ok(())
 }
 
-async fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError> {
-    match &config.url {
+/// Opens the store; one that is away is opened when it comes, by a task. Links do not wait for it.
+async fn open_store(
+    config: &config::Store,
+    tasks: &Tasks,
+    shutdown: &Shutdown,
+) -> Result<Arc<dyn Store>, StoreError> {
+    let redis = match &config.url {
+        StoreUrl::Redis(redis) => redis,
         StoreUrl::Sqlite(path) => {
             let options = SqliteOptions {
                 path: path.clone(),
                 partitions: config.partitions,
                 role: Role::Tracker,
             };
-            Ok(Arc::new(SqliteStore::open(options).await?))
+            // A file is there or not; waiting would not bring it.
+            return Ok(Arc::new(SqliteStore::open(options).await?));
         }
-        StoreUrl::Redis(redis) => {
-            let mut url = RedisUrl::parse(redis.url.reveal())?;
-            if let Some(file) = &config.ca_file {
-                url.believe(file)?;
-            }
-            url.sentinel_user.clone_from(&config.sentinel_username);
-            let password = config.sentinel_password.as_ref();
-            url.sentinel_password = password.map(|text| text.reveal().to_owned());
-            let options = RedisOptions {
-                url,
-                partitions: config.partitions,
-                role: Role::Tracker,
-                require_durable: config.require_durable,
-                clock: Clock::Server,
-            };
-            Ok(Arc::new(RedisStore::open(options).await?))
-        }
+    };
+    let mut url = RedisUrl::parse(redis.url.reveal())?;
+    if let Some(file) = &config.ca_file {
+        url.believe(file)?;
     }
+    url.sentinel_user.clone_from(&config.sentinel_username);
+    let password = config.sentinel_password.as_ref();
+    url.sentinel_password = password.map(|text| text.reveal().to_owned());
+    let options = RedisOptions {
+        url,
+        partitions: config.partitions,
+        role: Role::Tracker,
+        require_durable: config.require_durable,
+        clock: Clock::Server,
+    };
+    let assumed = Assumed {
+        partitions: config.partitions,
+        is_shared: true,
+    };
+    let opened = late::open_now_or_later(assumed, move || {
+        let options = options.clone();
+        async move {
+            let store: Arc<dyn Store> = Arc::new(RedisStore::open(options).await?);
+            Ok(store)
+        }
+    });
+    let opened = opened.await?;
+    if let Some(waiting) = opened.waiting {
+        let shutdown = shutdown.clone();
+        drop(tasks.spawn("store-open", async move {
+            tokio::select! {
+                () = waiting => {}
+                // To the last moment: what was answered is shipped at the end if the store comes.
+                () = shutdown.reached(Stage::Close) => {}
+            }
+        }));
+    }
+    Ok(opened.store)
 }

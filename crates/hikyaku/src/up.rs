@@ -85,7 +85,7 @@ impl Running {
         let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
         config.make_data_dir()?;
         let (store, metrics) = (
-            mta::daemon::open_store(&config.store).await?,
+            mta::daemon::open_store_or_wait(&config.store, &tasks, &shutdown).await?,
             Arc::new(Metrics::new()),
         );
         let clock = SystemClock::shared();

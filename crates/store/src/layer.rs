@@ -47,6 +47,26 @@ pub trait Layer: Send + Sync + 'static {
         self.inner().changed(after, at_most).await;
     }
 
+    /// Stands for [`Store::partitions`].
+    fn partitions_known(&self) -> u16 {
+        self.inner().partitions()
+    }
+
+    /// Stands for [`Store::is_shared`].
+    fn is_shared_known(&self) -> bool {
+        self.inner().is_shared()
+    }
+
+    /// Stands for [`Store::is_open`].
+    fn is_open_now(&self) -> bool {
+        self.inner().is_open()
+    }
+
+    /// Stands for [`Store::caveat`].
+    fn caveat_known(&self) -> Option<String> {
+        self.inner().caveat()
+    }
+
     /// Comes after each call that can fail; an error takes the place of its answer, as when a
     /// network loses it.
     async fn after(&self, call: &'static str) -> Result<()> {
@@ -70,7 +90,11 @@ async fn around<'a, L: Layer, T: Send + 'static>(
 #[async_trait]
 impl<L: Layer> Store for L {
     fn partitions(&self) -> u16 {
-        self.inner().partitions()
+        self.partitions_known()
+    }
+
+    fn is_open(&self) -> bool {
+        self.is_open_now()
     }
 
     async fn stage_lots(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
@@ -370,7 +394,7 @@ impl<L: Layer> Store for L {
     }
 
     fn is_shared(&self) -> bool {
-        self.inner().is_shared()
+        self.is_shared_known()
     }
 
     async fn shares(&self, request: ShareRequest) -> Result<Vec<Share>> {
@@ -390,6 +414,6 @@ impl<L: Layer> Store for L {
     }
 
     fn caveat(&self) -> Option<String> {
-        self.inner().caveat()
+        self.caveat_known()
     }
 }

@@ -25,6 +25,7 @@ mod describe;
 mod erased;
 mod form;
 mod hours;
+pub mod late;
 mod layer;
 mod recent;
 pub mod redis;
@@ -67,6 +68,13 @@ pub type Result<T> = std::result::Result<T, StoreError>;
 pub trait Store: Send + Sync + 'static {
     /// In how many partitions recipients live (1 to 256); fixed when the store was made.
     fn partitions(&self) -> u16;
+
+    /// Whether it has been reached since the process started. Only one that stands for a store
+    /// which has not come yet says no ([`late`]): then [`Store::partitions`] is a guess by which
+    /// nothing may be made. What is open stays so.
+    fn is_open(&self) -> bool {
+        true
+    }
 
     // ---- intake -------------------------------------------------------------------------
 

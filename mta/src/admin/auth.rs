@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use aws_lc_rs::{constant_time, digest, rand};
 use axum::extract::FromRequestParts;
 use axum::http::header::AUTHORIZATION;
@@ -27,7 +27,8 @@ pub(crate) struct Keys {
     /// Of the file, or the one made at first start.
     configured: Vec<Key>,
     /// Made over the API.
-    added: ArcSwap<Vec<Key>>,
+    /// `None`: they have not been read yet.
+    added: ArcSwapOption<Vec<Key>>,
 }
 
 pub(crate) struct Key {
@@ -99,7 +100,7 @@ impl Keys {
     fn of(configured: Vec<Key>) -> Self {
         Self {
             configured,
-            added: ArcSwap::default(),
+            added: ArcSwapOption::empty(),
         }
     }
 
@@ -110,7 +111,12 @@ impl Keys {
 
     /// Takes the keys made over the API, in place of those before.
     pub(crate) fn set_added(&self, added: Vec<Key>) {
-        self.added.store(Arc::new(added));
+        self.added.store(Some(Arc::new(added)));
+    }
+
+    /// Whether those made over the API are known.
+    fn are_read(&self) -> bool {
+        self.added.load().is_some()
     }
 
     /// Whose key it is. Takes the same time whichever it is.
@@ -118,7 +124,11 @@ impl Keys {
         let hash = sha256(key);
         let mut found = None;
         let added = self.added.load();
-        for known in self.configured.iter().chain(added.iter()) {
+        for known in self
+            .configured
+            .iter()
+            .chain(added.iter().flat_map(|added| added.iter()))
+        {
             if constant_time::verify_slices_are_equal(&known.hash, &hash).is_ok() {
                 found = Some(&known.caller);
             }
@@ -231,9 +241,14 @@ fn authorise(parts: &Parts, keys: &Keys, scope: Scope) -> Answer<Caller> {
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .map(|(_, key)| key.trim())
         .ok_or_else(|| unauthorized("the header Authorization is not of the form Bearer KEY"))?;
-    let caller = keys
-        .caller(key)
-        .ok_or_else(|| unauthorized("the key is not known"))?;
+    let caller = keys.caller(key).ok_or_else(|| match keys.are_read() {
+        true => unauthorized("the key is not known"),
+        // It may be a good one, whose owner must not think that it was taken away.
+        false => Refusal::new(
+            Code::Unavailable,
+            "keys have not been read from the store yet",
+        ),
+    })?;
     if !caller.may(scope) {
         let detail = format!("the key lacks the scope {}", scope.as_str());
         return Err(Refusal::new(Code::ForbiddenScope, detail));

@@ -18,7 +18,7 @@ use service::clock::SharedClock;
 use service::config::{Account, Pool};
 use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
-use store::{CallKey, EndedCall, NewBatch, NewLot, Store};
+use store::{CallKey, EndedCall, NewBatch, NewLot, Store, StoreError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -215,6 +215,7 @@ impl Intake {
     /// # Errors
     /// The refusal that a submission would get.
     pub(crate) async fn dry_run(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Checked> {
+        self.must_be_open()?;
         let received = self.receive(body, &by).await?;
         let received = self.followed(received, &by).await?;
         let (id, now) = (self.new_id()?, self.clock.now());
@@ -257,6 +258,7 @@ impl Intake {
     /// # Errors
     /// The refusal; then nothing of the batch is there.
     pub(crate) async fn submit(self: &Arc<Self>, body: Body, by: Submitter) -> Answer<Submitted> {
+        self.must_be_open()?;
         let mut received = self.receive(body, &by).await?;
         let media = by.form.media;
         if media == Media::Message {
@@ -278,6 +280,14 @@ impl Intake {
         match media {
             Media::Message => submitted.map_err(single::as_written),
             _ => submitted,
+        }
+    }
+
+    /// A store that has not come yet says nothing about its partitions, by which lots are made.
+    fn must_be_open(&self) -> Answer<()> {
+        match self.store.is_open() {
+            true => Ok(()),
+            false => Err(StoreError::Unavailable("it has not come yet".to_owned()).into()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The admin listener: health and metrics, for the operator's network only.
 
 use super::Answer;
-use super::server::Answers;
+use super::server::{Answers, Client};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -11,19 +11,19 @@ use journal::Journal;
 use service::http::{Check, Health};
 use service::metrics::{self, Metrics};
 use service::tasks::Shutdown;
-use std::net::IpAddr;
 use std::sync::Arc;
+use store::Store;
 
 /// What the admin listener shows.
-#[derive(Debug)]
 pub(crate) struct Admin {
+    pub(crate) store: Arc<dyn Store>,
     pub(crate) journal: Journal,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) shutdown: Shutdown,
 }
 
 impl Answers for Admin {
-    async fn answer(&self, request: Request<Incoming>, _peer: IpAddr) -> Answer {
+    async fn answer(&self, request: Request<Incoming>, _client: Client) -> Answer {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
             let headers = answer.headers_mut();
@@ -32,7 +32,7 @@ impl Answers for Admin {
         }
         match request.uri().path() {
             "/healthz" => health(&Health::of(Vec::new())),
-            "/readyz" => health(&self.readiness()),
+            "/readyz" => health(&self.readiness().await),
             "/metrics" => {
                 let page = self.metrics.render();
                 with_type(StatusCode::OK, metrics::CONTENT_TYPE, page.into_bytes())
@@ -43,9 +43,11 @@ impl Answers for Admin {
 }
 
 impl Admin {
-    /// Ready is who can answer links and keep hits. The store has no say: while it is away, hits
-    /// wait in the journal, and taking the tracker out of service would break every link.
-    fn readiness(&self) -> Health {
+    /// Ready is who can answer links and keep hits. A store that has gone away has no say: hits wait
+    /// in the journal, and taking the tracker out of service would break every link. Only one that
+    /// has never seen its store yet is not ready, though it serves: whoever rolls out a wrong
+    /// address sees it before the trackers that work are gone.
+    async fn readiness(&self) -> Health {
         let check = |name, ok, detail: &str| Check {
             name,
             ok,
@@ -53,7 +55,17 @@ impl Admin {
         };
         let ending = self.shutdown.has_begun();
         let mut store = check("store", true, "");
-        if self.metrics.store_up.get() == 0 {
+        if !self.store.is_open() {
+            let why = match self.store.check().await {
+                Ok(()) => String::new(),
+                Err(error) => error.to_string(),
+            };
+            let waiting = self.journal.pending_records();
+            store.ok = false;
+            store.detail = format!(
+                "has not been reached since the start ({why}); links are answered, {waiting} hits wait in the journal"
+            );
+        } else if self.metrics.store_up.get() == 0 {
             let waiting = self.journal.pending_records();
             store.detail = format!("does not answer; {waiting} hits wait in the journal");
         }

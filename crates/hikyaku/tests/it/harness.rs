@@ -165,7 +165,20 @@ impl Site {
     }
 
     /// Starts a command that runs the service, and waits until it is ready.
-    pub(crate) async fn start(&self, mut command: Command) -> Result<Service> {
+    pub(crate) async fn start(&self, command: Command) -> Result<Service> {
+        let mut service = self.spawn(command)?;
+        service.ready().await?;
+        // As the process sees it: its data may lie on a disk of its own.
+        let mut key = PathBuf::from(format!("/proc/{}/root", service.pid()));
+        key.push(self.dir.path().join("data/api-key").strip_prefix("/")?);
+        let key = std::fs::read_to_string(key)?;
+        key.trim().clone_into(&mut service.key);
+        service.client = Client::new(self.api(), Some(service.key.clone()));
+        Ok(service)
+    }
+
+    /// Starts a command that runs the service, ready or not; its key is that of an earlier start.
+    pub(crate) fn spawn(&self, mut command: Command) -> Result<Service> {
         let log_path = self.dir.path().join("log");
         let log = std::fs::OpenOptions::new()
             .create(true)
@@ -176,33 +189,14 @@ impl Site {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let mut service = Service {
+        let key = std::fs::read_to_string(self.dir.path().join("data/api-key")).ok();
+        let key = key.map(|key| key.trim().to_owned());
+        Ok(Service {
             child,
             log: log_path,
-            client: Client::new(self.api(), None),
-            key: String::new(),
-        };
-        until("ready", async || {
-            if let Some(status) = service.child.try_wait()? {
-                bail!("the service ended with {status}:\n{}", service.log());
-            }
-            Ok(service
-                .client
-                .get("/readyz")
-                .await?
-                .status
-                .is_success()
-                .then_some(()))
+            client: Client::new(self.api(), key.clone()),
+            key: key.unwrap_or_default(),
         })
-        .await
-        .with_context(|| service.log())?;
-        // As the process sees it: its data may lie on a disk of its own.
-        let mut key = PathBuf::from(format!("/proc/{}/root", service.pid()));
-        key.push(self.dir.path().join("data/api-key").strip_prefix("/")?);
-        let key = std::fs::read_to_string(key)?;
-        key.trim().clone_into(&mut service.key);
-        service.client = Client::new(self.api(), Some(service.key.clone()));
-        Ok(service)
     }
 
     pub(crate) fn api(&self) -> String {
@@ -228,6 +222,19 @@ pub(crate) struct Service {
 }
 
 impl Service {
+    /// Waits until it says that it is ready.
+    pub(crate) async fn ready(&mut self) -> Result<()> {
+        let ready = until("ready", async || {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the service ended with {status}:\n{}", self.log());
+            }
+            let answer = self.client.get("/readyz").await?;
+            Ok(answer.status.is_success().then_some(()))
+        })
+        .await;
+        ready.with_context(|| self.log())
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -323,30 +330,28 @@ pub(crate) struct TrackerProcess(Child);
 
 impl TrackerProcess {
     pub(crate) async fn start(site: &Site) -> Result<Self> {
-        let mut tracker = Self(Self::spawn(site)?);
-        let client = Client::new(site.tracker_admin(), None);
-        until("the tracker", async || {
-            // It ends when its store cannot be opened; who runs it starts it again.
-            if tracker.0.try_wait()?.is_some() {
-                tracker.0 = Self::spawn(site)?;
-            }
-            Ok(client
-                .get("/readyz")
-                .await?
-                .status
-                .is_success()
-                .then_some(()))
-        })
-        .await?;
+        let tracker = Self::spawn(site)?;
+        tracker.ready(site).await?;
         Ok(tracker)
     }
 
-    fn spawn(site: &Site) -> Result<Child> {
+    /// Waits until it says that it is ready.
+    pub(crate) async fn ready(&self, site: &Site) -> Result<()> {
+        let client = Client::new(site.tracker_admin(), None);
+        until("the tracker", async || {
+            let answer = client.get("/readyz").await?;
+            Ok(answer.status.is_success().then_some(()))
+        })
+        .await
+    }
+
+    /// Starts it, ready or not.
+    pub(crate) fn spawn(site: &Site) -> Result<Self> {
         let log = std::fs::File::create(site.dir.path().join("tracker-log"))?;
         let mut command = Command::new(program());
         command.arg("tracker").arg("--config").arg(site.config());
         command.stdin(Stdio::null()).stdout(log.try_clone()?);
-        Ok(command.stderr(log).spawn()?)
+        Ok(Self(command.stderr(log).spawn()?))
     }
 
     pub(crate) fn pid(&self) -> u32 {
