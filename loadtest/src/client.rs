@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 /// The largest answer that is read: a thousand rejections.
-const MAX_ANSWER: usize = 1 << 20;
+const MAX_ANSWER: usize = 4 << 20;
 /// How long a question may take; submitting has the time of its caller.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -79,6 +79,16 @@ impl Client {
     pub async fn is_ready(&self) -> bool {
         let asked = self.call(Method::GET, "/readyz", nothing()).await;
         asked.is_ok_and(|(status, _)| status.is_success())
+    }
+
+    /// The page of its metrics.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn metrics(&self) -> Result<String> {
+        let (status, body) = self.call(Method::GET, "/metrics", nothing()).await?;
+        ensure!(status.is_success(), "no metrics: {}", quoted(status, &body));
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     /// Submits a batch.

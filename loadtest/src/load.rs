@@ -6,6 +6,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use service::clock::{Clock as _, SystemClock};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -33,6 +34,10 @@ pub struct Plan {
     pub most: u64,
     /// The status that each answer must have.
     pub status: u16,
+    /// Requests per second over all connections; `None`: as fast as they are answered.
+    pub pace: Option<f64>,
+    /// Ends it before its time.
+    pub enough: Arc<AtomicBool>,
 }
 
 /// What came of it.
@@ -81,9 +86,15 @@ async fn ask(plan: Plan, at: usize) -> Result<Histogram> {
     // Connections begin at different places, so that they do not all ask the same.
     let first = at * plan.requests.len() / plan.connections.max(1);
     let requests = plan.requests.iter().cycle().skip(first);
-    for request in requests.take(usize::try_from(share).unwrap_or(usize::MAX)) {
-        let asked = SystemClock.instant();
-        if asked.duration_since(start) >= plan.time {
+    let pace = plan.pace.map(|pace| Pace::of(pace, plan.connections, at));
+    let requests = requests.take(usize::try_from(share).unwrap_or(usize::MAX));
+    for (number, request) in (0_u32..).zip(requests) {
+        let asked = match &pace {
+            None => SystemClock.instant(),
+            Some(pace) => pace.wait(start, number).await,
+        };
+        let over = asked.duration_since(start) >= plan.time;
+        if over || plan.enough.load(Ordering::Relaxed) {
             break;
         }
         let answer = tokio::time::timeout(PATIENCE, connection.ask(request));
@@ -97,6 +108,35 @@ async fn ask(plan: Plan, at: usize) -> Result<Histogram> {
         }
     }
     Ok(histogram)
+}
+
+/// When the requests of one connection are due.
+struct Pace {
+    first: Duration,
+    between: Duration,
+}
+
+impl Pace {
+    fn of(pace: f64, connections: usize, at: usize) -> Self {
+        let connections = u32::try_from(connections.max(1)).unwrap_or(u32::MAX);
+        let between = Duration::from_secs_f64(1.0 / pace.max(1.0)) * connections;
+        let at = u32::try_from(at).unwrap_or(0);
+        Self {
+            first: between * at / connections,
+            between,
+        }
+    }
+
+    /// Waits until a request is due; from when its answer is waited for. One that was late, since
+    /// the answer before it was, counts from when it was due: who waits does not ask when.
+    async fn wait(&self, start: std::time::Instant, number: u32) -> std::time::Instant {
+        let due = start + self.first + self.between * number;
+        if SystemClock.instant() >= due {
+            return due;
+        }
+        tokio::time::sleep_until(due.into()).await;
+        SystemClock.instant()
+    }
 }
 
 struct Connection {

@@ -101,6 +101,7 @@ pub struct Site {
     process: Guarded,
     dir: TempDir,
     tracker: SocketAddr,
+    admin: SocketAddr,
     client: Client,
     program: PathBuf,
     api: String,
@@ -137,6 +138,7 @@ impl Site {
         Ok(Self {
             process,
             tracker: SocketAddr::from(([127, 0, 0, 1], ports[1])),
+            admin: SocketAddr::from(([127, 0, 0, 1], ports[2])),
             client: Client::new(&api, key.trim()),
             program: setup.program.clone(),
             api,
@@ -157,6 +159,22 @@ impl Site {
     /// Where its tracker listens.
     pub fn tracker(&self) -> SocketAddr {
         self.tracker
+    }
+
+    /// A gauge of its metrics.
+    ///
+    /// # Errors
+    /// When it does not answer, or has no such gauge.
+    pub async fn gauge(&self, name: &str) -> Result<f64> {
+        let page = Client::new(format!("http://{}", self.admin), "")
+            .metrics()
+            .await?;
+        let mut values = page
+            .lines()
+            .filter_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        values
+            .next()
+            .with_context(|| format!("no {name} among its metrics"))
     }
 
     /// The text of its tracking key file.

@@ -1,10 +1,13 @@
-//! The measurement of the tracker: valid links over kept connections, beside a bare server.
+//! The measurement of the tracker: valid links over kept connections, beside a bare server and
+//! nginx; with its store there, or away and back again.
 
 pub mod bare;
+mod nginx;
+mod report;
 
 use crate::batch::Shape;
 use crate::counterpart::Counterpart;
-use crate::format::{Table, count, float, per, per_second, rate};
+use crate::format::{count, per_second, rate};
 use crate::load::{self, Answered, Plan};
 use crate::process;
 use crate::site::{self, Dkim, Setup, Site};
@@ -13,12 +16,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use links::{Flags, KeyRing, Kind, Token};
 use model::{BatchId, TrackingMode};
+use nginx::Nginx;
+use report::Servers;
 use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use testkit::redis::RedisServer;
 
 /// Rounds of each server, in turn: what else the machine does falls on both.
 const ROUNDS: u32 = 3;
@@ -29,6 +36,8 @@ const REST: f64 = 0.02;
 const REST_WINDOW: Duration = Duration::from_millis(500);
 /// For a backlog of hits to be handed on.
 const REST_PATIENCE: Duration = Duration::from_secs(300);
+/// How often it is looked how far a backlog is.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Which hits are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -37,6 +46,15 @@ pub enum Hit {
     Click,
     /// A pixel: 200
     Open,
+}
+
+impl Hit {
+    fn status(self) -> u16 {
+        match self {
+            Self::Click => 302,
+            Self::Open => 200,
+        }
+    }
 }
 
 /// Measure redirects or pixels beside a bare server: starts `hikyaku up` itself, or takes --url
@@ -73,6 +91,16 @@ pub struct Args {
     /// The executable [default: hikyaku, beside this one]
     #[arg(long)]
     pub program: Option<PathBuf>,
+    /// Ask nginx, too (Debian: nginx-light)
+    #[arg(long)]
+    pub nginx: bool,
+    /// The store is a Redis that goes away before the measurement, so that hits stay in the journal
+    /// (Debian: redis-server)
+    #[arg(long, conflicts_with = "url")]
+    pub store_away: bool,
+    /// With --store-away: let it come back to so many hits while half the load goes on
+    #[arg(long, requires = "store_away", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000_000))]
+    pub backlog: u64,
     /// Print the table as Markdown
     #[arg(long)]
     pub markdown: bool,
@@ -84,8 +112,15 @@ struct Target {
     pid: Option<u32>,
     keys: String,
     batch: BatchId,
-    /// Lives as long as the measurement.
+    /// Live as long as the measurement.
     site: Option<Site>,
+    redis: Option<Away>,
+}
+
+/// A Redis, and where it keeps what it has.
+struct Away {
+    server: RedisServer,
+    _dir: tempfile::TempDir,
 }
 
 /// One server's numbers.
@@ -96,6 +131,8 @@ struct Measured {
     cpu: Option<(Duration, Duration)>,
     /// From the last answer until it was at rest.
     resting: Duration,
+    /// At half of what the tracker takes.
+    half: Answered,
 }
 
 /// Measures and prints the report.
@@ -104,46 +141,148 @@ struct Measured {
 /// When a server does not start, or does not answer as it must.
 pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     writeln!(out, "{}", process::machine())?;
-    let target = match &args.url {
+    let mut target = match &args.url {
         Some(url) => running(args, local::url(url)?)?,
         None => start(args, out).await?,
     };
+    let address = target.address;
     let requests = requests(args, &target)?;
     let bare = Counterpart::start("bare").await?;
-    let mut tracker = Measured::default();
-    let mut reference = Measured::default();
-    for _ in 0..ROUNDS {
-        let plan = |address, status| Plan {
-            address,
-            requests: requests.clone(),
-            connections: usize::from(args.connections),
-            time: Duration::from_secs(args.seconds.into()) / ROUNDS,
-            most: MOST / u64::from(ROUNDS),
-            status,
-        };
-        let expected = match args.kind {
-            Hit::Click => 302,
-            Hit::Open => 200,
-        };
-        tracker
-            .round(&plan(target.address, expected), target.pid)
-            .await?;
-        reference
-            .round(&plan(bare.address(), 302), Some(bare.pid()))
-            .await?;
+    let nginx = match args.nginx {
+        true => Some(Nginx::start(&dir(args)).await?),
+        false => None,
+    };
+    let plan = |address, status, pace| Plan {
+        address,
+        requests: requests.clone(),
+        connections: usize::from(args.connections),
+        time: Duration::from_secs(args.seconds.into()) / ROUNDS,
+        most: MOST / u64::from(ROUNDS),
+        status,
+        pace,
+        enough: Arc::new(AtomicBool::new(false)),
+    };
+    if let Some(redis) = &mut target.redis {
+        redis.server.kill();
     }
+    let memory = target.pid.map(process::memory).transpose()?;
+    let servers = beside_each_other(args, &target, &bare, nginx.as_ref(), &plan).await?;
+    let half = servers.tracker.per_second() / 2.0;
+    let table = servers.table().render(args.markdown);
     writeln!(
         out,
-        "\n{}",
-        table(&tracker, &reference).render(args.markdown)
+        "\n{table}\nHalf load: {} requests per second",
+        rate(half)
     )?;
     bare.stop().await?;
+    if args.backlog > 0 {
+        let half = |most, time| Plan {
+            most,
+            time,
+            ..plan(address, args.kind.status(), Some(half))
+        };
+        backlog(args, &mut target, memory, half, out).await?;
+    }
     match target.site {
         Some(site) => site.stop().await,
         None => Ok(()),
     }
 }
 
+/// Asks each server as fast as it answers, and then at half of what the tracker takes.
+async fn beside_each_other(
+    args: &Args,
+    target: &Target,
+    bare: &Counterpart,
+    nginx: Option<&Nginx>,
+    plan: &impl Fn(SocketAddr, u16, Option<f64>) -> Plan,
+) -> Result<Servers> {
+    let (expected, address) = (args.kind.status(), target.address);
+    let mut servers = Servers::new(nginx.is_some());
+    let usage = |pid| move || process::usage(pid);
+    for _ in 0..ROUNDS {
+        let asked = plan(address, expected, None);
+        servers.tracker.round(&asked, target.pid.map(usage)).await?;
+        let asked = plan(bare.address(), 302, None);
+        servers.bare.round(&asked, Some(usage(bare.pid()))).await?;
+        if let (Some(server), Some(measured)) = (nginx, &mut servers.nginx) {
+            let asked = plan(server.address(), expected, None);
+            measured.round(&asked, Some(|| server.usage())).await?;
+        }
+    }
+    let half = Some(servers.tracker.per_second() / 2.0);
+    for _ in 0..ROUNDS {
+        let answered = load::run(&plan(address, expected, half)).await?;
+        servers.tracker.half.add(&answered);
+        let answered = load::run(&plan(bare.address(), 302, half)).await?;
+        servers.bare.half.add(&answered);
+        if let (Some(server), Some(measured)) = (nginx, &mut servers.nginx) {
+            let answered = load::run(&plan(server.address(), expected, half)).await?;
+            measured.half.add(&answered);
+        }
+    }
+    Ok(servers)
+}
+
+/// Lets hits wait until there are enough, then lets the store come back while half the load goes
+/// on.
+async fn backlog(
+    args: &Args,
+    target: &mut Target,
+    memory: Option<u64>,
+    half: impl Fn(u64, Duration) -> Plan,
+    out: &mut (dyn Write + Send),
+) -> Result<()> {
+    let (Some(site), Some(redis), Some(before)) = (&target.site, &mut target.redis, memory) else {
+        bail!("a backlog needs a service of our own");
+    };
+    const PENDING: &str = "hikyaku_journal_pending_records";
+    let pid = site.pid();
+    let mut waiting = report::whole(site.gauge(PENDING).await?);
+    while waiting < args.backlog {
+        let plan = Plan {
+            pace: None,
+            ..half(args.backlog - waiting, REST_PATIENCE)
+        };
+        load::run(&plan).await?;
+        waiting = report::whole(site.gauge(PENDING).await?);
+    }
+    let away = process::memory(pid)?;
+    redis.server.restart()?;
+    let (start, cpu) = (SystemClock.instant(), process::usage(pid)?);
+    let plan = half(MOST, REST_PATIENCE);
+    let enough = plan.enough.clone();
+    let drained = async {
+        // What came a moment ago is no backlog.
+        let reached = async {
+            while report::whole(site.gauge(PENDING).await?) > waiting / 100 {
+                tokio::time::sleep(LOOK).await;
+            }
+            anyhow::Ok(SystemClock.instant().duration_since(start))
+        };
+        let reached = tokio::time::timeout(REST_PATIENCE, reached).await;
+        enough.store(true, Ordering::Relaxed);
+        reached.with_context(|| format!("the backlog is not gone after {REST_PATIENCE:?}"))?
+    };
+    let (answered, drained) = tokio::join!(load::run(&plan), drained);
+    let (answered, drained) = (answered?, drained?);
+    at_rest(pid).await?;
+    let cpu = process::usage(pid)?.since(&cpu).cpu();
+    let drain = report::Drain {
+        waiting,
+        drained,
+        answered,
+        cpu,
+        memory: [before, away, process::memory(pid)?],
+    };
+    writeln!(
+        out,
+        "
+{}",
+        drain.table().render(args.markdown)
+    )?;
+    Ok(())
+}
 fn running(args: &Args, address: SocketAddr) -> Result<Target> {
     let path = args.key_file.as_ref().context("--key-file is missing")?;
     let keys = std::fs::read_to_string(path)
@@ -154,24 +293,29 @@ fn running(args: &Args, address: SocketAddr) -> Result<Target> {
         keys,
         batch: args.batch.unwrap_or(BatchId::from_bytes([7; 16])),
         site: None,
+        redis: None,
     })
 }
 
 /// Starts a service and sends a batch to a sink, so that hits are of messages that were delivered.
 async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
     let sink = Counterpart::start("sink").await?;
+    let redis = match args.store_away {
+        true => Some(Away::start(&dir(args))?),
+        false => None,
+    };
     let setup = Setup {
+        store: redis.as_ref().map(|redis| redis.server.url()),
         sink: sink.address(),
         from_domain: "brand.example".to_owned(),
         dkim: Dkim::None,
-        store: None,
         tracking_keys: None,
         destinations: 0,
         slow: 0,
         dns: None,
         connections: 8,
         messages_per_connection: 1000,
-        dir: args.dir.clone().unwrap_or_else(std::env::temp_dir),
+        dir: dir(args),
         program: match &args.program {
             Some(program) => program.clone(),
             None => site::beside_us("hikyaku")?,
@@ -208,7 +352,22 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
         keys: site.tracking_keys()?,
         batch: batch.parse()?,
         site: Some(site),
+        redis,
     })
+}
+
+fn dir(args: &Args) -> PathBuf {
+    args.dir.clone().unwrap_or_else(std::env::temp_dir)
+}
+
+impl Away {
+    fn start(within: &std::path::Path) -> Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("hikyaku-redis-")
+            .tempdir_in(within)?;
+        let server = RedisServer::start(dir.path().to_owned(), &["--appendonly", "yes"])?;
+        Ok(Self { server, _dir: dir })
+    }
 }
 
 /// One request for each recipient.
@@ -254,17 +413,22 @@ fn request(host: &str, path: &str) -> Bytes {
 }
 
 impl Measured {
-    async fn round(&mut self, plan: &Plan, pid: Option<u32>) -> Result<()> {
-        let before = pid.map(process::usage).transpose()?;
+    /// Asks as planned; `usage` tells what the server has used so far.
+    async fn round(
+        &mut self,
+        plan: &Plan,
+        usage: Option<impl Fn() -> Result<process::Usage>>,
+    ) -> Result<()> {
+        let before = usage.as_ref().map(|usage| usage()).transpose()?;
         let answered = load::run(plan).await?;
         ensure!(answered.latency.count() > 0, "nothing was answered");
         self.answered.add(&answered);
-        if let (Some(pid), Some(before)) = (pid, before) {
-            let loaded = process::usage(pid)?.since(&before).cpu();
+        if let (Some(usage), Some(before)) = (usage, before) {
+            let loaded = usage()?.since(&before).cpu();
             let asked = SystemClock.instant();
-            at_rest(pid).await?;
+            rested(&usage).await?;
             self.resting += SystemClock.instant().duration_since(asked);
-            let settled = process::usage(pid)?.since(&before).cpu();
+            let settled = usage()?.since(&before).cpu();
             let (sum_loaded, sum_settled) = self.cpu.unwrap_or_default();
             self.cpu = Some((sum_loaded + loaded, sum_settled + settled));
         }
@@ -278,112 +442,20 @@ impl Measured {
 
 /// Waits until the process has handed on what it had to.
 async fn at_rest(pid: u32) -> Result<()> {
+    rested(&|| process::usage(pid)).await
+}
+
+async fn rested(usage: &impl Fn() -> Result<process::Usage>) -> Result<()> {
     let rest = async {
         loop {
-            let before = process::usage(pid)?;
+            let before = usage()?;
             tokio::time::sleep(REST_WINDOW).await;
-            let used = process::usage(pid)?.since(&before).cpu();
+            let used = usage()?.since(&before).cpu();
             if used.as_secs_f64() < REST_WINDOW.as_secs_f64() * REST {
                 return anyhow::Ok(());
             }
         }
     };
     let rested = tokio::time::timeout(REST_PATIENCE, rest).await;
-    rested.with_context(|| format!("process {pid} is not at rest after {REST_PATIENCE:?}"))?
-}
-
-fn table(tracker: &Measured, bare: &Measured) -> Table {
-    let mut table = Table::new(["", "tracker", "bare hyper", "ratio"]);
-    let ratio = |a: f64, b: f64| {
-        if b > 0.0 {
-            format!("{:.2}", a / b)
-        } else {
-            "–".to_owned()
-        }
-    };
-    let of = |measured: &Measured| measured.answered.latency.count();
-    let (asked, asked_bare) = (of(tracker), of(bare));
-    table.row([
-        "requests".to_owned(),
-        count(asked),
-        count(asked_bare),
-        ratio(float(asked), float(asked_bare)),
-    ]);
-    let (speed, speed_bare) = (tracker.per_second(), bare.per_second());
-    table.row([
-        "requests per second".to_owned(),
-        rate(speed),
-        rate(speed_bare),
-        ratio(speed, speed_bare),
-    ]);
-    for (name, share) in [("p50, ms", 0.5), ("p99, ms", 0.99)] {
-        let millis = |of: &Measured| of.answered.latency.quantile(share).as_secs_f64() * 1e3;
-        let (a, b) = (millis(tracker), millis(bare));
-        table.row([
-            name.to_owned(),
-            format!("{a:.2}"),
-            format!("{b:.2}"),
-            ratio(a, b),
-        ]);
-    }
-    type Pick = fn((Duration, Duration)) -> Duration;
-    let picks: [(&str, Pick); 2] = [
-        ("CPU per hit while asked, µs", |(loaded, _)| loaded),
-        ("CPU per hit until at rest, µs", |(_, settled)| settled),
-    ];
-    for (name, pick) in picks {
-        let micros = |of: &Measured| {
-            of.cpu
-                .map(|cpu| per(pick(cpu), of.answered.latency.count(), 1e6))
-        };
-        let text = |value: Option<f64>| value.map_or("–".to_owned(), |one| format!("{one:.1}"));
-        let (a, b) = (micros(tracker), micros(bare));
-        let both = a.zip(b).map_or("–".to_owned(), |(a, b)| ratio(a, b));
-        table.row([name.to_owned(), text(a), text(b), both]);
-    }
-    if tracker.cpu.is_some() {
-        let resting = |of: &Measured| format!("{:.1}", of.resting.as_secs_f64());
-        table.row([
-            "from the last answer until at rest, s".to_owned(),
-            resting(tracker),
-            resting(bare),
-            "–".to_owned(),
-        ]);
-    }
-    table
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn two_servers_beside_each_other() {
-        let measured = |requests: u64, took, micros, cpu| {
-            let mut measured = Measured::default();
-            for _ in 0..requests {
-                measured
-                    .answered
-                    .latency
-                    .record(Duration::from_micros(micros));
-            }
-            measured.answered.took = Duration::from_secs(took);
-            measured.cpu = cpu;
-            measured.resting = Duration::from_millis(1500);
-            measured
-        };
-        let cpu = (Duration::from_millis(20), Duration::from_millis(30));
-        let tracker = measured(1_000, 2, 100, Some(cpu));
-        let bare = measured(2_000, 2, 100, None);
-        let text = table(&tracker, &bare).markdown();
-        for line in [
-            "| requests per second | 500 | 1,000 | 0.50 |",
-            "| p50, ms | 0.10 | 0.10 | 1.00 |",
-            "| CPU per hit while asked, µs | 20.0 | – | – |",
-            "| CPU per hit until at rest, µs | 30.0 | – | – |",
-            "| from the last answer until at rest, s | 1.5 | 1.5 | – |",
-        ] {
-            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
-        }
-    }
+    rested.with_context(|| format!("a server is not at rest after {REST_PATIENCE:?}"))?
 }

@@ -5,6 +5,8 @@ use bytes::Bytes;
 use loadtest::counterpart::Counterpart;
 use loadtest::load::{self, Plan};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 #[tokio::test]
@@ -19,15 +21,31 @@ async fn a_load_is_bounded_in_number_and_every_answer_is_looked_at() -> Result<(
         time: Duration::from_secs(120),
         most: 100,
         status: 302,
+        pace: None,
+        enough: Arc::default(),
     };
     let answered = load::run(&plan).await?;
     assert_eq!(answered.latency.count(), 100);
     let other = Plan {
         status: 200,
-        ..plan
+        ..plan.clone()
     };
     let error = load::run(&other).await.expect_err("302 is not 200");
     assert!(error.to_string().contains("answered 302"), "{error}");
+    // Half a second for 100 at 200 a second, less the pause after the last.
+    let paced = Plan {
+        pace: Some(200.0),
+        ..plan.clone()
+    };
+    let answered = load::run(&paced).await?;
+    assert_eq!(answered.latency.count(), 100);
+    assert!(
+        answered.took >= Duration::from_millis(480),
+        "{:?}",
+        answered.took
+    );
+    plan.enough.store(true, Ordering::Relaxed);
+    assert_eq!(load::run(&plan).await?.latency.count(), 0);
     bare.stop().await?;
     Ok(())
 }
