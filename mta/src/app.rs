@@ -245,6 +245,7 @@ fn start_jobs(config: &Config, deps: &Deps, shared: &Shared, node: JournalId) {
     let engagement = Engagement {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),
+        metrics: Arc::clone(&deps.metrics),
         node,
         rules: Arc::clone(&shared.engagement),
         settle: config.tracker.settle,

@@ -299,10 +299,23 @@ impl Prospect {
     /// A browser is no longer the person's: the pages that came by it go with it.
     pub fn unbind(&mut self, binding: &str, visitor: VisitorId) -> Vec<Entry> {
         self.visitors.retain(|known| *known.binding != *binding);
+        self.take_back(|entry| entry.visitor == Some(visitor))
+    }
+
+    /// A browser is somebody else's since then: the pages that came by it since go with it. (A
+    /// click is known to be a person's a while after it; the page that it led to came before.)
+    pub fn left(&mut self, visitor: VisitorId, since: Timestamp) -> Vec<Entry> {
+        self.take_back(|entry| entry.visitor == Some(visitor) && entry.at >= since)
+    }
+
+    fn take_back(&mut self, theirs: impl Fn(&Entry) -> bool) -> Vec<Entry> {
         let (gone, kept): (Vec<Entry>, Vec<Entry>) = std::mem::take(&mut self.timeline)
             .into_iter()
-            .partition(|entry| entry.visitor == Some(visitor));
+            .partition(theirs);
         self.timeline = kept;
+        if gone.is_empty() {
+            return gone;
+        }
         for entry in gone.iter().filter(|entry| entry.human) {
             let day = self.days.entry(day_of(entry.at)).or_default();
             day.page_views = day.page_views.saturating_sub(1);

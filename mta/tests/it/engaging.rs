@@ -39,6 +39,11 @@ fn browser(byte: u8) -> VisitorId {
 
 impl Place {
     async fn new() -> Self {
+        Self::with(json!({})).await
+    }
+
+    /// With other fields of the batch.
+    async fn with(fields: Value) -> Self {
         let service = Service::with_api("[tracker]\nsettle = \"300ms\"").await;
         let recipients: Vec<Value> = (0..6)
             .map(|n| json!({"email": format!("r{n}@x.example"), "prospect_id": format!("p-{n}")}))
@@ -46,6 +51,9 @@ impl Place {
         let mut submission = batch(&json!(recipients));
         // Nothing is attempted: what is delivered when is not this test's.
         submission["send_at"] = json!("2999-01-01T00:00:00Z");
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            submission[name] = value.clone();
+        }
         let accepted = service.api.submit(&submission).await.json();
         let id = accepted["id"]
             .as_str()
@@ -464,4 +472,64 @@ async fn people_are_found(place: &Place) {
         .await
         .problem();
     assert_eq!((bad.0, bad.1.as_str()), (422, "invalid_field"));
+}
+
+#[tokio::test]
+async fn who_follows_every_link_of_a_mail_reads_no_mail() {
+    let link = |n: u8| format!("<a href=\"https://shop.example/{n}\">{n}</a>");
+    let html: String = (0..3).map(link).collect();
+    let place = Place::with(json!({ "html": html, "tracking": {"clicks": true} })).await;
+    let began = now() - Duration::from_secs(50);
+    let at = |seconds| began + Duration::from_secs(seconds);
+    // Neither in order nor at once; and somebody who leaves one link out.
+    for (index, links) in [(0, &[2, 0, 1][..]), (1, &[2, 0, 2])] {
+        let clicks = links.iter().zip([0, 15, 40]);
+        let clicks =
+            clicks.map(|(link, seconds)| place.click(index, *link, browser(9), at(seconds)));
+        place.ship(clicks.collect()).await;
+    }
+    let reclassified = place.events("engagement.reclassified", 3).await;
+    assert_eq!(reclassified.len(), 3, "{reclassified:?}");
+    for event in &reclassified {
+        assert_eq!(event["recipient"]["prospect_id"], "p-0", "{event}");
+        assert_eq!(
+            event["data"]["machine_reasons"],
+            json!(["all_links"]),
+            "{event}"
+        );
+    }
+    let bound = place.events("identity.bound", 1).await;
+    assert_eq!(bound[0]["data"]["prospect_id"], "p-1");
+}
+
+#[tokio::test]
+async fn what_a_click_leads_to_is_not_who_had_the_browser_before() {
+    let place = Place::new().await;
+    place.ship(vec![place.click(0, 0, browser(5), now())]).await;
+    place.events("identity.bound", 1).await;
+    place
+        .ship(vec![Place::page(browser(5), "https://shop.example/first")])
+        .await;
+    let of = |person: &str| format!("/v1/prospects/{person}");
+    let pages = |person: &Value| {
+        let entries = person["timeline"].as_array().expect("a timeline").iter();
+        entries
+            .filter(|entry| entry["type"] == "page.viewed")
+            .count()
+    };
+    place.once(&of("p-0"), |person| pages(person) == 1).await;
+    // The page is told while the click still waits for company.
+    let click = place.click(1, 0, browser(5), now());
+    place
+        .ship(vec![
+            click,
+            Place::page(browser(5), "https://shop.example/second"),
+        ])
+        .await;
+    let bound = place.events("identity.bound", 2).await;
+    assert_eq!(bound[1]["data"]["pages_joined"], 1, "{}", bound[1]);
+    let second = place.once(&of("p-1"), |person| pages(person) == 1).await;
+    assert!(second.to_string().contains("/second"), "{second}");
+    let first = place.once(&of("p-0"), |person| pages(person) == 1).await;
+    assert!(first.to_string().contains("/first"), "{first}");
 }

@@ -9,6 +9,7 @@
 
 mod docs;
 mod forget;
+mod links;
 mod people;
 mod revise;
 
@@ -21,6 +22,7 @@ use ::engagement::settle::{Judge, Judged, Trace};
 use arc_swap::ArcSwap;
 use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq, Timestamp, Verdict};
 use service::clock::SharedClock;
+use service::metrics::Metrics;
 use service::tasks::Shutdown;
 use store::{EventQuery, FeedPlace, Note, Store, StoreError};
 
@@ -70,6 +72,7 @@ const KINDS: &[EventKind] = &[
 pub(crate) struct Engagement {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) clock: SharedClock,
+    pub(crate) metrics: Arc<Metrics>,
     /// Who runs it.
     pub(crate) node: JournalId,
     /// Replaced when they are read again.
@@ -158,6 +161,7 @@ struct Open {
 struct Worker<'a> {
     of: &'a Engagement,
     judge: Judge,
+    links: links::Links,
     /// Through where events were read.
     cursor: Option<String>,
     /// What was written last.
@@ -191,6 +195,7 @@ impl<'a> Worker<'a> {
         Ok(Self {
             of,
             judge: Judge::new(of.settle),
+            links: links::Links::default(),
             checkpoint: cursor.clone(),
             cursor,
             written: of.clock.instant(),
@@ -211,10 +216,14 @@ impl<'a> Worker<'a> {
             if self.judge.waiting() < WAITING {
                 let page = self.read(self.cursor.clone()).await?;
                 caught_up = page.events.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
-                if !caught_up && let Some(last) = page.events.last() {
+                let behind = page.events.last().filter(|_| !caught_up);
+                let lag = behind.map_or(0.0, |last| now.since(last.recorded_at).as_secs_f64());
+                self.of.metrics.engagement_lag_seconds.set(lag);
+                if let Some(last) = behind {
                     // Who lags behind has not seen all the company that a hit had.
                     now = now.min(last.recorded_at);
                 }
+                self.learn(&page.events).await?;
                 self.take(page.events, &mut work);
                 self.cursor = Some(page.next);
             }
@@ -241,13 +250,24 @@ impl<'a> Worker<'a> {
         self.of.store.events(query).await
     }
 
+    /// Finds out how many links the mails have that are clicked in.
+    async fn learn(&mut self, events: &[Event]) -> Result<(), StoreError> {
+        let clicked = events
+            .iter()
+            .filter(|of| of.kind == EventKind::EmailClicked);
+        for batch in clicked.filter_map(|event| event.batch_id) {
+            self.links.learn(&*self.of.store, batch).await?;
+        }
+        Ok(())
+    }
+
     /// Shows events to the judge; hits wait, everything else is work at once.
     fn take(&mut self, events: Vec<Event>, work: &mut Work) {
         let before = self.cursor.clone();
         self.page += 1;
         let mut waiting = 0;
         for event in events {
-            match show(&mut self.judge, &event, false) {
+            match show(&mut self.judge, &self.links, &event) {
                 Some(id) => {
                     waiting += 1;
                     self.events.insert(id, (self.page, event));
@@ -334,7 +354,7 @@ impl<'a> Worker<'a> {
 }
 
 /// Shows an event to the judge; the name of the hit that it is, if it is one.
-fn show(judge: &mut Judge, event: &Event, settled: bool) -> Option<FactId> {
+fn show(judge: &mut Judge, links: &links::Links, event: &Event) -> Option<FactId> {
     let message = event.message_id?;
     match event.kind {
         EventKind::EmailTemporaryError => judge.deferred(message, event.recorded_at),
@@ -346,7 +366,10 @@ fn show(judge: &mut Judge, event: &Event, settled: bool) -> Option<FactId> {
     }
     let trace = trace_of(event)?;
     let id = trace.id;
-    judge.hit(trace, settled);
+    judge.hit(trace, false);
+    if let Some(count) = links.of(message.batch) {
+        judge.links(message, count);
+    }
     Some(id)
 }
 

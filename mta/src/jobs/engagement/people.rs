@@ -188,7 +188,11 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
             pages,
         } => (visitor, from, forward_suspected, pages),
     };
+    let mut theirs = Vec::new();
     if let Some(owner) = from {
+        // What the click led to was seen before the click was known to be a person's.
+        let before = docs.prospect(account, &owner.prospect).await?;
+        theirs = before.left(owner.visitor, event.occurred_at);
         let data = json!({
             "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
             "binding_id": owner.binding, "new_visitor": visitor, "reason": "other_prospect",
@@ -199,7 +203,7 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
     let data = json!({
         "binding_id": binding_id, "visitor": visitor, "cookie": cookie, "prospect_id": key,
         "evidence": evidence(message, event), "forward_suspected": forward_suspected,
-        "confidence": if forward_suspected { "low" } else { "high" }, "pages_joined": pages.len(),
+        "confidence": if forward_suspected { "low" } else { "high" }, "pages_joined": pages.len() + theirs.len(),
     });
     docs.tell(news(event, EventKind::IdentityBound, data));
     let binding = Binding {
@@ -222,6 +226,12 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
     });
     for page in pages {
         person.apply(page_entry(page, visitor));
+    }
+    for entry in theirs {
+        person.apply(Entry {
+            visitor: Some(visitor),
+            ..entry
+        });
     }
     Ok(())
 }

@@ -108,6 +108,11 @@ impl Worker<'_> {
                 now: self.of.clock.now(),
             };
             self.of.store.ship(shipment).await?;
+            for revision in chunk {
+                let (kind, actor) = (revision.kind, revision.verdict.actor);
+                let counter = self.of.metrics.engagement_reclassified.at(kind, actor);
+                counter.inc();
+            }
         }
         Ok(())
     }
@@ -129,8 +134,9 @@ impl Worker<'_> {
                 return Ok(());
             }
             let page = self.read(cursor).await?;
+            self.learn(&page.events).await?;
             for event in &page.events {
-                show(&mut judge, &judged_anew(&rules, event), false);
+                show(&mut judge, &self.links, &judged_anew(&rules, event));
             }
             let last = page.events.last().map(|event| event.recorded_at);
             // The newest hits are not done waiting: they are settled by the same rules in turn.
