@@ -33,6 +33,8 @@ needs=(
   "redis-server /usr/bin/redis-server"
   "unbound /usr/sbin/unbound"
   "systemd /usr/bin/systemd-analyze"
+  "pebble /usr/bin/pebble"
+  "chromium /usr/bin/chromium"
   "python3-yaml /usr/lib/python3/dist-packages/yaml/__init__.py"
 )
 # Clients of registries, wherever this machine has them from.

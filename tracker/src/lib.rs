@@ -4,30 +4,36 @@
 //! from there to the store. A token carries all that an answer needs, so an answer waits for the
 //! journal's write and never for the store or the network. Must not depend on `mta`.
 //!
-//! A proxy before the tracker (for TLS) passes on the client's `Host`, or is listed in
+//! Beside them `tls` has the certificates and `acme` fetches them.
+//!
+//! A proxy before the tracker passes on the client's `Host`, or is listed in
 //! `trusted_proxies` and sends `X-Forwarded-Host`, `-For` and `-Proto`.
 #![forbid(unsafe_code)]
 
+mod acme;
 pub mod daemon;
 mod hits;
 mod http;
 mod keys;
 mod ship;
+mod tenants;
+mod tls;
 
 pub use keys::{KeysError, load as load_keys};
+pub use tls::loaded::CertificateError;
 
+use acme::Acme;
+use acme::challenges::Challenges;
 use arc_swap::ArcSwap;
 use engagement::Rules;
 use hits::Recorder;
 use hits::visitor::Visitors;
 use http::admin::Admin;
-use http::page::Origins;
-use http::server::{Answers, Listening};
+use http::server::{Answers, Client, Listening};
 use http::{Answer, Keyed, Public};
 use hyper::Request;
 use hyper::body::Incoming;
 use journal::{Journal, JournalConfig, OpenError, RealDisk};
-use keys::Hosts;
 use links::KeyRing;
 use model::JournalId;
 use service::clock::SharedClock;
@@ -36,10 +42,12 @@ use service::metrics::Metrics;
 use service::tasks::{Shutdown, Stage, Tasks};
 use ship::{Reported, Shipper};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::Store;
+use tenants::Tenants;
+use tls::Certificates;
 use tokio::net::TcpListener;
 
 /// Connections of the public listener at a time; each costs some 10 KiB, at most 64 KiB and a
@@ -81,10 +89,16 @@ pub enum StartError {
     /// No journal.
     #[error("the journal did not open")]
     Journal(#[from] OpenError),
+    /// A certificate that cannot be used.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// TLS.
+    #[error("TLS cannot be set up")]
+    Tls(#[from] rustls::Error),
     /// A port that cannot be had.
     #[error("cannot listen on {address} ({what})")]
     Listen {
-        /// `tracker.listen` or `tracker.admin_listen`.
+        /// `tracker.listen`, `tracker.admin_listen` or `tracker.tls.listen`.
         what: &'static str,
         /// The address.
         address: SocketAddr,
@@ -101,6 +115,8 @@ pub enum StartError {
 pub struct Tracker {
     addr: SocketAddr,
     admin_addr: SocketAddr,
+    tls_addr: Option<SocketAddr>,
+    certificates: Arc<Certificates>,
     journal: JournalId,
     key_file: PathBuf,
     rules_file: ReadFile,
@@ -120,12 +136,17 @@ impl Tracker {
         self.admin_addr
     }
 
+    /// Where the public listener for TLS is; `None`: it is off.
+    pub fn tls_addr(&self) -> Option<SocketAddr> {
+        self.tls_addr
+    }
+
     /// The identity of its journal.
     pub fn journal_id(&self) -> JournalId {
         self.journal
     }
 
-    /// Reads the key file and the rules of engagement again (SIGHUP). One that cannot be used
+    /// Reads the key file, the rules of engagement and certificates again (SIGHUP). One that cannot be used
     /// changes nothing, and the log says why. Blocks on the disk for a moment.
     pub fn reload(&self) {
         match self.reload_keys() {
@@ -142,6 +163,7 @@ impl Tracker {
             }
             Err(error) => tracing::error!(%error, "rules of engagement stay as they were"),
         }
+        self.certificates.reload();
     }
 
     /// Reads the key file again. Blocks on the disk for a moment.
@@ -164,8 +186,8 @@ impl Keyed {
 }
 
 impl Answers for Public {
-    async fn answer(&self, request: Request<Incoming>, peer: IpAddr) -> Answer {
-        Self::answer(self, request, peer).await
+    async fn answer(&self, request: Request<Incoming>, client: Client) -> Answer {
+        Self::answer(self, request, client).await
     }
 }
 
@@ -178,31 +200,41 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
     let settings = &config.tracker;
     let listener = listen("tracker.listen", settings.listen).await?;
     let admin_listener = listen("tracker.admin_listen", settings.admin_listen).await?;
+    let tls_listener = match settings.tls_listen {
+        Some(address) => Some(listen("tracker.tls.listen", address).await?),
+        None => None,
+    };
     let local = |listener: &TcpListener| listener.local_addr().map_err(StartError::System);
     let (addr, admin_addr) = (local(&listener)?, local(&admin_listener)?);
-    let (ring, rules) = blocking({
+    let tls_addr = tls_listener.as_ref().map(local).transpose()?;
+    let (ring, rules, certificates) = blocking({
         let (key_file, rules_file) = (
             settings.key_file.clone(),
             config.engagement.rules_file.clone(),
         );
-        move || Ok::<_, StartError>((keys::load(&key_file)?, load_rules(&rules_file)?))
+        let files = settings.certificates.clone();
+        let (clock, metrics) = (deps.clock.clone(), deps.metrics.clone());
+        move || {
+            Ok::<_, StartError>((
+                keys::load(&key_file)?,
+                load_rules(&rules_file)?,
+                Certificates::read(files, clock, metrics)?,
+            ))
+        }
     })
     .await??;
     let journal = open_journal(config, &deps).await?;
     let cookie_domain = settings.cookie_domain.as_ref().map(ToString::to_string);
-    let base_urls = config
-        .accounts
-        .iter()
-        .map(|account| account.tracking.base_url.as_str());
-    let origins = config.accounts.iter().flat_map(|account| {
-        let origins = account.tracking.page_origins.iter();
-        origins.map(|origin| (origin.as_str(), account.id.as_str()))
-    });
+    let tenants = Arc::new(Tenants::new(&config.accounts));
     let rules = Arc::new(ArcSwap::from_pointee(rules));
     let public = Arc::new(Public {
         keyed: ArcSwap::from_pointee(Keyed::new(ring, cookie_domain.clone())),
-        hosts: Hosts::of(base_urls),
-        origins: Origins::of(origins),
+        tenants: tenants.clone(),
+        challenges: settings
+            .acme
+            .directory
+            .is_some()
+            .then(|| Arc::new(Challenges::new(deps.store.clone(), deps.clock.clone()))),
         recorder: Recorder {
             journal: journal.clone(),
             clock: deps.clock.clone(),
@@ -214,11 +246,25 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
         clock: deps.clock.clone(),
         metrics: deps.metrics.clone(),
     });
-    run(&deps, &public, &journal, listener, admin_listener);
-    tracing::info!(%addr, %admin_addr, journal = %journal.id(), "tracker is up");
+    let tls = tls_listener.map(|listener| {
+        let config = tls::server_config(certificates.clone())?;
+        Ok::<_, rustls::Error>((listener, Arc::new(config)))
+    });
+    run(
+        &deps,
+        &public,
+        &journal,
+        listener,
+        admin_listener,
+        tls.transpose()?,
+    );
+    keep_certificates(config, &deps, &public, &certificates, journal.id());
+    tracing::info!(%addr, %admin_addr, tls = ?tls_addr, journal = %journal.id(), "tracker is up");
     Ok(Tracker {
         addr,
         admin_addr,
+        tls_addr,
+        certificates,
         journal: journal.id(),
         key_file: settings.key_file.clone(),
         rules_file: config.engagement.rules_file.clone(),
@@ -235,6 +281,7 @@ fn run(
     journal: &Journal,
     listener: TcpListener,
     admin_listener: TcpListener,
+    tls: Option<(TcpListener, Arc<rustls::ServerConfig>)>,
 ) {
     let shipper = Shipper {
         journal: journal.clone(),
@@ -247,6 +294,7 @@ fn run(
     let hold = deps.shutdown.hold(Stage::Journal);
     drop(deps.tasks.spawn("tracker-ship", shipper.run(hold)));
     let listening = |name, max_connections, until, connections_until| Listening {
+        tls: None,
         name,
         max_connections,
         tasks: deps.tasks.clone(),
@@ -261,7 +309,20 @@ fn run(
         Stage::Transactions,
     )
     .start(listener, public.clone());
+    if let Some((listener, config)) = tls {
+        let over_tls = Listening {
+            tls: Some(config),
+            ..listening(
+                "tracker-tls",
+                MAX_CONNECTIONS,
+                Stage::Intake,
+                Stage::Transactions,
+            )
+        };
+        over_tls.start(listener, public.clone());
+    }
     let admin = Arc::new(Admin {
+        store: deps.store.clone(),
         journal: journal.clone(),
         metrics: deps.metrics.clone(),
         shutdown: deps.shutdown.clone(),
@@ -274,6 +335,49 @@ fn run(
         Stage::Close,
     )
     .start(admin_listener, admin);
+}
+
+/// Starts what follows the store, and what replaces certificates: files that change, and fetching.
+fn keep_certificates(
+    config: &Config,
+    deps: &Deps,
+    public: &Public,
+    certificates: &Arc<Certificates>,
+    node: JournalId,
+) {
+    let settings = &config.tracker;
+    let (store, clock) = (deps.store.clone(), deps.clock.clone());
+    let follow = public
+        .tenants
+        .clone()
+        .follow(store, clock, deps.shutdown.clone());
+    drop(deps.tasks.spawn("tracker-tenants", follow));
+    if !settings.certificates.is_empty() {
+        let watch = certificates.clone().watch(deps.shutdown.clone());
+        drop(deps.tasks.spawn("tracker-certificates", watch));
+    }
+    if let (Some(directory), Some(challenges)) = (&settings.acme.directory, &public.challenges) {
+        let acme = Acme {
+            directory: directory.clone(),
+            config: settings.acme.clone(),
+            in_files: settings
+                .certificates
+                .iter()
+                .map(|of| of.host.clone())
+                .collect(),
+            tenants: public.tenants.clone(),
+            certificates: certificates.clone(),
+            challenges: challenges.clone(),
+            store: deps.store.clone(),
+            clock: deps.clock.clone(),
+            metrics: deps.metrics.clone(),
+            node,
+        };
+        drop(
+            deps.tasks
+                .spawn("tracker-acme", acme.run(deps.shutdown.clone())),
+        );
+    }
 }
 
 fn load_rules(file: &ReadFile) -> Result<Rules, StartError> {

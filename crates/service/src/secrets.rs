@@ -1,4 +1,4 @@
-//! Secrets that are made at first start: the tracking keys, the first API key.
+//! Secrets in files: the tracking keys and the first API key, made at first start; certificates' keys.
 //!
 //! Owns how such a file comes to be: whole or not at all, for its owner's eyes only, made by
 //! whichever process is first. Must not know what a secret is good for, nor where chance comes from.
@@ -45,11 +45,35 @@ pub fn load_or_create(
     fs::read_to_string(path).map_err(failed("read"))
 }
 
+/// Puts `text` in the place of the file at `path`, mode 0600, with its directory: whole or not at
+/// all, and on disk when this returns. Blocks.
+///
+/// # Errors
+/// When the disk refuses; the file is as it was.
+pub fn replace(path: &Path, text: &str) -> Result<(), SecretError> {
+    let replaced = draft(path, text, |draft| fs::rename(draft, path));
+    replaced.map_err(|source| SecretError {
+        doing: "write",
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Two threads of one process may make the same secret at the same time.
 static DRAFTS: AtomicU32 = AtomicU32::new(0);
 
 /// Makes the file unless another process was faster.
 fn create(path: &Path, text: &str) -> io::Result<()> {
+    // A link, unlike a rename, replaces nothing, and unlike writing in place it shows no reader
+    // half a secret.
+    match draft(path, text, |draft| fs::hard_link(draft, path)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// Writes a draft beside `path` and lets `publish` put it there.
+fn draft(path: &Path, text: &str, publish: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -68,15 +92,10 @@ fn create(path: &Path, text: &str) -> io::Result<()> {
     let written = file
         .write_all(text.as_bytes())
         .and_then(|()| file.sync_all())
-        // A link, unlike a rename, replaces nothing, and unlike writing in place it shows no
-        // reader half a secret.
-        .and_then(|()| fs::hard_link(&draft, path));
+        .and_then(|()| publish(&draft));
     drop(fs::remove_file(&draft));
-    match written {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => File::open(directory)?.sync_all(),
-    }
+    written?;
+    File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]
@@ -91,6 +110,19 @@ mod tests {
         let first = load_or_create(&path, || Ok("one\n".to_owned())).expect("made");
         let second = load_or_create(&path, || panic!("there is one")).expect("read");
         assert_eq!((first.as_str(), second.as_str()), ("one\n", "one\n"));
+        let mode = fs::metadata(&path).expect("metadata").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let parent = path.parent().expect("has one");
+        assert_eq!(fs::read_dir(parent).expect("list").count(), 1);
+    }
+
+    #[test]
+    fn a_secret_is_replaced_whole() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("new/key");
+        replace(&path, "one").expect("made");
+        replace(&path, "two").expect("replaced");
+        assert_eq!(fs::read_to_string(&path).expect("read"), "two");
         let mode = fs::metadata(&path).expect("metadata").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let parent = path.parent().expect("has one");

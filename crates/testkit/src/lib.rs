@@ -1,6 +1,7 @@
 //! Scripted SMTP peers, DNS server, a network in memory, manual clock and failing disk for tests and the demo's sandbox.
 #![forbid(unsafe_code)]
 
+pub mod browser;
 pub mod distance;
 pub mod dns;
 pub mod https;

@@ -113,6 +113,16 @@ impl Issuer {
         &self.pem
     }
 
+    /// By which Chromium can be told to trust what it signed: the SHA-256 of its public key
+    /// (`SubjectPublicKeyInfo`) in base64.
+    pub fn pin(&self) -> String {
+        use base64::Engine as _;
+        use rcgen::PublicKeyData as _;
+        let key = self.issuer.key().subject_public_key_info();
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &key);
+        base64::engine::general_purpose::STANDARD.encode(digest)
+    }
+
     /// A server's certificate for these names: DNS names or IP addresses.
     ///
     /// # Errors

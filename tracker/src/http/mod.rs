@@ -3,7 +3,7 @@
 //! Owns what each path answers (contract, section 7). A redirect needs a key and nothing else: if
 //! the hit cannot be recorded, the person still gets where the link leads, and the loss is logged
 //! and counted. Only an unsubscribe waits for the disk, and says so when it was in vain. Must not
-//! touch the store.
+//! touch the store, but for the challenge of a certificate authority that another node began.
 
 pub(crate) mod admin;
 pub(crate) mod page;
@@ -11,10 +11,11 @@ mod pages;
 pub(crate) mod route;
 pub(crate) mod server;
 
+use crate::acme::challenges::Challenges;
 use crate::hits::client;
 use crate::hits::visitor::Visitors;
 use crate::hits::{Method as Way, Recorder, Seen};
-use crate::keys::Hosts;
+use crate::tenants::Tenants;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
@@ -28,9 +29,9 @@ use hyper::{Method, Request, Response, StatusCode};
 use ipnet::IpNet;
 use links::{KeyRing, Kind, VerifiedToken};
 use model::{HitKind, TrackingMode};
-use page::Origins;
 use pages::{Page, ROBOTS};
 use route::Route;
+use server::Client;
 use service::clock::SharedClock;
 use service::metrics::{Metrics, TrackerKind, TrackerResult};
 use std::error::Error as StdError;
@@ -61,8 +62,9 @@ pub(crate) struct Keyed {
 #[derive(Debug)]
 pub(crate) struct Public {
     pub(crate) keyed: ArcSwap<Keyed>,
-    pub(crate) hosts: Hosts,
-    pub(crate) origins: Origins,
+    pub(crate) tenants: Arc<Tenants>,
+    /// `None`: certificates are not fetched.
+    pub(crate) challenges: Option<Arc<Challenges>>,
     pub(crate) recorder: Recorder,
     pub(crate) trusted_proxies: Vec<IpNet>,
     pub(crate) clock: SharedClock,
@@ -95,14 +97,14 @@ impl Asked<'_> {
 
 impl Public {
     /// Answers one request. Cancel-safe: a hit once begun is kept.
-    pub(crate) async fn answer<B>(&self, request: Request<B>, peer: IpAddr) -> Answer
+    pub(crate) async fn answer<B>(&self, request: Request<B>, client: Client) -> Answer
     where
         B: Body + Send,
         B::Data: Send,
         B::Error: Into<Box<dyn StdError + Send + Sync>>,
     {
         let began = self.clock.instant();
-        let counted = self.dispatch(request, peer).await;
+        let counted = self.dispatch(request, client).await;
         let took = self.clock.instant().saturating_duration_since(began);
         let metrics = &self.metrics;
         metrics
@@ -116,17 +118,19 @@ impl Public {
         counted.answer
     }
 
-    async fn dispatch<B>(&self, request: Request<B>, peer: IpAddr) -> Counted
+    async fn dispatch<B>(&self, request: Request<B>, client: Client) -> Counted
     where
         B: Body + Send,
         B::Data: Send,
         B::Error: Into<Box<dyn StdError + Send + Sync>>,
     {
         let (parts, body) = request.into_parts();
+        let peer = client.address;
         let from_proxy = route::is_trusted(peer.to_canonical(), &self.trusted_proxies);
         let authority = route::authority(&parts.uri, &parts.headers, from_proxy);
         let asked = Asked {
-            https: self.hosts.is_https(&authority)
+            https: client.tls
+                || self.tenants.view().hosts.is_https(&authority)
                 || route::forwarded_https(&parts.headers, from_proxy),
             parts: &parts,
             peer,
@@ -136,6 +140,7 @@ impl Public {
             Route::Open(token) => self.open(&asked, token).await,
             Route::Click(token) => self.click(&asked, token).await,
             Route::Unsubscribe(token) => self.unsubscribe(&asked, token, body).await,
+            Route::Challenge(token) => self.challenge(token).await,
             Route::Tag => page::tag(&asked),
             Route::Page => page::view(self, &asked, body).await,
             Route::Unknown => Counted {
@@ -146,9 +151,28 @@ impl Public {
         }
     }
 
+    /// What a certificate authority is answered.
+    async fn challenge(&self, token: &str) -> Counted {
+        let answer = match &self.challenges {
+            Some(challenges) => challenges.answer(token).await,
+            None => None,
+        };
+        let (answer, result) = match answer {
+            Some(text) => (plain(text), TrackerResult::Ok),
+            None => (Page::NotFound.answer(), TrackerResult::BadRequest),
+        };
+        Counted {
+            answer,
+            kind: TrackerKind::Other,
+            result,
+        }
+    }
+
     fn verify(&self, asked: &Asked<'_>, token: &str, kind: Kind) -> Option<VerifiedToken> {
         let keyed = self.keyed.load();
         let verified = self
+            .tenants
+            .view()
             .hosts
             .verify(&keyed.ring, token, &asked.authority, kind);
         if let Err(error) = &verified {
@@ -191,6 +215,8 @@ impl Public {
         let token = verified.token();
         let mut answer = redirect(token.target);
         let individual = token.flags.mode == TrackingMode::Individual && !token.flags.proof;
+        // The store drops the hits of an archived batch; here it leaves nothing in the browser.
+        let individual = individual && !self.tenants.is_archived(token.batch);
         let mut visitor = None;
         // Who objects gets no name; what is recorded is counted, no more.
         let objects = client::objects(&asked.parts.headers);
@@ -303,6 +329,17 @@ fn pixel() -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from_static(GIF)));
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("image/gif"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    answer
+}
+
+/// What a machine is answered.
+fn plain(text: String) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(text)));
+    let headers = answer.headers_mut();
+    let media = HeaderValue::from_static("application/octet-stream");
+    headers.insert(CONTENT_TYPE, media);
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     answer

@@ -85,7 +85,8 @@ where
     let headers = &asked.parts.headers;
     let origin = headers.get(ORIGIN).and_then(|value| value.to_str().ok());
     let origin = origin.map(str::to_ascii_lowercase).unwrap_or_default();
-    let Some(account) = public.origins.account(&origin) else {
+    let view = public.tenants.view();
+    let Some(account) = view.origins.account(&origin).map(str::to_owned) else {
         return counted(empty(StatusCode::FORBIDDEN), TrackerResult::BadRequest);
     };
     let mut answer = empty(StatusCode::NO_CONTENT);
@@ -133,7 +134,7 @@ where
     }
     let recorded = public
         .recorder
-        .page(account, visitor, &viewed, asked.seen());
+        .page(&account, visitor, &viewed, asked.seen());
     note(recorded.await);
     counted(answer, TrackerResult::Ok)
 }

@@ -20,6 +20,8 @@ pub(crate) enum Route<'a> {
     Tag,
     /// `/p`
     Page,
+    /// `/.well-known/acme-challenge/TOKEN`, at the root of the host alone (RFC 8555 section 8.3)
+    Challenge(&'a str),
     /// Nothing of ours.
     Unknown,
 }
@@ -27,6 +29,9 @@ pub(crate) enum Route<'a> {
 /// Reads a path by its last two segments: a base URL may have a path of its own, and the proxy
 /// before us may or may not take it off.
 pub(crate) fn route(path: &str) -> Route<'_> {
+    if let Some(token) = path.strip_prefix("/.well-known/acme-challenge/") {
+        return Route::Challenge(token);
+    }
     let mut from_the_end = path.rsplit('/');
     let last = from_the_end.next().unwrap_or_default();
     match (from_the_end.next(), last) {
@@ -128,6 +133,8 @@ mod tests {
             ("/t.js", Route::Tag),
             ("/_t/t.js", Route::Tag),
             ("/p", Route::Page),
+            ("/.well-known/acme-challenge/abc", Route::Challenge("abc")),
+            ("/x/.well-known/acme-challenge/abc", Route::Unknown),
             ("/c/p", Route::Click("p")),
             ("/u/t.js", Route::Unsubscribe("t.js")),
             ("/", Route::Unknown),

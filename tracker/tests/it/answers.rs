@@ -1,6 +1,6 @@
 //! What each path answers, and what of it is kept.
 
-use crate::harness::{CHROME, HOST, Place, TARGET, batch_id, ring, sign, signed, token};
+use crate::harness::{CHROME, HOST, Place, TARGET, batch_id, ring, sign, signed, token, until};
 use links::{Flags, KeyRing, Kind, Token};
 use model::{Actor, HitKind, TrackingMode};
 
@@ -291,11 +291,33 @@ async fn an_archived_batch_is_answered_and_not_counted() {
         .change_batch(batch_id(), change, now)
         .await
         .expect("archived");
-    assert_eq!(running.get(&path(Kind::Click, 0)).await.status, 302);
+    // Within a second or two a browser gets no name either.
+    let cookie = async || {
+        let answer = running.get(&path(Kind::Click, 0)).await;
+        assert_eq!(answer.status, 302);
+        answer.cookie()
+    };
+    until("no cookie", async || cookie().await.is_none()).await;
     assert_eq!(running.get(&path(Kind::Open, 0)).await.status, 200);
-    running.drain().await;
+    // Nor from a tracker that starts later.
+    let later = place.start().await;
+    until("no cookie there", async || {
+        later.get(&path(Kind::Click, 0)).await.cookie().is_none()
+    })
+    .await;
+    later.drain().await;
+    until("everything shipped", async || {
+        let metrics = running.admin("/metrics").await.text();
+        metrics.contains("hikyaku_journal_pending_records 0")
+    })
+    .await;
     let counters = place.counters(|_| true).await;
     assert_eq!((counters.clicked_total, counters.opened_total), (0, 0));
+    let change = store::BatchChange::Unarchive;
+    let unarchived = place.store.change_batch(batch_id(), change, now).await;
+    unarchived.expect("unarchived");
+    until("a cookie again", async || cookie().await.is_some()).await;
+    running.drain().await;
 }
 
 #[tokio::test]

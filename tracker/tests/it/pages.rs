@@ -102,3 +102,29 @@ async fn only_sites_that_are_named_are_heard_and_nobody_who_objects() {
     running.drain().await;
     assert_eq!(page_views(&place).await.len(), 1);
 }
+
+#[tokio::test]
+async fn the_sites_of_an_account_made_over_the_api_are_heard() {
+    let place = Place::new(1).await;
+    let running = place.start().await;
+    let site = "https://other.example";
+    let view = async || {
+        let headers = [("Origin", site), ("Content-Type", "text/plain")];
+        let body = br#"{"url":"https://other.example/x","referrer":"","title":""}"#;
+        running.ask("POST", "/p", &headers, body).await.status
+    };
+    assert_eq!(view().await, 403);
+    let account = format!(
+        r#"{{"id":"other","from_domains":["*"],"later":1,"tracking":{{"base_url":"http://t.other.example","mode":"individual","page_origins":["{site}"]}}}}"#
+    );
+    let note = store::Note {
+        kind: "account".into(),
+        key: "other".into(),
+        value: account.into_bytes().into(),
+        expires_at: None,
+    };
+    let now = running.deps.clock.now();
+    place.store.put_notes(vec![note], now).await.expect("put");
+    until("the site to be heard", async || view().await == 204).await;
+    running.drain().await;
+}

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 
 pub use document::{ENV_PREFIX, Mistake};
 pub use sections::{
-    Account, Api, ApiKey, Bind, Bounces, Config, Dkim, Dns, Engagement, Inbound, Journal,
-    KeyMaterial, Pool, Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp,
+    Account, Acme, Api, ApiKey, Bind, Bounces, Certificate, Config, Dkim, Dns, Engagement, Inbound,
+    Journal, KeyMaterial, Pool, Proxy, Redis, RedisTopology, Retention, Shaping, Smarthost, Smtp,
     SmtpTimeouts, Source, Store, StoreUrl, TlsReports, Tracker, Tracking, Webhooks, WeightedSource,
-    base_url, link_target, page_origin,
+    base_url, https_host, link_target, page_origin,
 };
 pub use values::{
     AmbiguousPolicy, DanePolicy, DkimPolicy, Families, Scope, Secret, StatusProfile, TlsPolicy,

@@ -201,9 +201,29 @@ pub(super) const TRACKER_SECONDS: Family = timed(
     &["kind"],
     TRACKER_BUCKETS,
 );
+pub(super) const TRACKER_CERTIFICATE_EXPIRY: Family = family(
+    "hikyaku_tracker_certificate_expiry_seconds",
+    "When the certificate that the tracker shows for a host ends, in seconds since 1970",
+    &["host"],
+);
+pub(super) const TRACKER_CERTIFICATES: Family = family(
+    "hikyaku_tracker_certificates_total",
+    "Certificates that were read or fetched, or were to be",
+    &["origin", "result"],
+);
 pub(super) const ENGAGEMENT: Family = family(
     "hikyaku_engagement_total",
     "Hits by who caused them",
+    &["kind", "actor"],
+);
+pub(super) const ENGAGEMENT_LAG_SECONDS: Family = family(
+    "hikyaku_engagement_lag_seconds",
+    "Age of the oldest event that the judgement of hits has not read yet, on the node that does it",
+    &[],
+);
+pub(super) const ENGAGEMENT_RECLASSIFIED: Family = family(
+    "hikyaku_engagement_reclassified_total",
+    "Verdicts that were revised, by what they are now",
     &["kind", "actor"],
 );
 pub(super) const WEBHOOK_DELIVERIES: Family = family(

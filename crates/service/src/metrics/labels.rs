@@ -235,6 +235,20 @@ labels! {
         /// A path that does not exist.
         Other = "other",
     }
+    /// Where a certificate of the tracker comes from.
+    CertificateOrigin {
+        /// From files that the configuration names.
+        File = "file",
+        /// From a certificate authority.
+        Acme = "acme",
+    }
+    /// What came of reading or fetching one.
+    CertificateResult {
+        /// It is in use.
+        Ok = "ok",
+        /// What was in use before stays.
+        Failed = "failed",
+    }
     /// How the tracker answered.
     TrackerResult {
         /// As asked.

@@ -21,9 +21,9 @@ use model::{Actor, HitKind};
 
 pub use destinations::{Destination, Destinations, MOST_DESTINATIONS};
 pub use labels::{
-    DroppedKind, DuplicateCause, Kept, Label, LimitKind, QueueState, Resolved, Resolved2,
-    SignatureAlgorithm, SignatureResult, SmtpStage, ThrottleReason, TlsHandshake, TlsResult,
-    TrackerKind, TrackerResult, WebhookResult,
+    CertificateOrigin, CertificateResult, DroppedKind, DuplicateCause, Kept, Label, LimitKind,
+    QueueState, Resolved, Resolved2, SignatureAlgorithm, SignatureResult, SmtpStage,
+    ThrottleReason, TlsHandshake, TlsResult, TrackerKind, TrackerResult, WebhookResult,
 };
 
 /// The media type of [`Metrics::render`].
@@ -88,8 +88,15 @@ pub struct Metrics {
     pub tracker_requests: Resolved2<TrackerKind, TrackerResult, IntCounter>,
     /// `hikyaku_tracker_seconds[kind]`
     pub tracker_seconds: Resolved<TrackerKind, Histogram>,
+    tracker_certificate_expiry: IntGaugeVec,
+    /// `hikyaku_tracker_certificates_total[origin,result]`
+    pub tracker_certificates: Resolved2<CertificateOrigin, CertificateResult, IntCounter>,
     /// `hikyaku_engagement_total[kind,actor]`
     pub engagement: Resolved2<HitKind, Actor, IntCounter>,
+    /// `hikyaku_engagement_lag_seconds`
+    pub engagement_lag_seconds: Gauge,
+    /// `hikyaku_engagement_reclassified_total[kind,actor]`
+    pub engagement_reclassified: Resolved2<HitKind, Actor, IntCounter>,
     /// `hikyaku_webhook_deliveries_total[result]`: attempts, each with up to 500 events.
     pub webhook_deliveries: Resolved<WebhookResult, IntCounter>,
     /// `hikyaku_webhook_lag_seconds`: the age of the oldest event that a webhook of this node has not
@@ -141,7 +148,11 @@ impl Metrics {
             facts_lost: r.int_counter(&families::FACTS_LOST),
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
+            tracker_certificate_expiry: r.gauges(&families::TRACKER_CERTIFICATE_EXPIRY),
+            tracker_certificates: Resolved2::of(&r.counters(&families::TRACKER_CERTIFICATES)),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
+            engagement_lag_seconds: r.gauge(&families::ENGAGEMENT_LAG_SECONDS),
+            engagement_reclassified: Resolved2::of(&r.counters(&families::ENGAGEMENT_RECLASSIFIED)),
             webhook_deliveries: Resolved::of(&r.counters(&families::WEBHOOK_DELIVERIES)),
             webhook_lag_seconds: r.gauge(&families::WEBHOOK_LAG_SECONDS),
             registry: r.registry,
@@ -215,6 +226,13 @@ impl Metrics {
     pub fn egress_source(&self, name: &str, is_up: bool) {
         let gauge = self.egress_source_up.with_label_values(&[name]);
         gauge.set(i64::from(is_up));
+    }
+
+    /// `hikyaku_tracker_certificate_expiry_seconds[host]`, a host of the configuration; seconds
+    /// since 1970.
+    pub fn certificate_expiry(&self, host: &str, seconds: i64) {
+        let gauge = self.tracker_certificate_expiry.with_label_values(&[host]);
+        gauge.set(seconds);
     }
 
     /// `hikyaku_store_seconds`; `op` is a name in our code, never data.
@@ -371,6 +389,7 @@ mod tests {
         metrics.throttled(&there, ThrottleReason::Rate).inc();
         metrics.egress_source("ip1", true);
         metrics.abtest_rate("01JD", "A", 0.2);
+        metrics.certificate_expiry("t.brand.example", 1);
         metrics.store_seconds("lease").observe(0.001);
         let open = metrics.connection(&there);
         let page = metrics.render();

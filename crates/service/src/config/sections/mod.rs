@@ -6,18 +6,19 @@ mod access;
 mod delivery;
 mod egress;
 mod storage;
+mod tracker;
 
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
 
 use ipnet::IpNet;
-use model::{Domain, EmailAddress};
+use model::EmailAddress;
 
 pub use access::{Account, Api, ApiKey, KeyMaterial, Tracking, base_url, link_target, page_origin};
 pub use delivery::{Pool, Smtp, SmtpTimeouts, WeightedSource};
 pub use egress::{Bind, Proxy, Smarthost, Source};
 pub use storage::{Journal, Redis, RedisTopology, Retention, Store, StoreUrl};
+pub use tracker::{Acme, Certificate, Tracker, https_host};
 
 use super::reader::Section;
 use super::values::{DanePolicy, NameServer, OrOff};
@@ -62,23 +63,6 @@ pub struct Config {
     pub tls_reports: TlsReports,
     /// Where it was read.
     pub origin: Origin,
-}
-
-/// `[tracker]`
-#[derive(Debug, Clone)]
-pub struct Tracker {
-    /// Open to the world.
-    pub listen: SocketAddr,
-    /// Metrics and health.
-    pub admin_listen: SocketAddr,
-    /// Signs links; several lines are a rotation, the first signs. Made at first start.
-    pub key_file: PathBuf,
-    /// Whose `X-Forwarded-For` counts.
-    pub trusted_proxies: Vec<IpNet>,
-    /// How long a hit waits for others before it is judged.
-    pub settle: Duration,
-    /// A registrable domain for first-party page views.
-    pub cookie_domain: Option<Domain>,
 }
 
 /// `[dns]`
@@ -164,8 +148,10 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
         api: root.table("api", |section| {
             access::api(section, &accounts, environment)
         }),
+        tracker: root.table("tracker", |section| {
+            tracker::tracker(section, &data_dir, &accounts)
+        }),
         accounts,
-        tracker: root.table("tracker", |section| tracker(section, &data_dir)),
         pools: delivery::pools(root, &smtp.sources),
         smtp,
         dns: root.table("dns", dns),
@@ -193,17 +179,6 @@ pub(super) fn config(root: &mut Section<'_>, environment: &Environment) -> Confi
     };
     one_listener_per_socket(root, &config);
     config
-}
-
-fn tracker(section: &mut Section<'_>, data_dir: &Path) -> Tracker {
-    Tracker {
-        listen: section.value("listen", SocketAddr::from(([127, 0, 0, 1], 8026))),
-        admin_listen: section.value("admin_listen", SocketAddr::from(([127, 0, 0, 1], 8027))),
-        key_file: data_dir.join(section.value("key_file", "tracking.key".to_owned())),
-        trusted_proxies: section.list("trusted_proxies").unwrap_or_default(),
-        settle: section.value("settle", Duration::from_secs(15)),
-        cookie_domain: section.value("cookie_domain", OrOff(None)).0,
-    }
 }
 
 fn dns(section: &mut Section<'_>) -> Dns {
@@ -274,6 +249,7 @@ fn one_listener_per_socket(root: &Section<'_>, config: &Config) {
         ("api.listen", Some(config.api.listen)),
         ("tracker.listen", Some(config.tracker.listen)),
         ("tracker.admin_listen", Some(config.tracker.admin_listen)),
+        ("tracker.tls.listen", config.tracker.tls_listen),
         ("inbound.listen", config.inbound.listen),
     ];
     let bound = listeners
