@@ -386,7 +386,7 @@ impl Reloaded {
             rules: read_rules(config)?,
             tracking: tracking_keys(config)?,
             engagement: engagement_rules(config)?,
-            shaping: ShapingFile::load(&config.shaping.file)?,
+            shaping: ShapingFile::load(config)?,
         })
     }
 }

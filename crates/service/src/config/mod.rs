@@ -168,7 +168,7 @@ impl Config {
         others: &[Checker],
     ) -> Result<Self, Mistakes> {
         let (config, mut mistakes) = read(path, environment);
-        if let Err(in_shaping) = shaping::ShapingFile::load(&config.shaping.file) {
+        if let Err(in_shaping) = shaping::ShapingFile::load(&config) {
             mistakes.extend(in_shaping.0);
         }
         for check in others {

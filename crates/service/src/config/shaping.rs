@@ -9,9 +9,9 @@ use std::time::Duration;
 use model::units::Rate;
 use model::{Domain, Timestamp};
 
-use super::document::{FileConfig, Item, Value};
+use super::document::{FileConfig, Item, Mistake, Value};
 use super::reader::{Meant, Reader, Section};
-use super::{Mistakes, ReadFile, TlsPolicy};
+use super::{Config, Mistakes, ReadFile, Source, TlsPolicy};
 
 /// What `shaping.toml` says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -181,16 +181,34 @@ impl Default for Limits {
 }
 
 impl ShapingFile {
-    /// Reads the file; without one that was not named either, defaults hold.
+    /// Reads the file that `config` names; without one that was not named either, defaults hold.
     ///
     /// # Errors
-    /// Every mistake in it.
-    pub fn load(file: &ReadFile) -> Result<Self, Mistakes> {
-        match file.read() {
-            Ok(Some(text)) => Self::parse(&file.path, &text),
-            Ok(None) => Ok(Self::default()),
-            Err(unreadable) => Err(Mistakes(vec![unreadable])),
-        }
+    /// Every mistake in it, what does not fit the rest of `config` too.
+    pub fn load(config: &Config) -> Result<Self, Mistakes> {
+        let file = &config.shaping.file;
+        let read = match file.read() {
+            Ok(Some(text)) => Self::parse(&file.path, &text)?,
+            Ok(None) => Self::default(),
+            Err(unreadable) => return Err(Mistakes(vec![unreadable])),
+        };
+        Mistakes::none_in(read.unknown_sources(file, &config.smtp.sources)).map(|()| read)
+    }
+
+    /// A source that is not there is not warmed up, and the one that was meant sends all it can.
+    fn unknown_sources(&self, file: &ReadFile, sources: &[Source]) -> Vec<Mistake> {
+        let warmups = self.warmups.iter().enumerate();
+        let unknown = warmups.filter(|(_, warmup)| {
+            let mut named = sources.iter().filter(|source| source.name == warmup.source);
+            named.next().is_none()
+        });
+        let mistake = |(at, warmup): (usize, &WarmUp)| Mistake {
+            file: Some(file.path.clone()),
+            line: warmup.line,
+            path: format!("warmup[{at}].source"),
+            detail: format!("there is no source {:?} in smtp.sources", warmup.source),
+        };
+        unknown.map(mistake).collect()
     }
 
     /// Reads `text`, which stood in `file`.

@@ -187,10 +187,14 @@ fn a_default_file_may_be_missing_and_a_named_one_may_not() {
     let path = written.folder.path().join("hikyaku.toml");
     let checked = |path: &Path| Config::check(Some(path), &Environment::default(), &[]);
     let config = checked(&path).expect("no mistake");
-    assert_eq!(
-        ShapingFile::load(&config.shaping.file),
-        Ok(ShapingFile::default())
-    );
+    assert_eq!(ShapingFile::load(&config), Ok(ShapingFile::default()));
+    let warmup = "[[warmup]]\nsource = \"ip3\"\nstart = \"2026-03-01\"\n";
+    written.beside("shaping.toml", warmup);
+    let unknown = checked(&path).expect_err("no such source").to_string();
+    let told = "shaping.toml:2: warmup[0].source: there is no source \"ip3\" in smtp.sources";
+    assert!(unknown.ends_with(told), "{unknown}");
+    written.beside("hikyaku.toml", "[[smtp.sources]]\nname = \"ip3\"\n");
+    checked(&path).expect("there it is");
     written.beside("hikyaku.toml", "shaping.file = \"mine.toml\"");
     let missing = checked(&path)
         .expect_err("a named file has to be there")
