@@ -575,9 +575,6 @@ impl Connection<'_> {
         let finding = match outcome {
             Outcome::Delivered(reply) => {
                 self.delivered = true;
-                if begun.job.item.ambiguous_before {
-                    self.deliver.recorder.maybe_duplicate();
-                }
                 Finding::Delivered(reply)
             }
             Outcome::Refused { reply, .. } => {
@@ -633,6 +630,10 @@ impl Connection<'_> {
 
     async fn record(&self, job: &Job, finding: Finding, dot_at: Option<Timestamp>, took: Duration) {
         let delivered = matches!(finding, Finding::Delivered(_));
+        let may_have_come = delivered || matches!(finding, Finding::Ambiguous(_));
+        if may_have_come && job.item.ambiguous_before {
+            self.deliver.recorder.maybe_duplicate();
+        }
         let heard = heard(&finding, self.deliver.clock.instant(), took);
         let mut attempt = decide(
             finding,

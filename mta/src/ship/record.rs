@@ -103,7 +103,7 @@ impl Recorder {
         }
     }
 
-    /// A message of which a former copy may have arrived was delivered.
+    /// A message of which a former copy may have arrived was delivered, or may have been.
     pub fn maybe_duplicate(&self) {
         self.metrics.duplicates.at(DuplicateCause::ReplyLost).inc();
     }
