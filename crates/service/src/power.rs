@@ -5,13 +5,20 @@
 //! SIGKILL. Must not know what the tasks do.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// The switch. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Power(Arc<watch::Sender<State>>);
+pub struct Power(Arc<Switch>);
+
+/// Not a watch channel: that wakes whoever waits in an order left to chance.
+#[derive(Debug)]
+struct Switch {
+    state: Mutex<State>,
+    changed: Notify,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -29,7 +36,10 @@ impl Default for Power {
 impl Power {
     /// Switched on.
     pub fn on() -> Self {
-        Self(Arc::new(watch::Sender::new(State::On)))
+        Self(Arc::new(Switch {
+            state: Mutex::new(State::On),
+            changed: Notify::new(),
+        }))
     }
 
     /// Nothing moves until [`Power::thaw`]; time goes on, and so does everybody else.
@@ -44,29 +54,35 @@ impl Power {
 
     /// Everything is dropped where it stands, for good.
     pub fn kill(&self) {
-        self.0.send_replace(State::Off);
+        self.change(State::Off);
     }
 
     fn change(&self, to: State) {
-        self.0.send_if_modified(|now| {
-            let changes = *now != State::Off && *now != to;
-            if changes {
-                *now = to;
-            }
-            changes
-        });
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state != State::Off {
+            *state = to;
+        }
+        drop(state);
+        self.0.changed.notify_waiters();
+    }
+
+    fn state(&self) -> State {
+        *self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `future` while there is power; `None` once it was killed.
     pub async fn run<F: Future>(self, future: F) -> Option<F::Output> {
-        let mut state = self.0.subscribe();
         let mut future = std::pin::pin!(future);
+        let mut changed = std::pin::pin!(self.0.changed.notified());
         loop {
-            let now = *state.borrow_and_update();
+            // Before the look at the state: no change is missed.
+            changed.as_mut().enable();
+            let now = self.state();
             tokio::select! {
                 biased;
-                // The sender is ours and lives as long as this.
-                _changed = state.changed(), if now != State::Off => {}
+                () = &mut changed, if now != State::Off => {
+                    changed.set(self.0.changed.notified());
+                }
                 done = &mut future, if now == State::On => return Some(done),
                 else => return None,
             }

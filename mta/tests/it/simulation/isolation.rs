@@ -2,13 +2,25 @@
 
 use std::time::Duration;
 
-use super::live_plan;
 use super::network::Zone;
 use super::plan::{Manner, Place, Plan, Troubles};
+use super::world::World;
+use super::{in_a_thread, live_plan};
 
 /// Quiet domains in an ordinary run, and with `HIKYAKU_TEST_FULL`.
 const DOMAINS: usize = 100;
 const DOMAINS_FULL: usize = 10_000;
+/// Who wait for one host, likewise.
+const GIANT: usize = 10_000;
+const GIANT_FULL: usize = 1_000_000;
+
+/// The number in this run.
+fn of(ordinary: usize, full: usize) -> usize {
+    match std::env::var_os("HIKYAKU_TEST_FULL") {
+        Some(_) => full,
+        None => ordinary,
+    }
+}
 
 fn place(domain: String, manner: Manner, people: usize) -> Place {
     Place {
@@ -44,10 +56,7 @@ fn plan(domains: usize, beside: &[Place]) -> Plan {
 
 #[test]
 fn quiet_destinations_are_not_held_up() {
-    let domains = match std::env::var_os("HIKYAKU_TEST_FULL") {
-        Some(_) => DOMAINS_FULL,
-        None => DOMAINS,
-    };
+    let domains = of(DOMAINS, DOMAINS_FULL);
     let slow = [
         place(
             "tarpit.example".to_owned(),
@@ -67,4 +76,20 @@ fn quiet_destinations_are_not_held_up() {
         beside <= alone.mul_f64(1.05),
         "{beside:?} beside slow destinations, {alone:?} alone"
     );
+}
+
+#[test]
+fn what_is_urgent_does_not_wait_behind_a_giant() {
+    // 20 messages a second over three connections, ten on each, a second and a half apart.
+    let giant = of(GIANT, GIANT_FULL);
+    let plan = plan(
+        0,
+        &[place("giant.example".to_owned(), Manner::Plain, giant)],
+    );
+    let took = in_a_thread(plan.seed, move || World::urgent(plan, 20));
+    let took = took.unwrap_or_else(|why| panic!("{why}"));
+    println!("with {giant} before them: {took:?}");
+    for one in took {
+        assert!(one <= Duration::from_secs(1), "{one:?} behind {giant}");
+    }
 }

@@ -24,18 +24,26 @@ use plan::Plan;
 use world::{Summary, World};
 
 /// Worlds in an ordinary run, and with `HIKYAKU_TEST_FULL`.
-const WORLDS: u64 = 6;
+const WORLDS: u64 = 8;
 const WORLDS_FULL: u64 = 1_000;
+/// Little ones, likewise.
+const LITTLE: u64 = 200;
+const LITTLE_FULL: u64 = 5_000;
+/// By hand, instead of all others, a seed of either kind.
+const SEED: &str = "HIKYAKU_SIMULATION_SEED";
 
 /// Seeds that found something, each with what it was.
 const REGRESSIONS: [(u64, &str); 0] = [];
 
-/// Lets the world of a seed live.
-fn live(seed: u64) -> Result<Summary, String> {
-    live_plan(Plan::of(seed)).map_err(|why| {
+/// What a seed stands for: a world, or a little one.
+type Kind = fn(u64) -> Plan;
+
+/// Lets the world of a seed live; `test` is the one that does it again.
+fn live(kind: Kind, seed: u64, test: &str) -> Result<Summary, String> {
+    live_plan(kind(seed)).map_err(|why| {
         format!(
-            "seed {seed}: {why}\n\nexactly this again:\n  HIKYAKU_SIMULATION_SEED={seed} \
-             cargo nextest run -p mta --test it simulation::worlds_from_seeds\n"
+            "seed {seed}: {why}\n\nexactly this again:\n  {SEED}={seed} \
+             cargo nextest run -p mta --test it simulation::{test}\n"
         )
     })
 }
@@ -51,8 +59,16 @@ fn live_plan(plan: Plan) -> Result<Summary, String> {
 }
 
 fn run(plan: Plan) -> Result<Summary, String> {
-    let seed = plan.seed;
     let told = plan.clone();
+    in_a_thread(plan.seed, move || World::live(plan)).map_err(|why| format!("{why}\n{told:#?}"))
+}
+
+/// What happens in a world, on a thread and in a time of its own.
+fn in_a_thread<T, F>(seed: u64, happens: impl FnOnce() -> F + Send + 'static) -> Result<T, String>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, String>>,
+{
     let thread = std::thread::Builder::new()
         .name(format!("world {seed}"))
         .spawn(move || {
@@ -67,32 +83,33 @@ fn run(plan: Plan) -> Result<Summary, String> {
                 .enable_time()
                 .start_paused(true)
                 .build();
-            runtime.expect("a runtime").block_on(World::live(plan))
+            runtime.expect("a runtime").block_on(happens())
         });
     let lived = thread.expect("a thread").join();
-    let lived = lived.unwrap_or_else(|panic| {
+    lived.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         Err(text.unwrap_or_else(|| "a panic".to_owned()))
-    });
-    lived.map_err(|why| format!("{why}\n{told:#?}"))
+    })
 }
 
-/// The seeds of this run: one by hand, else many.
-fn seeds() -> (u64, u64) {
-    if let Ok(seed) = std::env::var("HIKYAKU_SIMULATION_SEED") {
-        let seed = seed.parse().expect("a number in HIKYAKU_SIMULATION_SEED");
-        return (seed, seed + 1);
+/// The end of the seeds in this run, or one by hand.
+fn seeds(ordinary: u64, full: u64) -> std::ops::Range<u64> {
+    if let Ok(seed) = std::env::var(SEED) {
+        let seed = seed
+            .parse()
+            .unwrap_or_else(|_| panic!("a number in {SEED}"));
+        return seed..seed + 1;
     }
     match std::env::var_os("HIKYAKU_TEST_FULL") {
-        Some(_) => (0, WORLDS_FULL),
-        None => (0, WORLDS),
+        Some(_) => 0..full,
+        None => 0..ordinary,
     }
 }
 
-#[test]
-fn worlds_from_seeds() {
-    let (first, end) = seeds();
-    let next = AtomicU64::new(first);
+/// Lets all of them live, as many at a time as there are processors; tells how many transactions,
+/// recipients and copies too many there were.
+fn all_live(kind: Kind, seeds: std::ops::Range<u64>, test: &str) -> (u64, usize, usize) {
+    let next = AtomicU64::new(seeds.start);
     let failures = Mutex::new(Vec::new());
     let totals = Mutex::new((0_u64, 0_usize, 0_usize));
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
@@ -101,10 +118,10 @@ fn worlds_from_seeds() {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end || failures.lock().expect("sane").len() >= 3 {
+                    if seed >= seeds.end || failures.lock().expect("sane").len() >= 3 {
                         return;
                     }
-                    match live(seed) {
+                    match live(kind, seed, test) {
                         Ok(summary) => {
                             let mut totals = totals.lock().expect("sane");
                             totals.0 += summary.transactions;
@@ -118,25 +135,44 @@ fn worlds_from_seeds() {
         }
     });
     let failures = failures.into_inner().expect("sane");
-    println!("{:?}", totals.into_inner().expect("sane"));
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+    totals.into_inner().expect("sane")
+}
+
+#[test]
+fn worlds_from_seeds() {
+    let seeds = seeds(WORLDS, WORLDS_FULL);
+    println!("{:?}", all_live(Plan::of, seeds, "worlds_from_seeds"));
+}
+
+#[test]
+fn little_worlds_from_seeds() {
+    let seeds = seeds(LITTLE, LITTLE_FULL);
+    println!(
+        "{:?}",
+        all_live(Plan::little, seeds, "little_worlds_from_seeds")
+    );
 }
 
 #[test]
 fn seeds_that_found_something_stay_well() {
     for (seed, what) in REGRESSIONS {
-        live(seed).unwrap_or_else(|why| panic!("again: {what}\n{why}"));
+        let lived = live(Plan::of, seed, "worlds_from_seeds");
+        lived.unwrap_or_else(|why| panic!("again: {what}\n{why}"));
     }
 }
 
 #[test]
 fn a_world_is_the_same_each_time() {
-    let lived = || live_plan(Plan::small()).unwrap_or_else(|why| panic!("{why}"));
-    let (once, again) = (lived(), lived());
-    let lines = once.story.iter().zip(&again.story).enumerate();
-    for (at, (line, other)) in lines {
-        let before = once.story.get(at.saturating_sub(20)..at);
-        assert_eq!(line, other, "line {at}, after {before:#?}");
+    // Without trouble; and two in which nodes stand still, are killed and lose their store.
+    for plan in [Plan::small(), Plan::of(1), Plan::of(8)] {
+        let lived = || live_plan(plan.clone()).unwrap_or_else(|why| panic!("{why}"));
+        let (once, again) = (lived(), lived());
+        let lines = once.story.iter().zip(&again.story).enumerate();
+        for (at, (line, other)) in lines {
+            let before = once.story.get(at.saturating_sub(20)..at);
+            assert_eq!(line, other, "line {at}, after {before:#?}");
+        }
+        assert_eq!(once, again);
     }
-    assert_eq!(once, again);
 }

@@ -95,6 +95,7 @@ pub(super) struct Node {
     process: Option<Process>,
     /// Counters of processes that are gone.
     duplicates: u64,
+    delivered: u64,
     pub(super) frozen_since: Option<Instant>,
 }
 
@@ -114,6 +115,18 @@ impl Process {
     }
 }
 
+impl Process {
+    /// Deliveries that it has counted.
+    fn delivered(&self) -> u64 {
+        let text = self.metrics.render();
+        let lines = text.lines().filter(|line| {
+            line.starts_with("hikyaku_outcomes_total{") && line.contains("\"delivered\"")
+        });
+        let count = |line: &str| line.rsplit(' ').next()?.parse::<u64>().ok();
+        lines.filter_map(count).sum()
+    }
+}
+
 impl Node {
     pub(super) fn new(number: usize, seed: u64) -> Self {
         Self {
@@ -121,6 +134,7 @@ impl Node {
             disk: FaultDisk::new(seed ^ number as u64),
             process: None,
             duplicates: 0,
+            delivered: 0,
             frozen_since: None,
         }
     }
@@ -267,13 +281,19 @@ impl Node {
         self.duplicates + running
     }
 
+    /// Deliveries that processes have counted which were drained.
+    pub(super) fn delivered(&self) -> u64 {
+        self.delivered
+    }
+
     /// As SIGTERM does.
     pub(super) async fn drain(&mut self) -> Result<(), String> {
         let Some(process) = self.process.take() else {
             return Ok(());
         };
-        self.duplicates += process.duplicates();
         let drained = process.shutdown.drain(Duration::from_secs(600)).await;
+        self.duplicates += process.duplicates();
+        self.delivered += process.delivered();
         drained.map_err(|error| format!("node {}: {error}", self.number))?;
         process.power.kill();
         Ok(())

@@ -123,6 +123,48 @@ impl Plan {
         }
     }
 
+    /// What `seed` stands for where everything is small, so that thousands can be lived: a few
+    /// people at one or two hosts for some seconds, of which more are full of trouble.
+    pub(super) fn little(seed: u64) -> Self {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let places = (0..random.usize(1..=2)).map(|number| Place {
+            domain: format!("d{number}.example"),
+            manner: brisk(&mut random),
+            zone: Zone::Good,
+            is_limited: false,
+            people: random.usize(1..6),
+        });
+        let mut places: Vec<_> = places.collect();
+        if random.bool() {
+            places.push(Place {
+                domain: "limited.example".to_owned(),
+                manner: Manner::Plain,
+                zone: Zone::Good,
+                is_limited: true,
+                people: random.usize(10..30),
+            });
+        }
+        let mut some = || random.u8(..3) == 0;
+        Self {
+            seed,
+            nodes: 1 + usize::from(some()),
+            batches: 1,
+            troubles: Troubles {
+                kills: some(),
+                power_cuts: some(),
+                freezes: some(),
+                store: some(),
+                resets: some(),
+                stalls: some(),
+                hosts: false,
+                clock: some(),
+                control: some(),
+            },
+            places,
+            trouble_for: Duration::from_secs(random.u64(3..12)),
+        }
+    }
+
     /// A few people at two hosts, and no trouble.
     pub(super) fn small() -> Self {
         let place = |domain: &str, manner, is_limited| Place {
@@ -176,6 +218,19 @@ fn manner(random: &mut fastrand::Rng) -> Manner {
         10 | 11 => Manner::Rude(random.u8(1..30)),
         12 => Manner::Picky,
         _ => Manner::Throttling(random.usize(1..10)),
+    }
+}
+
+/// Those that answer soon, however they answer.
+fn brisk(random: &mut fastrand::Rng) -> Manner {
+    match random.u8(..8) {
+        0 | 1 => Manner::Plain,
+        2 => Manner::Old,
+        3 => Manner::Slow(Duration::from_millis(random.u64(50..3_000))),
+        4 => Manner::Cutting(random.u8(1..60)),
+        5 => Manner::Rude(random.u8(1..30)),
+        6 => Manner::Picky,
+        _ => Manner::Grey(Duration::from_secs(random.u64(1..5))),
     }
 }
 

@@ -7,13 +7,17 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use links::KeyRing;
-use model::{AttemptResult, BatchId, MessageId, Status, SuppressionReason};
+use model::{
+    Attempt, AttemptResult, BatchId, EventKind, MessageId, Priority, Status, SuppressionReason,
+};
 use service::clock::Clock as _;
 use service::config::shaping::ShapingFile;
 use service::config::{Config, Environment};
+use service::metrics::MOST_DESTINATIONS;
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 use store::{
-    BatchChange, NewBatch, RecipientQuery, RecipientRow, Store as _, Suppression, Suspension,
+    BatchChange, BatchHead, EventQuery, NewBatch, RecipientQuery, RecipientRow, Store as _,
+    Suppression, Suspension,
 };
 use testkit::smtp_peer::SmtpPeer;
 use testkit::strand::Carriage;
@@ -24,7 +28,7 @@ use super::node::{Common, Node, WorldClock};
 use super::peers::temper;
 use super::plan::{Manner, Place, Plan};
 use super::store::{Line, Reach, in_place};
-use super::watch::{Bounds, Stop, Watch};
+use super::watch::{Bounds, Copy, Stop, Watch};
 use crate::station;
 
 /// A lease, shorter than by default, so that more of them end.
@@ -35,6 +39,8 @@ const LIMITED: Bounds = Bounds {
     messages: 5,
     rate: 4,
 };
+/// What a process does it counts within this, but while it does not reach the store.
+const UNTOLD: Duration = Duration::from_secs(60);
 /// When nothing disturbs it any more, mail to a host that takes it is out within this …
 const SOON: Duration = Duration::from_secs(300);
 /// … and everything has an end within this.
@@ -102,7 +108,12 @@ pub(super) struct World {
     /// What is to happen when: see [`World::later`].
     later: BTreeMap<(Instant, u64), Later>,
     laters: u64,
+    /// When the power went.
     cuts: Vec<Duration>,
+    /// When a process ended without being asked.
+    deaths: Vec<Duration>,
+    /// Events by message, in their order.
+    told: BTreeMap<MessageId, Vec<EventKind>>,
     _dir: tempfile::TempDir,
 }
 
@@ -152,6 +163,7 @@ impl World {
         for node in &mut self.nodes {
             node.drain().await?;
         }
+        self.tell();
         self.judge()
     }
 
@@ -199,6 +211,8 @@ impl World {
             later: BTreeMap::new(),
             laters: 0,
             cuts: Vec::new(),
+            deaths: Vec::new(),
+            told: BTreeMap::new(),
             _dir: dir,
         };
         for _ in 0..world.plan.batches {
@@ -208,8 +222,6 @@ impl World {
     }
 
     fn submit(&mut self) {
-        let now = self.common.clock.now();
-        let id = BatchId::new(now, u128::from(self.random.u64(..)));
         let mut to = Vec::new();
         for (place, of) in self.plan.places.iter().enumerate() {
             for number in 0..of.people {
@@ -217,11 +229,21 @@ impl World {
             }
         }
         self.random.shuffle(&mut to);
+        self.commit(to, Priority::Bulk);
+    }
+
+    /// A batch for these addresses, each with the number of its place.
+    fn commit(&mut self, to: Vec<(usize, String)>, priority: Priority) -> BatchId {
+        let now = self.common.clock.now();
+        let id = BatchId::new(now, u128::from(self.random.u64(..)));
         let emails: Vec<_> = to.iter().map(|(_, email)| email.clone()).collect();
         let store = &self.common.store;
         in_place(store.stage_lots(id, station::lots(&emails))).expect("staged");
         let batch = NewBatch {
-            head: station::head(id, now),
+            head: BatchHead {
+                priority,
+                ..station::head(id, now)
+            },
             content: station::content(&self.common.ring, &[]).into(),
             accepted: emails.len() as u64,
             rejected: 0,
@@ -237,6 +259,33 @@ impl World {
             });
         }
         self.batches.push(id);
+        id
+    }
+
+    /// While everybody waits for one host, so many are sent what must not wait, one after the
+    /// other: how long each took from its acceptance until the host had it. The world ends there.
+    pub(super) async fn urgent(plan: Plan, count: usize) -> Result<Vec<Duration>, String> {
+        let mut world = Self::new(plan).await;
+        world.nodes[0].start(&world.common).await;
+        world.pass(Duration::from_secs(5)).await;
+        let mut took = Vec::new();
+        for number in 0..count {
+            let wait = Duration::from_millis(world.random.u64(..2_000));
+            world.pass(wait).await;
+            let email = format!("urgent{number}@{}", world.plan.places[0].domain);
+            let batch = world.commit(vec![(0, email)], Priority::Transactional);
+            let message = MessageId { batch, index: 0 };
+            let start = Instant::now();
+            while world.common.watch.copies_of(message).is_empty() {
+                if start.elapsed() > Duration::from_secs(60) {
+                    return Err(world.common.watch.lines(None, 60));
+                }
+                world.pass(Duration::from_millis(10)).await;
+            }
+            took.push(start.elapsed());
+            world.check()?;
+        }
+        Ok(took)
     }
 
     // ---- troubles -----------------------------------------------------------------------
@@ -290,16 +339,18 @@ impl World {
         let node = self.random.usize(..self.nodes.len());
         match self.random.u8(..40) {
             0 if troubles.kills => {
+                self.deaths.push(self.common.watch.age());
                 self.nodes[node].kill(false, &self.common.watch).await;
-                self.later(1..40_000, Later::Start(node));
+                self.restart(node);
             }
             1 if troubles.power_cuts => {
                 let since = self.nodes[node].frozen_since;
                 let alive = since.map_or(Duration::ZERO, |since| since.elapsed());
                 self.cuts
                     .push(self.common.watch.age().saturating_sub(alive));
+                self.deaths.push(self.common.watch.age());
                 self.nodes[node].kill(true, &self.common.watch).await;
-                self.later(1..40_000, Later::Start(node));
+                self.restart(node);
             }
             2 if troubles.freezes => {
                 self.nodes[node].freeze(&self.common.watch);
@@ -345,6 +396,12 @@ impl World {
         }
     }
 
+    /// At once as by a supervisor, or when somebody has looked.
+    fn restart(&mut self, node: usize) {
+        let within = [1..500, 1..40_000][self.random.usize(..2)].clone();
+        self.later(within, Later::Start(node));
+    }
+
     fn reach(&self, reach: Reach) {
         self.common.watch.note(format!("the store is {reach:?}"));
         // Calls that are under way have the delay of before.
@@ -365,11 +422,11 @@ impl World {
     fn control(&mut self) {
         let batch = self.batches[self.random.usize(..self.batches.len())];
         match self.random.u8(..10) {
-            0..=3 => {
+            0..=2 => {
                 self.change(batch, BatchChange::Pause);
                 self.later(100..30_000, Later::Resume(batch));
             }
-            4 if self.random.bool() => self.change(batch, BatchChange::Cancel),
+            3..=4 if self.random.bool() => self.change(batch, BatchChange::Cancel),
             5..=6 => self.suspend(),
             7..=9 => {
                 let at = self.random.usize(..self.people.len());
@@ -576,28 +633,35 @@ impl World {
     /// What must hold in the end.
     fn judge(&self) -> Result<Summary, String> {
         self.check()?;
-        let (mut extra_copies, mut doubled) = (0, 0);
+        let (mut extra_copies, mut delivered) = (0, 0);
+        let mut doubles = Doubles::default();
         let mut plain_done = Duration::ZERO;
-        for (person, row) in self.rows() {
+        let rows = self.rows();
+        self.judge_counters(&rows)?;
+        for (person, row) in rows {
             let copies = self.common.watch.copies_of(person.message);
-            self.judge_person(person, &row)?;
+            let attempts = self.attempts(person.message);
+            let results = attempts.iter().map(|attempt| attempt.result);
+            delivered += results
+                .filter(|result| *result == AttemptResult::Delivered)
+                .count() as u64;
+            self.judge_person(person, &row, &attempts)?;
+            self.judge_event(person, &row, attempts.len())?;
             extra_copies += copies.len().saturating_sub(1);
-            // Of a message that nobody answered for, the sender does not know how often it came.
-            let is_known = row.status == Status::Delivered;
-            doubled += u64::from(is_known && copies.len() > 1);
+            doubles.learn(&copies, &attempts, |at| self.is_untold(at));
             if let Some(copy) = copies.first().filter(|_| takes_all(self.place(person))) {
                 plain_done = plain_done.max(copy.at);
             }
         }
-        let counted: u64 = self.nodes.iter().map(Node::duplicates).sum();
-        let troubles = self.plan.troubles;
-        // What a process has counted and not yet been asked for dies with it.
-        let is_told = !(troubles.kills || troubles.power_cuts);
-        if is_told && counted < doubled {
+        let counted: u64 = self.nodes.iter().map(Node::delivered).sum();
+        // Where there are more destinations than labels, series come and go.
+        let is_counted = self.deaths.is_empty() && self.plan.places.len() < MOST_DESTINATIONS;
+        if is_counted && counted != delivered {
             return Err(format!(
-                "{doubled} messages came twice, {counted} are counted"
+                "{delivered} deliveries are kept, {counted} counted"
             ));
         }
+        doubles.judge(self.nodes.iter().map(Node::duplicates).sum())?;
         if self.plan.is_sure() && extra_copies > 0 {
             return Err(format!("{extra_copies} copies too many, without any cause"));
         }
@@ -621,7 +685,103 @@ impl World {
             || same.any(|of| watch.was_refused(of.message))
     }
 
-    fn judge_person(&self, person: &Person, row: &RecipientRow) -> Result<(), String> {
+    fn attempts(&self, message: MessageId) -> Vec<Attempt> {
+        let story = in_place(self.common.store.message(message)).expect("an answer");
+        story.expect("a message").attempts
+    }
+
+    /// What was done then may have been lost with the power.
+    fn is_cut(&self, at: Duration) -> bool {
+        let second = Duration::from_secs(1);
+        let mut cuts = self.cuts.iter();
+        cuts.any(|cut| at <= *cut + second && at + second >= *cut)
+    }
+
+    /// A process that did something then may have died before it could count or keep it.
+    fn is_untold(&self, at: Duration) -> bool {
+        let mut deaths = self.deaths.iter();
+        self.is_cut(at) || deaths.any(|death| at <= *death && at + UNTOLD >= *death)
+    }
+
+    /// What became of a recipient in the end is told once, and as it was.
+    fn judge_event(
+        &self,
+        person: &Person,
+        row: &RecipientRow,
+        attempts: usize,
+    ) -> Result<(), String> {
+        let message = person.message;
+        let told = self.told.get(&message).cloned().unwrap_or_default();
+        let ends = told
+            .iter()
+            .filter(|kind| **kind != EventKind::EmailTemporaryError);
+        let ends: Vec<_> = ends.copied().collect();
+        // A copy that came late overrules what was said before.
+        let is_overruled = ends.len() == 2 && ends.last() == Some(&EventKind::EmailDelivered);
+        if end_of(row.status) != ends.last().copied() || ends.len() > 1 && !is_overruled {
+            return Err(format!(
+                "{message} is {:?} and told as {told:?}",
+                row.status
+            ));
+        }
+        let tried = told.len() - ends.len();
+        if tried > attempts {
+            return Err(format!(
+                "{message}: {tried} attempts are told of {attempts}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The counters of each batch say what its recipients are.
+    fn judge_counters(&self, rows: &[(&Person, RecipientRow)]) -> Result<(), String> {
+        for id in &self.batches {
+            let batch = in_place(self.common.store.batch(*id)).expect("an answer");
+            let mut counters = batch.expect("a batch").counters;
+            for status in Status::ALL.iter().copied() {
+                let mine = rows
+                    .iter()
+                    .filter(|(person, _)| person.message.batch == *id);
+                let real = mine.filter(|(_, row)| row.status == status).count() as u64;
+                let counted = *counters.of(status);
+                if counted != real {
+                    return Err(format!("{id} counts {counted} {status:?} and has {real}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The events of all recipients, in their order.
+    fn tell(&mut self) {
+        let mut after = None;
+        loop {
+            let query = EventQuery {
+                after: after.clone(),
+                account: None,
+                kinds: Vec::new(),
+                batch: None,
+                limit: 1_000,
+            };
+            let page = in_place(self.common.store.events(query)).expect("an answer");
+            if page.events.is_empty() {
+                return;
+            }
+            for event in page.events {
+                if let Some(message) = event.message_id {
+                    self.told.entry(message).or_default().push(event.kind);
+                }
+            }
+            after = Some(page.next);
+        }
+    }
+
+    fn judge_person(
+        &self,
+        person: &Person,
+        row: &RecipientRow,
+        attempts: &[Attempt],
+    ) -> Result<(), String> {
         let (message, watch) = (person.message, &self.common.watch);
         let wrong = |why: &str| Err(format!("{message} is {:?}: {why}", row.status));
         let copies = watch.copies_of(message);
@@ -631,19 +791,8 @@ impl World {
         {
             return wrong("its copies differ");
         }
-        let story = in_place(self.common.store.message(message)).expect("an answer");
-        let attempts = story.expect("a message").attempts;
-        let in_doubt = attempts
-            .iter()
-            .filter(|attempt| is_ambiguous(attempt.result))
-            .count();
-        let excused = |at: Duration| {
-            let just_before = |cut: &Duration| {
-                at <= *cut + Duration::from_secs(1) && at + Duration::from_secs(1) >= *cut
-            };
-            self.cuts.iter().any(just_before)
-        };
-        let unexcused = copies.iter().filter(|copy| !excused(copy.at)).count();
+        let in_doubt = in_doubt(attempts);
+        let unexcused = copies.iter().filter(|copy| !self.is_cut(copy.at)).count();
         if unexcused > 1 + in_doubt {
             return wrong(&format!(
                 "{} copies, and {in_doubt} attempts in doubt: {attempts:?}",
@@ -672,6 +821,64 @@ impl World {
             | Status::Suppressed
             | Status::Cancelled => Ok(()),
         }
+    }
+}
+
+/// Attempts of which nobody knows whether they brought a copy.
+fn in_doubt(attempts: &[Attempt]) -> usize {
+    let results = attempts.iter().map(|attempt| attempt.result);
+    results.filter(|result| is_ambiguous(*result)).count()
+}
+
+/// The event that tells of a final status.
+fn end_of(status: Status) -> Option<EventKind> {
+    match status {
+        Status::Delivered => Some(EventKind::EmailDelivered),
+        Status::Bounce => Some(EventKind::EmailBounced),
+        Status::Failed => Some(EventKind::EmailFailed),
+        Status::Suppressed => Some(EventKind::EmailSuppressed),
+        Status::Cancelled => Some(EventKind::EmailCancelled),
+        Status::Scheduled | Status::Queued | Status::TemporaryError => None,
+    }
+}
+
+/// Second copies, as they were and as they may be counted.
+#[derive(Debug, Default)]
+struct Doubles {
+    /// Messages that came more than once.
+    real: u64,
+    /// Of these, those of which a process may have died before it counted them.
+    untold: u64,
+    /// What may be counted at most: a sender in doubt counts what may have come.
+    at_most: u64,
+}
+
+impl Doubles {
+    fn learn(
+        &mut self,
+        copies: &[Copy],
+        attempts: &[Attempt],
+        is_untold: impl Fn(Duration) -> bool,
+    ) {
+        let extra = copies.len().saturating_sub(1);
+        self.at_most += extra.max(in_doubt(attempts)) as u64;
+        if extra == 0 {
+            return;
+        }
+        self.real += 1;
+        // In doubt since its sender died, the last attempt is nobody's to count.
+        let has_no_sender = attempts
+            .last()
+            .is_some_and(|last| last.detail.host.is_empty());
+        let is_excused = has_no_sender || copies.iter().any(|copy| is_untold(copy.at));
+        self.untold += u64::from(is_excused);
+    }
+
+    fn judge(&self, counted: u64) -> Result<(), String> {
+        if counted + self.untold < self.real || counted > self.at_most {
+            return Err(format!("{counted} second copies are counted: {self:?}"));
+        }
+        Ok(())
     }
 }
 
