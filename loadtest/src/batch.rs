@@ -23,6 +23,10 @@ const SUBJECT: &str = "Hello {{ name }}, news of today";
 const FILLER: &str = "The courier runs by day and by night, over the pass and along the shore, \
     and every letter that was given into his hand comes to the door that is written on it.\n";
 
+/// Below what all domains are below, those whose recipients may stand before the others: see
+/// [`Shape::beside`].
+pub const BESIDE: [&str; 3] = ["tarpit", "mute", "cut"];
+
 /// What a batch is made of.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Shape {
@@ -38,6 +42,9 @@ pub struct Shape {
     /// What the domains are below, as d0.example
     #[arg(long, default_value = "example")]
     pub below: String,
+    /// Of the recipients, the first are at [`BESIDE`] in turn, so many at each.
+    #[arg(skip)]
+    pub beside: u64,
     /// Variables of each recipient, all used in the content
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=100))]
     pub vars: u64,
@@ -209,7 +216,12 @@ impl Shape {
     }
 
     fn email(&self, n: u64) -> String {
-        let domain = n / self.in_a_row % self.domains;
+        let beside = self.beside * BESIDE.len() as u64;
+        let turn = usize::try_from(n % BESIDE.len() as u64).unwrap_or_default();
+        if let Some(name) = BESIDE.get(turn).filter(|_| n < beside) {
+            return format!("person{n}@{name}.{}", self.below);
+        }
+        let domain = (n - beside) / self.in_a_row % self.domains;
         format!("person{n}@d{domain}.{}", self.below)
     }
 
@@ -328,6 +340,7 @@ mod tests {
             domains: 7,
             in_a_row: 1,
             below: "example".to_owned(),
+            beside: 0,
             vars: 5,
             links: 10,
             size: 10 * 1024,
@@ -382,6 +395,21 @@ mod tests {
             .collect();
         let [first, next] = ["d6.slow.example", "d0.slow.example"];
         assert_eq!(domains, [first, first, next, next]);
+    }
+
+    #[test]
+    fn those_at_bad_hosts_come_first() {
+        let shape = Shape {
+            beside: 2,
+            ..shape()
+        };
+        let domains: Vec<_> = (4..8)
+            .map(|n| shape.row(n).expect("a row").email.domain().to_owned())
+            .collect();
+        assert_eq!(
+            domains,
+            ["mute.example", "cut.example", "d0.example", "d1.example"]
+        );
     }
 
     #[test]

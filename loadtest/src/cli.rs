@@ -2,7 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed at run time, 2 bad usage.
 
-use crate::{intake, mta, nodes, queued, sink, source, tracker};
+use crate::{intake, isolation, mta, nodes, queued, sink, source, tracker};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -26,6 +26,7 @@ enum Command {
     Intake(Box<intake::Args>),
     Queued(Box<queued::Args>),
     Nodes(Box<nodes::Args>),
+    Isolation(Box<isolation::Args>),
     Tracker(tracker::Args),
     #[command(hide = true)]
     Bare(tracker::bare::Args),
@@ -79,6 +80,7 @@ async fn run(command: Command, out: &mut (dyn Write + Send)) -> Result<()> {
         Command::Intake(args) => or(stop, intake::run(&args, out)).await,
         Command::Queued(args) => or(stop, queued::run(&args, out)).await,
         Command::Nodes(args) => or(stop, nodes::run(&args, out)).await,
+        Command::Isolation(args) => or(stop, isolation::run(&args, out)).await,
         Command::Tracker(args) => or(stop, tracker::run(&args, out)).await,
     }
 }

@@ -12,6 +12,7 @@ pub mod client;
 pub mod counterpart;
 pub mod format;
 pub mod intake;
+pub mod isolation;
 pub mod load;
 pub mod local;
 pub mod mta;

@@ -105,6 +105,7 @@ async fn measure(args: &Args, nodes: u32) -> Result<Run> {
         tracking_keys: None,
         destinations: 0,
         slow: 0,
+        routes: Vec::new(),
         dns: None,
         // All nodes together have what a destination allows.
         connections: args.connections * nodes,

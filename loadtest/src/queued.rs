@@ -95,6 +95,7 @@ async fn measure(args: &Args, queued: u64, out: &mut (dyn Write + Send)) -> Resu
         tracking_keys: None,
         destinations: args.shape.domains,
         slow: args.queued_domains,
+        routes: Vec::new(),
         dns: None,
         connections: args.connections,
         messages_per_connection: args.messages_per_connection,

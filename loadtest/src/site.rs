@@ -68,6 +68,8 @@ pub struct Setup {
     pub destinations: u64,
     /// `dN.slow.example`, for N below this, is one that takes a message an hour.
     pub slow: u64,
+    /// Domains whose mail goes elsewhere, each a destination of its own.
+    pub routes: Vec<(String, SocketAddr)>,
     /// Where mail goes is asked of this server; else there is a static route to the sink.
     pub dns: Option<SocketAddr>,
     /// Per destination.
@@ -264,8 +266,15 @@ impl Setup {
             self.connections, self.messages_per_connection
         );
         // Writing to a string cannot fail.
+        text.push_str("[mx]\n");
         if self.dns.is_none() {
-            writeln!(text, "[mx]\n\"*\" = \"{}\"", self.sink).ok();
+            writeln!(text, "\"*\" = \"{}\"", self.sink).ok();
+        }
+        for (domain, address) in &self.routes {
+            writeln!(text, "{domain:?} = \"{address}\"").ok();
+        }
+        for (domain, _) in &self.routes {
+            writeln!(text, "[domain.{domain:?}]").ok();
         }
         for domain in 0..self.destinations {
             writeln!(text, "[domain.\"d{domain}.example\"]").ok();
@@ -413,6 +422,10 @@ mod tests {
             tracking_keys: None,
             destinations: 2,
             slow: 2,
+            routes: vec![(
+                "tarpit.example".to_owned(),
+                SocketAddr::from(([127, 0, 0, 1], 2526)),
+            )],
             dns: None,
             connections: 8,
             messages_per_connection: 50,

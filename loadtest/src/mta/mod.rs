@@ -143,6 +143,7 @@ impl Args {
                 None => self.destinations.unwrap_or(self.shape.domains),
             },
             slow: 0,
+            routes: Vec::new(),
             dns: dns.map(DnsServer::addr),
             connections: self.connections,
             messages_per_connection: self.messages_per_connection,

@@ -19,6 +19,7 @@ fn args(address: SocketAddr, dir: &TempDir) -> Result<Args> {
             domains: 10,
             in_a_row: 1,
             below: "example".to_owned(),
+            beside: 0,
             vars: 5,
             links: 10,
             size: 10 * 1024,
