@@ -259,7 +259,11 @@ impl Intake {
     ) -> Answer<(Option<Arc<[u8]>>, Turn)> {
         // Each partition may have one lot that is not full, each time that memory is short.
         let mut lots = turn.part.rows / LOT_LEAST + 1 + u32::from(self.store.partitions());
-        lots = lots.min(turn.part.rows.max(1));
+        if turn.part.batch.head.window.is_some() {
+            // And one for each of the time zones, of which there are hundreds.
+            lots = turn.part.rows;
+        }
+        lots = lots.min(turn.part.rows.max(1)).max(1);
         if turn.part.dealing.is_some() {
             // From a number on that is a multiple of theirs.
             lots = (lots + 1).saturating_mul(WAVES);

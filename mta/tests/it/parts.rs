@@ -337,3 +337,45 @@ async fn a_batch_may_be_held_with_some_and_ended_by_hand() {
     let started = api.post(&format!("/v1/batches/{empty}/start")).await.json();
     assert_eq!(started["state"], "completed");
 }
+
+#[tokio::test]
+async fn parts_with_many_time_zones_do_not_get_into_each_others_lots() {
+    let service = Service::start().await;
+    let api = &service.api;
+    let mut submitted = batch(&json!([]));
+    (submitted["hold"], submitted["window"]) =
+        (json!(true), json!({"from": "09:00", "to": "21:00"}));
+    submitted
+        .as_object_mut()
+        .expect("an object")
+        .remove("recipients");
+    let accepted = api.submit(&submitted).await.json();
+    let id = accepted["id"].as_str().expect("an id").to_owned();
+    let zones: Vec<String> = (-14..=12)
+        .map(|hours| format!("Etc/GMT{hours:+}"))
+        .collect();
+    for part in 0..3 {
+        let lines: String = zones
+            .iter()
+            .enumerate()
+            .map(|(n, zone)| {
+                let email = format!("a{n}@p{part}n{n}.example");
+                json!({"email": email, "time_zone": zone}).to_string() + "\n"
+            })
+            .collect();
+        let added = add(api, &id, NDJSON, lines).await.json();
+        assert_eq!(added["accepted"], zones.len(), "{added}");
+    }
+    let rows = api
+        .get(&format!("/v1/batches/{id}/recipients?limit=1000"))
+        .await
+        .json();
+    let emails: BTreeSet<String> = rows["items"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(|row| row["email"].to_string())
+        .collect();
+    assert_eq!(emails.len(), 3 * zones.len());
+    service.stop().await;
+}
