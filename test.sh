@@ -27,6 +27,7 @@ needs=(
   "python3-dkim /usr/lib/python3/dist-packages/dkim/__init__.py"
   "python3-nacl /usr/lib/python3/dist-packages/nacl/__init__.py"
   "strace /usr/bin/strace"
+  "curl /usr/bin/curl"
   "prometheus /usr/bin/promtool"
   "knot /usr/sbin/knotd"
   "openssl /usr/bin/openssl"

@@ -12,10 +12,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::future::try_join_all;
-use hikyaku::client::Client;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use testkit::redis::RedisServer;
@@ -118,6 +118,29 @@ async fn needs<T>(service: &Service, act: impl Future<Output = Result<T>>) -> Re
     Ok((done, peak_kib(service.pid())?.saturating_sub(before)))
 }
 
+/// Uploads a file, however long that takes; the answer.
+async fn upload(service: &Service, url: &str, media: &str, file: &Path) -> Result<Value> {
+    let mut command = Command::new("curl");
+    command
+        .args([
+            "-sSf",
+            "-X",
+            "POST",
+            "-H",
+            &format!("Authorization: Bearer {}", service.key),
+        ])
+        .args(["-H", &format!("Content-Type: {media}"), "-T"])
+        .arg(file)
+        .arg(url);
+    let output = tokio::task::spawn_blocking(move || command.output()).await??;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
 /// Reads an export to its end; how many lines it has.
 async fn export(service: &Service, path: &str, accept: &str) -> Result<usize> {
     let mut command = Command::new("curl");
@@ -157,34 +180,27 @@ async fn uploads_and_exports_need_no_more_memory_for_more_people() -> Result<()>
     };
     let sink = Sink::start().await?;
     let site = Site::unsigned(&sink.address())?;
-    let mut service = site.up().await?;
-    service.client = Client::new(site.api(), Some(service.key.clone()));
+    let service = site.up().await?;
+    let body = site.dir.path().join("body");
     // The addresses, kept to find duplicates: 16 bytes each in a table that doubles.
     let remembered = |count: usize| u64::try_from(count * 64 / 1_024).unwrap_or(0);
     let mut peaks = Vec::new();
     for count in [few, many] {
+        std::fs::write(&body, ndjson(count)?)?;
         let upload = async {
-            let asked = service.client.call(
-                hyper::Method::POST,
-                "/v1/batches",
-                Some(NDJSON),
-                ndjson(count)?,
-            );
-            let answer: Value = asked.await?.ok()?.json()?;
+            let url = format!("{}/v1/batches", site.api());
+            let answer = upload(&service, &url, NDJSON, &body).await?;
             assert_eq!(answer["accepted"], count, "{answer}");
             answer["id"].as_str().map(str::to_owned).context("an id")
         };
         let (id, uploaded) = needs(&service, upload).await?;
+        let mut held = head();
+        (held["hold"], held["send_at"]) = (json!(true), Value::Null);
+        let held = service.submit(&held).await?;
+        std::fs::write(&body, csv(count)?)?;
         let part = async {
-            let mut held = head();
-            (held["hold"], held["send_at"]) = (json!(true), Value::Null);
-            let held = service.submit(&held).await?;
-            let path = format!("/v1/batches/{held}/recipients");
-            let asked =
-                service
-                    .client
-                    .call(hyper::Method::POST, &path, Some("text/csv"), csv(count)?);
-            let answer: Value = asked.await?.ok()?.json()?;
+            let url = format!("{}/v1/batches/{held}/recipients", site.api());
+            let answer = upload(&service, &url, "text/csv", &body).await?;
             assert_eq!(answer["accepted"], count, "{answer}");
             Ok(())
         };
