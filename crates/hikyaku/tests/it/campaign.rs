@@ -187,13 +187,13 @@ async fn uploads_and_exports_need_no_more_memory_for_more_people() -> Result<()>
     let mut peaks = Vec::new();
     for count in [few, many] {
         std::fs::write(&body, ndjson(count)?)?;
-        let upload = async {
+        let whole = async {
             let url = format!("{}/v1/batches", site.api());
             let answer = upload(&service, &url, NDJSON, &body).await?;
             assert_eq!(answer["accepted"], count, "{answer}");
             answer["id"].as_str().map(str::to_owned).context("an id")
         };
-        let (id, uploaded) = needs(&service, upload).await?;
+        let (id, uploaded) = needs(&service, whole).await?;
         let mut held = head();
         (held["hold"], held["send_at"]) = (json!(true), Value::Null);
         let held = service.submit(&held).await?;
