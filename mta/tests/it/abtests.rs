@@ -191,6 +191,41 @@ fn tested(count: usize, ab_test: Value) -> Value {
     submission
 }
 
+/// Each of 120 got the variant of the own row, once; those who were held back got B.
+async fn everybody_got_one(place: &Place, id: &str, held: &[&Value]) {
+    let received = place.received();
+    assert_eq!(received.len(), 120);
+    for row in place.rows(id).await {
+        let got = &received[row["email"].as_str().expect("an address")];
+        let name = row["variant"].as_str().expect("a variant");
+        assert_eq!(got, &[format!("Subject {name}")], "{row}");
+    }
+    let was_held: HashSet<&str> = held
+        .iter()
+        .filter_map(|row| row["email"].as_str())
+        .collect();
+    assert!(
+        received
+            .iter()
+            .all(|(to, got)| !was_held.contains(&**to) || got[0] == "Subject B")
+    );
+    // The time of a message is that of its wave.
+    let times: HashSet<String> = place
+        .peer
+        .messages()
+        .iter()
+        .filter_map(|message| {
+            let text = String::from_utf8_lossy(&message.content).into_owned();
+            Some(
+                text.lines()
+                    .find_map(|line| line.strip_prefix("Date: "))?
+                    .to_owned(),
+            )
+        })
+        .collect();
+    assert_eq!(times.len(), 2, "{times:?}");
+}
+
 /// The whole way: both variants leave, one is clicked, the rest gets that one, and nobody gets two.
 #[tokio::test]
 async fn the_rest_gets_the_variant_that_people_click() {
@@ -248,37 +283,7 @@ async fn the_rest_gets_the_variant_that_people_click() {
     let done = place.until(&path, |of| of["state"] == "completed").await;
     assert_eq!(done["counters"]["delivered"], 120);
 
-    let received = place.received();
-    assert_eq!(received.len(), 120);
-    for row in place.rows(&id).await {
-        let got = &received[row["email"].as_str().expect("an address")];
-        let name = row["variant"].as_str().expect("a variant");
-        assert_eq!(got, &[format!("Subject {name}")], "{row}");
-    }
-    let was_held: HashSet<&str> = held
-        .iter()
-        .filter_map(|row| row["email"].as_str())
-        .collect();
-    assert!(
-        received
-            .iter()
-            .all(|(to, got)| !was_held.contains(&**to) || got[0] == "Subject B")
-    );
-    // The time of a message is that of its wave.
-    let times: HashSet<String> = place
-        .peer
-        .messages()
-        .iter()
-        .filter_map(|message| {
-            let text = String::from_utf8_lossy(&message.content).into_owned();
-            Some(
-                text.lines()
-                    .find_map(|line| line.strip_prefix("Date: "))?
-                    .to_owned(),
-            )
-        })
-        .collect();
-    assert_eq!(times.len(), 2, "{times:?}");
+    everybody_got_one(&place, &id, &held).await;
     let events = place.decisions(&id).await;
     assert_eq!(events.len(), 1, "{events:?}");
     assert_eq!(
