@@ -33,6 +33,7 @@ use crate::jobs::guardrails;
 use crate::jobs::{Keeping, Mailboxes};
 
 use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
+use crate::jobs::{Keeping, SigningKeys};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 use crate::tenants::Tenants;
 
@@ -173,7 +174,8 @@ pub async fn start(config: &Config, deps: Deps) -> anyhow::Result<Mta> {
         shaping_file: config.shaping.file.path.clone(),
     };
     let hooks = webhooks(config, &deps, journal.id(), &sending);
-    let probes = probes(journal, sending.clone());
+    let keys = follow_keys(&deps, &shared, journal.id());
+    let probes = probes(journal, sending.clone(), keys);
     let tenants = Arc::new(Tenants::new(
         Arc::clone(&deps.store),
         deps.clock.clone(),
@@ -340,8 +342,27 @@ fn end_when_lost(sending: &SendingHandle, deps: &Deps) {
     }));
 }
 
+/// A node that lacks a key with which others sign would answer their links with 404.
+fn follow_keys(deps: &Deps, shared: &Shared, node: JournalId) -> Probe {
+    let in_use = Arc::new(ArcSwap::default());
+    let keys = SigningKeys {
+        store: Arc::clone(&deps.store),
+        node,
+        clock: deps.clock.clone(),
+        ring: Arc::clone(&shared.tracking),
+        in_use: Arc::clone(&in_use),
+    };
+    let running = keys.run(deps.shutdown.clone());
+    drop(deps.tasks.spawn("signing keys", running));
+    let ring = Arc::clone(&shared.tracking);
+    Probe {
+        name: "tracking_keys",
+        trouble: Box::new(move || ring.load().trouble(&in_use.load())),
+    }
+}
+
 /// What `/readyz` asks besides the store.
-fn probes(journal: Journal, sending: SendingHandle) -> Vec<Probe> {
+fn probes(journal: Journal, sending: SendingHandle, keys: Probe) -> Vec<Probe> {
     let full = move || {
         (!journal.has_room())
             .then(|| "the journal is full: the store has not taken its facts".to_owned())
@@ -360,6 +381,7 @@ fn probes(journal: Journal, sending: SendingHandle) -> Vec<Probe> {
             name: "sending",
             trouble: Box::new(lost),
         },
+        keys,
     ]
 }
 

@@ -2,10 +2,15 @@
 //!
 //! Owns the key file's reading; the format and the judgement of a token are `links`'.
 
+use arc_swap::ArcSwap;
 use links::{Bad, KeyFileError, KeyRing, Kind, VerifiedToken};
+use service::clock::SharedClock;
 use service::secrets::{self, SecretError};
+use service::tasks::Shutdown;
 use std::net::Ipv6Addr;
 use std::path::Path;
+use std::sync::Arc;
+use store::{SIGNING_KEY_TOLD, Store, signing_keys};
 
 /// Hosts that a token is tried for when the client's host says nothing, at most.
 const MOST_FALLBACKS: usize = 64;
@@ -41,6 +46,29 @@ pub fn load(path: &Path) -> Result<KeyRing, KeysError> {
         path: path.display().to_string(),
         error,
     })
+}
+
+/// Follows which keys links are signed with on all nodes, until the process ends. While the store
+/// is away, what was known stays.
+pub(crate) async fn follow(
+    store: Arc<dyn Store>,
+    clock: SharedClock,
+    in_use: Arc<ArcSwap<Vec<u16>>>,
+    shutdown: Shutdown,
+) {
+    let following = async {
+        loop {
+            match signing_keys(&*store, clock.now()).await {
+                Ok(ids) => in_use.store(Arc::new(ids)),
+                Err(error) => tracing::debug!(%error, "tracking keys in use are seen later"),
+            }
+            tokio::time::sleep(SIGNING_KEY_TOLD).await;
+        }
+    };
+    tokio::select! {
+        () = following => {}
+        () = shutdown.begun() => {}
+    }
 }
 
 /// The hosts of the base URLs that the configuration names.

@@ -321,8 +321,18 @@ fn run(
         };
         over_tls.start(listener, public.clone());
     }
+    let in_use = Arc::new(ArcSwap::default());
+    let following = keys::follow(
+        deps.store.clone(),
+        deps.clock.clone(),
+        Arc::clone(&in_use),
+        deps.shutdown.clone(),
+    );
+    drop(deps.tasks.spawn("tracker-keys", following));
     let admin = Arc::new(Admin {
         store: deps.store.clone(),
+        public: Arc::clone(public),
+        keys_in_use: in_use,
         journal: journal.clone(),
         metrics: deps.metrics.clone(),
         shutdown: deps.shutdown.clone(),

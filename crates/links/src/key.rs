@@ -126,6 +126,16 @@ impl KeyRing {
         self.keys.iter().map(|key| key.id)
     }
 
+    /// Says, for an operator, which of the keys `in_use` are not here; nothing when all are.
+    pub fn trouble(&self, in_use: &[u16]) -> Option<String> {
+        let missing = in_use.iter().filter(|id| self.ids().all(|own| own != **id));
+        let missing: Vec<_> = missing.map(|id| format!("{id:04x}")).collect();
+        (!missing.is_empty()).then(|| {
+            let ids = missing.join(", ");
+            format!("links are signed with a key that is not in the key file here: {ids}")
+        })
+    }
+
     /// Secrets for another `purpose`, one of each key, the signing one's first. Nothing that is
     /// signed with them is a token, nor the other way round: no token's MAC begins with these bytes.
     pub fn derive(&self, purpose: &str) -> Vec<[u8; 32]> {
@@ -291,6 +301,19 @@ mod tests {
         all.dedup();
         assert_eq!(all.len(), 4);
         assert!(!all.contains(&[7; 32]) && !all.contains(&[0; 32]));
+    }
+
+    #[test]
+    fn keys_that_are_missing_are_named() {
+        let ring = KeyRing::parse(&KeyRing::file_text(&[7; 32])).expect("a ring");
+        let own = ring.ids().next().expect("a key");
+        assert_eq!(ring.trouble(&[]), None);
+        assert_eq!(ring.trouble(&[own]), None);
+        let trouble = ring.trouble(&[own, !own]).expect("trouble");
+        assert!(
+            trouble.ends_with(&format!("here: {:04x}", !own)),
+            "{trouble}"
+        );
     }
 
     #[test]

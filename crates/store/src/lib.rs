@@ -29,6 +29,7 @@ pub mod late;
 mod layer;
 mod recent;
 pub mod redis;
+mod signing;
 pub mod sqlite;
 mod tell;
 pub mod transition;
@@ -37,6 +38,7 @@ mod types;
 pub use backup::Piece;
 pub use clock::clock_offset;
 pub use layer::Layer;
+pub use signing::{SIGNING_KEY_TOLD, signing_keys, tell_signing_key};
 pub use types::*;
 
 use async_trait::async_trait;

@@ -7,9 +7,11 @@ pub(crate) mod engagement;
 pub(crate) mod guardrails;
 mod keeping;
 mod mailboxes;
+mod signing_keys;
 mod tls_reports;
 pub(crate) mod webhooks;
 
 pub(crate) use keeping::Keeping;
 pub(crate) use mailboxes::Mailboxes;
+pub(crate) use signing_keys::SigningKeys;
 pub(crate) use tls_reports::TlsReporting;

@@ -1,7 +1,8 @@
 //! The admin listener: health and metrics, for the operator's network only.
 
-use super::Answer;
 use super::server::{Answers, Client};
+use super::{Answer, Public};
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -17,6 +18,10 @@ use store::Store;
 /// What the admin listener shows.
 pub(crate) struct Admin {
     pub(crate) store: Arc<dyn Store>,
+    /// For its keys.
+    pub(crate) public: Arc<Public>,
+    /// The ids of the keys that any node signs with.
+    pub(crate) keys_in_use: Arc<ArcSwap<Vec<u16>>>,
     pub(crate) journal: Journal,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) shutdown: Shutdown,
@@ -43,7 +48,7 @@ impl Answers for Admin {
 }
 
 impl Admin {
-    /// Ready is who can answer links and keep hits. A store that has gone away has no say: hits wait
+    /// Ready is who can answer links, those of other nodes too, and keep hits. A store that has gone away has no say: hits wait
     /// in the journal, and taking the tracker out of service would break every link. Only one that
     /// has never seen its store yet is not ready, though it serves: whoever rolls out a wrong
     /// address sees it before the trackers that work are gone.
@@ -69,8 +74,19 @@ impl Admin {
             let waiting = self.journal.pending_records();
             store.detail = format!("does not answer; {waiting} hits wait in the journal");
         }
+        let trouble = self
+            .public
+            .keyed
+            .load()
+            .ring
+            .trouble(&self.keys_in_use.load());
         Health::of(vec![
             check("running", !ending, "the process is ending"),
+            check(
+                "tracking_keys",
+                trouble.is_none(),
+                &trouble.unwrap_or_default(),
+            ),
             check("journal", self.journal.has_room(), "is full or has failed"),
             store,
         ])

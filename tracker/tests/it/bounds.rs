@@ -1,7 +1,8 @@
 //! Strangers who send too much, too slowly, or nonsense; and the admin listener.
 
 use crate::harness::{HOST, Place, Running, ask, raw, token, until};
-use links::Kind;
+use links::{KeyRing, Kind};
+use service::clock::SystemClock;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -117,6 +118,39 @@ async fn a_drain_answers_what_was_begun_and_takes_nothing_new() {
     assert!(ready.text().contains("the process is ending"));
     running.drain().await;
     assert_eq!(place.counters(|_| true).await.unsubscribed, 1);
+}
+
+/// Another node was given a new key, and this one was forgotten.
+#[tokio::test]
+async fn a_tracker_that_lacks_a_key_says_so_until_it_has_it() {
+    let place = Place::new(1).await;
+    let text = KeyRing::file_text(&[9; 32]);
+    let other = KeyRing::parse(&text).expect("a ring");
+    let id = other.ids().next().expect("a key");
+    let now = SystemClock::shared().now();
+    let node = model::JournalId::new(now, 9);
+    let told = store::tell_signing_key(&*place.store, node, id, now).await;
+    told.expect("told");
+    let running = place.start().await;
+    until("it is seen", async || {
+        running.admin("/readyz").await.status == 503
+    })
+    .await;
+    let ready = running.admin("/readyz").await;
+    assert!(
+        ready.text().contains(&format!("here: {id:04x}")),
+        "{}",
+        ready.text()
+    );
+    // What it can answer, it answers.
+    let path = format!("/c/{}", token(Kind::Click, 0));
+    assert_eq!(running.get(&path).await.status, 302);
+    let file = place.config.tracker.key_file.clone();
+    let own = std::fs::read_to_string(&file).expect("the key file");
+    std::fs::write(&file, own + &text).expect("written");
+    running.tracker.reload_keys().expect("good keys");
+    assert_eq!(running.admin("/readyz").await.status, 200);
+    running.drain().await;
 }
 
 #[tokio::test]
