@@ -30,10 +30,9 @@ use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::engagement::Engagement;
 use crate::jobs::guardrails;
-use crate::jobs::{Keeping, Mailboxes};
+use crate::jobs::{Keeping, Mailboxes, SigningKeys};
 
 use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
-use crate::jobs::{Keeping, SigningKeys};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 use crate::tenants::Tenants;
 
