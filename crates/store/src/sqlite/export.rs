@@ -96,7 +96,7 @@ fn shared_records(
         found.collect::<rusqlite::Result<_>>()?
     };
     for kind in kinds {
-        for note in shared::notes(connection, &kind, None, now)? {
+        for note in shared::notes(connection, &kind, now)? {
             sink.give(Piece::of_note(note))?;
         }
     }

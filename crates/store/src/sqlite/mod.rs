@@ -431,17 +431,15 @@ impl Store for SqliteStore {
     async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
         let kind = kind.to_owned();
         self.readers
-            .read(move |reading| shared::notes(reading.connection, &kind, None, now))
+            .read(move |reading| shared::notes(reading.connection, &kind, now))
             .await
     }
 
     async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
         let (kind, key) = (kind.to_owned(), key.to_owned());
-        let found = self
-            .readers
-            .read(move |reading| shared::notes(reading.connection, &kind, Some(&key), now))
-            .await?;
-        Ok(found.into_iter().next())
+        self.readers
+            .read(move |reading| shared::note(reading.connection, &kind, &key, now))
+            .await
     }
 
     async fn notes_after(
@@ -468,11 +466,9 @@ impl Store for SqliteStore {
         let kind = kind.to_owned();
         self.readers
             .read(move |reading| {
-                let found = keys
-                    .iter()
-                    .map(|key| shared::notes(reading.connection, &kind, Some(key), now));
-                let found: Vec<Vec<Note>> = found.collect::<Result<_>>()?;
-                Ok(found.into_iter().flatten().collect())
+                let note = |key: &str| shared::note(reading.connection, &kind, key, now);
+                let found = keys.iter().map(|key| note(key));
+                found.filter_map(Result::transpose).collect()
             })
             .await
     }

@@ -320,10 +320,11 @@ pub(super) fn totals(reading: &Reading<'_>, now: Timestamp) -> Result<Totals> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn plan(connection: &rusqlite::Connection, sql: &str) -> String {
+    /// How the engine would find what a statement asks for, a line for each step.
+    pub(in crate::sqlite) fn plan(connection: &rusqlite::Connection, sql: &str) -> String {
         let mut explain = connection
             .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))
             .unwrap();

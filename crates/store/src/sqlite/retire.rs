@@ -79,7 +79,7 @@ fn trim(connection: &Connection, before: Timestamp, now: Timestamp) -> Result<Op
 /// The block through which everybody has read who said where it is.
 fn read_by_all(connection: &Connection, now: Timestamp) -> Result<i64> {
     let mut through = i64::MAX;
-    for note in shared::notes(connection, EVENT_CURSORS, None, now)? {
+    for note in shared::notes(connection, EVENT_CURSORS, now)? {
         let cursor = std::str::from_utf8(&note.value).unwrap_or_default();
         let block = match read_cursor(cursor) {
             Ok(seq) if seq & ORDINALS == ORDINALS => seq >> ORDINAL_BITS,

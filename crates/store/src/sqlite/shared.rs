@@ -7,7 +7,7 @@ use super::ids;
 use super::writer::Step;
 use crate::{Control, NOTE_BYTES, Note, Page, Result, StoreError, Suspension};
 use model::{JournalId, Timestamp};
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use std::time::Duration;
 
 /// Writes notes, and forgets those that have expired.
@@ -47,7 +47,7 @@ pub(super) fn swap_note(
     before: Option<&[u8]>,
     now: Timestamp,
 ) -> Result<bool> {
-    let found = notes(connection, &note.kind, Some(&note.key), now)?.pop();
+    let found = self::note(connection, &note.kind, &note.key, now)?;
     if found.as_ref().map(|found| &*found.value) != before {
         return Ok(false);
     }
@@ -55,26 +55,39 @@ pub(super) fn swap_note(
     Ok(true)
 }
 
-/// The notes of a kind, or one of them.
-pub(super) fn notes(
-    connection: &Connection,
-    kind: &str,
-    key: Option<&str>,
-    now: Timestamp,
-) -> Result<Vec<Note>> {
+/// The notes of a kind.
+pub(super) fn notes(connection: &Connection, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
     let mut sql = connection.prepare_cached(
         "SELECT key, value, expires_at FROM note
-         WHERE kind=?1 AND (?2 IS NULL OR key=?2) AND (expires_at IS NULL OR expires_at>?3) ORDER BY key",
+         WHERE kind=?1 AND (expires_at IS NULL OR expires_at>?2) ORDER BY key",
     )?;
-    let found = sql.query_map(params![kind, key, now.millis()], |row| {
-        Ok(Note {
-            kind: kind.into(),
-            key: row.get::<_, String>(0)?.into(),
-            value: row.get::<_, Vec<u8>>(1)?.into(),
-            expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
-        })
-    })?;
+    let found = sql.query_map(params![kind, now.millis()], |row| read_note(kind, row))?;
     Ok(found.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Found by kind and key, however many others there are.
+const BY_KEY: &str = "SELECT key, value, expires_at FROM note
+     WHERE kind=?1 AND key=?2 AND (expires_at IS NULL OR expires_at>?3)";
+
+/// One note.
+pub(super) fn note(
+    connection: &Connection,
+    kind: &str,
+    key: &str,
+    now: Timestamp,
+) -> Result<Option<Note>> {
+    let mut sql = connection.prepare_cached(BY_KEY)?;
+    let found = sql.query_row(params![kind, key, now.millis()], |row| read_note(kind, row));
+    Ok(found.optional()?)
+}
+
+fn read_note(kind: &str, row: &Row<'_>) -> rusqlite::Result<Note> {
+    Ok(Note {
+        kind: kind.into(),
+        key: row.get::<_, String>(0)?.into(),
+        value: row.get::<_, Vec<u8>>(1)?.into(),
+        expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
+    })
 }
 
 /// Notes of a kind after a key.
@@ -90,14 +103,8 @@ pub(super) fn notes_after(
          WHERE kind=?1 AND key>?2 AND (expires_at IS NULL OR expires_at>?3) ORDER BY key LIMIT ?4",
     )?;
     let after = after.unwrap_or_default();
-    let found = sql.query_map(params![kind, after, now.millis(), limit], |row| {
-        Ok(Note {
-            kind: kind.into(),
-            key: row.get::<_, String>(0)?.into(),
-            value: row.get::<_, Vec<u8>>(1)?.into(),
-            expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
-        })
-    })?;
+    let wanted = params![kind, after, now.millis(), limit];
+    let found = sql.query_map(wanted, |row| read_note(kind, row))?;
     let items: Vec<Note> = found.collect::<rusqlite::Result<_>>()?;
     let full = items.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
     let last = items.last().filter(|_| full);
@@ -189,4 +196,21 @@ pub(super) fn suspensions(connection: &Connection, now: Timestamp) -> Result<Vec
         })
     })?;
     Ok(found.collect::<rusqlite::Result<_>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sqlite::read::tests::plan;
+
+    /// Engagement asks for a person with every delivery: a scan of all people would be felt.
+    #[test]
+    fn a_note_is_found_by_its_key() {
+        let connection = Connection::open_in_memory().unwrap();
+        connection
+            .execute_batch(include_str!("schema-2.sql"))
+            .unwrap();
+        let plan = plan(&connection, BY_KEY);
+        assert!(plan.contains("(kind=? AND key=?)"), "{plan}");
+    }
 }
