@@ -9,7 +9,7 @@
 
 use crate::form::{self, Ref};
 use crate::transition::Cell;
-use crate::{HELD_BACK, Note, Result, StoreError, Suppression, Suspension};
+use crate::{CURSOR, EVENT_CURSORS, HELD_BACK, Note, Result, StoreError, Suppression, Suspension};
 use model::{
     BatchId, BatchState, Counters, JournalId, LotNumber, Partition, Row, Seq, Status, Timestamp,
 };
@@ -173,6 +173,27 @@ impl Piece {
             expires_at: of.expires_at,
         }
     }
+}
+
+/// What an imported cursor becomes: no store takes it for one of its own.
+const FOREIGN: &str = "of another store";
+
+/// A note as another store takes it; none: it says nothing there. Where somebody had read to in the
+/// one store is nowhere in the other, and a number that happens to fit would skip events or tell
+/// all of them again.
+pub(crate) fn note_elsewhere(mut note: Note) -> Option<Note> {
+    if &*note.kind == EVENT_CURSORS {
+        return None;
+    }
+    if &*note.key == CURSOR {
+        note.value = FOREIGN.as_bytes().into();
+    } else if let Ok(mut value) = serde_json::from_slice::<serde_json::Value>(&note.value)
+        && let Some(cursor) = value.get_mut(CURSOR)
+    {
+        *cursor = FOREIGN.into();
+        note.value = value.to_string().into_bytes().into();
+    }
+    Some(note)
 }
 
 /// Reads the JSON in a piece.
@@ -484,6 +505,31 @@ mod tests {
             found.push(piece);
         }
         Ok(found)
+    }
+
+    #[test]
+    fn a_cursor_is_none_of_the_other_store() {
+        let note = |kind: &str, key: &str, value: &str| Note {
+            kind: kind.into(),
+            key: key.into(),
+            value: value.as_bytes().into(),
+            expires_at: None,
+        };
+        assert_eq!(
+            note_elsewhere(note(EVENT_CURSORS, "webhook 1", "e1-7")),
+            None
+        );
+        let value = |of: Note| String::from_utf8(note_elsewhere(of).unwrap().value.into()).unwrap();
+        assert_eq!(value(note("engagement", "cursor", "e1-7")), FOREIGN);
+        let progress = value(note(
+            "webhook-progress",
+            "1",
+            "{\"cursor\":\"e2-7.9\",\"moved_at\":5}",
+        ));
+        assert_eq!(progress, "{\"cursor\":\"of another store\",\"moved_at\":5}");
+        for kept in ["{\"score\":5}", "[1]", "\u{1}\u{2}", ""] {
+            assert_eq!(value(note("prospect", "p-1", kept)), kept);
+        }
     }
 
     #[test]

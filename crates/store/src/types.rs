@@ -690,6 +690,11 @@ impl Suspension {
 /// its name, the value the cursor. No event after the slowest of them is ever retired.
 pub const EVENT_CURSORS: &str = "event-cursor";
 
+/// The key of a [`Note`] whose value is a cursor of events, and the name of the field with one in a
+/// value that is a JSON object. A store that is filled from another one makes such a cursor one
+/// that is refused: the numbers of events are its own.
+pub const CURSOR: &str = "cursor";
+
 /// Whom to erase ([`Store::erase`](crate::Store::erase)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Erase {

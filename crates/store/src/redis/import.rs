@@ -86,7 +86,8 @@ impl Inner {
                     value: value.into(),
                     expires_at,
                 };
-                self.put_notes(vec![note], now).await
+                let notes = backup::note_elsewhere(note).into_iter().collect();
+                self.put_notes(notes, now).await
             }
             Piece::Lot(lot) => self.take_lot(&lot, now).await,
             Piece::Call(call) => self.restore_call(*call).await,

@@ -14,6 +14,7 @@ use crate::{
 };
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, JournalId, Partition, Timestamp};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Ranges made due in one step.
@@ -35,33 +36,58 @@ fn read_note(kind: &str, key: &[u8], stored: &[u8]) -> Option<Note> {
     })
 }
 
-fn write_note(commit: &mut Commit, note: Note) -> Result<()> {
-    let expiry = || keys::notes_expiry(HOME);
-    let (key, named) = (
-        keys::notes(HOME, &note.kind),
-        format!("{}\0{}", note.kind, note.key).into_bytes(),
-    );
-    let index = keys::notes_index(HOME, &note.kind);
-    if note.value.is_empty() {
-        commit.write("HDEL", key, [note.key.as_bytes()]);
-        commit.write("ZREM", index, [note.key.as_bytes()]);
-        commit.write("ZREM", expiry(), [named]);
-        return Ok(());
+/// What is written of the notes of a kind.
+#[derive(Default)]
+struct Written {
+    /// Keys and what is kept under them.
+    kept: Vec<Vec<u8>>,
+    /// Scores and keys.
+    listed: Vec<Vec<u8>>,
+    /// Keys.
+    gone: Vec<Vec<u8>>,
+}
+
+/// Writes notes, the last of each key, with few commands however many they are: whoever follows the
+/// events writes one for each person.
+fn write_notes(commit: &mut Commit, notes: Vec<Note>) -> Result<()> {
+    let name = |note: &Note| (note.kind.clone(), note.key.clone());
+    let last: BTreeMap<_, Note> = notes.into_iter().map(|note| (name(&note), note)).collect();
+    let mut kinds: BTreeMap<Box<str>, Written> = BTreeMap::new();
+    let (mut expiring, mut lasting) = (Vec::new(), Vec::new());
+    for ((kind, key), note) in last {
+        let named = format!("{kind}\0{key}").into_bytes();
+        let written = kinds.entry(kind).or_default();
+        if note.value.is_empty() {
+            written.gone.push(key.as_bytes().to_vec());
+            lasting.push(named);
+            continue;
+        }
+        if note.value.len() > NOTE_BYTES {
+            return Err(StoreError::Refused(format!(
+                "a note of {} bytes, at most {NOTE_BYTES} are kept",
+                note.value.len()
+            )));
+        }
+        let until = note.expires_at.map_or(NEVER, Timestamp::millis);
+        let stored = [&until.to_le_bytes()[..], &note.value].concat();
+        written.kept.extend([key.as_bytes().to_vec(), stored]);
+        written
+            .listed
+            .extend([b"0".to_vec(), key.as_bytes().to_vec()]);
+        match note.expires_at {
+            Some(_) => expiring.extend([until.to_string().into_bytes(), named]),
+            None => lasting.push(named),
+        }
     }
-    if note.value.len() > NOTE_BYTES {
-        return Err(StoreError::Refused(format!(
-            "a note of {} bytes, at most {NOTE_BYTES} are kept",
-            note.value.len()
-        )));
+    for (kind, written) in kinds {
+        let (key, index) = (keys::notes(HOME, &kind), keys::notes_index(HOME, &kind));
+        commit.write_many("HDEL", &key, &written.gone, 1);
+        commit.write_many("ZREM", &index, &written.gone, 1);
+        commit.write_many("HSET", &key, &written.kept, 2);
+        commit.write_many("ZADD", &index, &written.listed, 2);
     }
-    let until = note.expires_at.map_or(NEVER, Timestamp::millis);
-    let stored = [&until.to_le_bytes()[..], &note.value].concat();
-    commit.write("HSET", key, [note.key.as_bytes(), &stored]);
-    commit.write("ZADD", index, [&b"0"[..], note.key.as_bytes()]);
-    match note.expires_at {
-        Some(_) => commit.write("ZADD", expiry(), [until.to_string().into_bytes(), named]),
-        None => commit.write("ZREM", expiry(), [named]),
-    }
+    commit.write_many("ZADD", &keys::notes_expiry(HOME), &expiring, 2);
+    commit.write_many("ZREM", &keys::notes_expiry(HOME), &lasting, 1);
     Ok(())
 }
 
@@ -91,9 +117,7 @@ impl Inner {
     pub(super) async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
         let mut commit = Commit::new(HOME);
         self.forget_expired(&mut commit, now).await?;
-        for note in notes {
-            write_note(&mut commit, note)?;
-        }
+        write_notes(&mut commit, notes)?;
         // Nothing is checked, so nothing conflicts.
         commit.run(self, false).await.map(drop)
     }
@@ -120,7 +144,7 @@ impl Inner {
             }
             let mut commit = Commit::new(HOME);
             commit.check_field(key, note.key.as_bytes(), stored.as_deref());
-            write_note(&mut commit, note.clone())?;
+            write_notes(&mut commit, vec![note.clone()])?;
             if commit.run(self, false).await? != Outcome::Conflict {
                 return Ok(true);
             }
@@ -137,9 +161,7 @@ impl Inner {
     ) -> Result<()> {
         let mut books = Books::open(self, HOME, now);
         self.forget_expired(&mut books.commit, now).await?;
-        for note in notes {
-            write_note(&mut books.commit, note)?;
-        }
+        write_notes(&mut books.commit, notes)?;
         news.into_iter().for_each(|of| books.account_event(of));
         books.close(None, 0)?.0.run(self, false).await?;
         self.wrote();

@@ -91,7 +91,8 @@ fn take(step: &mut Step<'_>, partitions: u16, piece: Piece, now: Timestamp) -> R
                 value: value.into(),
                 expires_at,
             };
-            super::shared::put_notes(connection, vec![note], now)
+            let notes = backup::note_elsewhere(note).into_iter().collect();
+            super::shared::put_notes(connection, notes, now)
         }
         Piece::Lot(lot) => take_lot(step, &lot),
         Piece::Call(call) => super::calls::restore(connection, &call),

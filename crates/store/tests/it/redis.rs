@@ -12,7 +12,7 @@ use std::time::Duration;
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::Role;
 use store::{
-    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Retire, Share, ShareClaim,
+    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Note, Retire, Share, ShareClaim,
     ShareRequest, Shipment, Store, StoreError, Want, clock_offset,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
@@ -851,4 +851,35 @@ async fn sentinels_may_want_a_login_of_their_own() {
     options.url.sentinel_password = Some("for sentinels".to_owned());
     let store = RedisStore::open(options).await.expect("it opens");
     submit(&store, 1, 10).await.expect("submitted");
+}
+
+#[tokio::test]
+async fn notes_of_many_people_are_few_commands() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    let note = |number: usize| Note {
+        kind: "person".into(),
+        key: format!("p-{number}").into(),
+        value: Box::from([1, 2, 3]),
+        expires_at: number.is_multiple_of(2).then_some(T0 + MINUTE * 10_000_000),
+    };
+    server.ask(&["CONFIG", "RESETSTAT"]).expect("reset");
+    let notes = (0..500).map(note).collect();
+    store.put_notes(notes, T0).await.expect("written");
+    let stats = server.ask(&["INFO", "commandstats"]).expect("an answer");
+    for written in ["hset:calls=1,", "zadd:calls=2,", "zrem:calls=1,"] {
+        let line = format!("cmdstat_{written}");
+        assert!(stats.contains(&line), "{line} is not in {stats}");
+    }
+    // Of a key that is written twice in one step the last counts.
+    let gone = Note {
+        value: Box::default(),
+        ..note(7)
+    };
+    store
+        .put_notes(vec![note(7), gone], T0)
+        .await
+        .expect("written");
+    assert_eq!(store.notes("person", T0).await.expect("notes").len(), 499);
 }

@@ -24,7 +24,7 @@ use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq, Timestamp,
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use service::tasks::Shutdown;
-use store::{EventQuery, FeedPlace, Note, Store, StoreError};
+use store::{CURSOR, EventQuery, FeedPlace, Note, Store, StoreError};
 
 pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of};
 pub(crate) use forget::forget;
@@ -35,7 +35,6 @@ const JOB: &str = "engagement";
 /// The notes that keep where it is: `cursor`, and `reclassify` when somebody asked for it.
 pub(crate) const NOTES: &str = "engagement";
 pub(crate) const RECLASSIFY: &str = "reclassify";
-const CURSOR: &str = "cursor";
 
 /// How long the job is one node's; renewed after a third, given up before its end.
 const LEASE: Duration = Duration::from_secs(45);
@@ -214,7 +213,9 @@ impl<'a> Worker<'a> {
             let mut caught_up = true;
             let mut now = self.of.clock.now();
             if self.judge.waiting() < WAITING {
-                let page = self.read(self.cursor.clone()).await?;
+                let Some(page) = self.next_page().await? else {
+                    return Ok(());
+                };
                 caught_up = page.events.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
                 let behind = page.events.last().filter(|_| !caught_up);
                 let lag = behind.map_or(0.0, |last| now.since(last.recorded_at).as_secs_f64());
@@ -236,6 +237,20 @@ impl<'a> Worker<'a> {
                 return Ok(());
             }
             held.holds(self.of)?;
+        }
+    }
+
+    /// The events after the cursor. None: it was one of another store, from which this one was
+    /// filled, and what came from there was judged there; from now on it is one of this store.
+    async fn next_page(&mut self) -> Result<Option<store::EventPage>, StoreError> {
+        match self.read(self.cursor.clone()).await {
+            Err(StoreError::Refused(why)) => {
+                tracing::warn!(%why, "engagement goes on from now: its cursor is not of this store");
+                let now = self.of.clock.now();
+                self.cursor = Some(self.of.store.event_cursor(now).await?);
+                Ok(None)
+            }
+            read => read.map(Some),
         }
     }
 
