@@ -15,6 +15,9 @@ use testkit::redis::RedisServer;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
+/// What a person's browser says.
+pub(crate) const PERSON: &str =
+    "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0";
 /// Who clicks at the same time.
 const CLICKERS: usize = 4;
 
@@ -131,7 +134,7 @@ async fn a_store_that_is_away_at_the_start_is_waited_for() -> Result<()> {
 }
 
 /// What became of a request.
-enum Asked {
+pub(crate) enum Asked {
     /// Nobody listens: it was not made.
     NotMade,
     /// It was made, and whoever had it died.
@@ -139,12 +142,12 @@ enum Asked {
     Answered(u16),
 }
 
-async fn ask(port: u16, path: &str) -> Asked {
+pub(crate) async fn ask(port: u16, path: &str, agent: &str) -> Asked {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)).await else {
         return Asked::NotMade;
     };
     let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUser-Agent: Mozilla/5.0 Firefox/144.0\r\nConnection: close\r\n\r\n"
+        "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUser-Agent: {agent}\r\nConnection: close\r\n\r\n"
     );
     if stream.write_all(request.as_bytes()).await.is_err() {
         return Asked::Doubtful;
@@ -179,7 +182,7 @@ impl Clicking {
             .skip(first * paths.len() / CLICKERS);
         for at in mine {
             loop {
-                match ask(port, &paths[at]).await {
+                match ask(port, &paths[at], PERSON).await {
                     Asked::Answered(302) => {
                         self.answered.fetch_add(1, Ordering::Relaxed);
                         self.links.lock().unwrap().0.insert(at);
