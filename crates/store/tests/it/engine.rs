@@ -77,6 +77,7 @@ async fn a_file_of_the_first_version_is_brought_forward() {
     let file = rusqlite::Connection::open(fixture.path()).unwrap();
     file.execute_batch(
         "DROP INDEX batch_ended; ALTER TABLE batch DROP COLUMN retired; ALTER TABLE batch DROP COLUMN last_event;
+         ALTER TABLE batch DROP COLUMN paused_at; ALTER TABLE batch DROP COLUMN paused_ms;
          DROP TABLE note; DROP TABLE job; DROP TABLE suspension; DROP TABLE call; PRAGMA user_version=1;",
     )
     .unwrap();
