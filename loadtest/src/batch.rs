@@ -199,14 +199,10 @@ impl Shape {
     /// When there are more than a batch can have.
     pub fn row(&self, n: u64) -> Result<Row> {
         Ok(Row {
-            index: u32::try_from(n)?,
-            email: self.email(n).parse()?,
             name: Some(name(n).into()),
             prospect_id: Some(prospect(n).into()),
             vars: Some(vars(n, self.vars).into()),
-            metadata: None,
-            tracking: None,
-            time_zone: None,
+            ..Row::new(u32::try_from(n)?, self.email(n).parse()?)
         })
     }
 

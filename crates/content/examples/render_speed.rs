@@ -70,14 +70,10 @@ fn main() -> Done {
         proof: false,
     };
     let mut row = Row {
-        index: 0,
-        email: "ann@x.example".parse()?,
         name: Some("Ann".into()),
         prospect_id: Some("p-1".into()),
         vars: Some(r#"{"points":3}"#.into()),
-        metadata: None,
-        tracking: None,
-        time_zone: None,
+        ..Row::new(0, "ann@x.example".parse()?)
     };
     let rsa = [dkim::Key::from_pem(
         "s1",

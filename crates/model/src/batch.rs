@@ -78,6 +78,22 @@ pub struct Row {
     pub time_zone: Option<Box<str>>,
 }
 
+impl Row {
+    /// A recipient of whom nothing but the address is told.
+    pub fn new(index: u32, email: EmailAddress) -> Self {
+        Self {
+            index,
+            email,
+            name: None,
+            prospect_id: None,
+            vars: None,
+            metadata: None,
+            tracking: None,
+            time_zone: None,
+        }
+    }
+}
+
 /// The counters of a batch (contract, section 3). `accepted` is always the sum of the eight
 /// status counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

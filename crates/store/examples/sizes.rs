@@ -38,14 +38,13 @@ fn row(index: u32, domain: &str, rng: &mut fastrand::Rng) -> Result<Row> {
         "code": format!("{:08x}", rng.u32(..)),
     });
     Ok(Row {
-        index,
-        email: format!("{first}.{last}{}@{domain}", rng.u16(0..1000)).parse()?,
         name: Some(format!("{first} {last}").into()),
         prospect_id: Some(format!("c-{}", 10_000_000 + index).into()),
         vars: Some(vars.to_string().into()),
-        metadata: None,
-        tracking: None,
-        time_zone: None,
+        ..Row::new(
+            index,
+            format!("{first}.{last}{}@{domain}", rng.u16(0..1000)).parse()?,
+        )
     })
 }
 

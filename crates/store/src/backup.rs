@@ -574,16 +574,7 @@ mod tests {
         fn who_waits_is_found_whatever_the_cells_say(
             states in prop::collection::vec((0_u8..3, prop::option::of(0_i64..3)), 1..60)
         ) {
-            let rows: Vec<Row> = (0..).zip(&states).map(|(index, _)| Row {
-                index,
-                email: format!("n{index}@d{}.example", index % 3).parse().unwrap(),
-                name: None,
-                prospect_id: None,
-                vars: None,
-                metadata: None,
-                tracking: None,
-                time_zone: None,
-            }).collect();
+            let rows: Vec<Row> = (0..).zip(&states).map(|(index, _)| Row::new(index, format!("n{index}@d{}.example", index % 3).parse().unwrap())).collect();
             let cells: Vec<u8> = states.iter().flat_map(|(state, _)| match state {
                 0 => Cell::NEW.to_bytes(),
                 1 => [Status::TemporaryError.code(), 2, 0, 0],

@@ -200,16 +200,7 @@ impl RowColumns {
         for index in self.index.numbers() {
             let (local_part, domain) = (local_part.next()???, domain.next()???);
             let email: EmailAddress = format!("{local_part}@{domain}").parse().ok()?;
-            rows.push(Row {
-                index: u32::try_from(index).ok()?,
-                email,
-                name: None,
-                prospect_id: None,
-                vars: None,
-                metadata: None,
-                tracking: None,
-                time_zone: None,
-            });
+            rows.push(Row::new(u32::try_from(index).ok()?, email));
         }
         for column in self.more {
             column.put(&mut rows)?;
@@ -572,16 +563,7 @@ mod tests {
 
     #[test]
     fn a_column_that_holds_nothing_is_not_written() {
-        let row = Row {
-            index: 7,
-            email: "a@x.example".parse().unwrap(),
-            name: None,
-            prospect_id: None,
-            vars: None,
-            metadata: None,
-            tracking: None,
-            time_zone: None,
-        };
+        let row = Row::new(7, "a@x.example".parse().unwrap());
         let columns = RowColumns::of(&[row.clone(), row.clone()]);
         assert_eq!(columns.more, []);
         let named = Row {

@@ -71,14 +71,8 @@ pub(crate) fn is_name(email: &str) -> bool {
 pub(crate) fn row(of: &Row) -> Row {
     let nobody: Option<EmailAddress> = format!("erased@{DOMAIN}").parse().ok();
     Row {
-        index: of.index,
-        email: nobody.unwrap_or_else(|| of.email.clone()),
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
         tracking: of.tracking,
-        time_zone: None,
+        ..Row::new(of.index, nobody.unwrap_or_else(|| of.email.clone()))
     }
 }
 

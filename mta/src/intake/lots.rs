@@ -277,16 +277,7 @@ mod tests {
         let email = format!("a{index}@d{domain}.example")
             .parse()
             .expect("an address");
-        Row {
-            index,
-            email,
-            name: None,
-            prospect_id: None,
-            vars: None,
-            metadata: None,
-            tracking: None,
-            time_zone: None,
-        }
+        Row::new(index, email)
     }
 
     fn build(bounds: Bounds, rows: &[(u8, u32)]) -> (Vec<NewLot>, usize) {

@@ -305,14 +305,5 @@ impl TlsReporting {
 }
 
 fn row(index: u32, email: EmailAddress) -> Row {
-    Row {
-        index,
-        email,
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
-        tracking: None,
-        time_zone: None,
-    }
+    Row::new(index, email)
 }

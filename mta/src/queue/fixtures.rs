@@ -33,16 +33,7 @@ pub(crate) fn head(batch: u8) -> BatchHead {
 }
 
 pub(crate) fn row(index: u32, email: &str) -> Row {
-    Row {
-        index,
-        email: email.parse().expect("an address"),
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
-        tracking: None,
-        time_zone: None,
-    }
+    Row::new(index, email.parse().expect("an address"))
 }
 
 pub(crate) fn range_ref(id: u64) -> RangeRef {

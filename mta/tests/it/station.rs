@@ -375,16 +375,7 @@ pub(crate) fn content(ring: &ArcSwap<KeyRing>, dkim_selectors: &[&str]) -> Vec<u
 }
 
 fn row(index: u32, email: &str) -> Row {
-    Row {
-        index,
-        email: email.parse().expect("an address"),
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
-        tracking: None,
-        time_zone: None,
-    }
+    Row::new(index, email.parse().expect("an address"))
 }
 
 /// The head of a batch released at `now`.

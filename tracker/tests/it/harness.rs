@@ -160,14 +160,11 @@ async fn commit_batch(store: &dyn Store, recipients: u32) {
     let id = batch_id();
     let rows: Vec<Row> = (0..recipients)
         .map(|index| Row {
-            index,
-            email: format!("r{index}@x.example").parse().expect("an address"),
-            name: None,
             prospect_id: Some(format!("p-{index}").into()),
-            vars: None,
-            metadata: None,
-            tracking: None,
-            time_zone: None,
+            ..Row::new(
+                index,
+                format!("r{index}@x.example").parse().expect("an address"),
+            )
         })
         .collect();
     let lots = rows.chunks(LOT_ROWS).zip(0..).map(|(rows, number)| NewLot {

@@ -37,14 +37,10 @@ pub(crate) fn html(html: &str) -> ContentSpec {
 
 pub(crate) fn row(vars: &str) -> Row {
     Row {
-        index: 41,
-        email: "ann@x.example".parse().expect("an address"),
         name: Some("Ann".into()),
         prospect_id: Some("p-1".into()),
         vars: Some(vars.into()),
-        metadata: None,
-        tracking: None,
-        time_zone: None,
+        ..Row::new(41, "ann@x.example".parse().expect("an address"))
     }
 }
 

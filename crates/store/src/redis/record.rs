@@ -651,16 +651,7 @@ mod tests {
 
     #[test]
     fn a_lot_reads_back() {
-        let row = Row {
-            index: 4,
-            email: "a@x.example".parse().unwrap(),
-            name: None,
-            prospect_id: None,
-            vars: None,
-            metadata: None,
-            tracking: None,
-            time_zone: None,
-        };
+        let row = Row::new(4, "a@x.example".parse().unwrap());
         let packed = form::pack_rows(std::slice::from_ref(&row)).unwrap();
         let lot = Lot::read(&write_lot("x.example", true, &[77], &packed)).unwrap();
         assert_eq!(

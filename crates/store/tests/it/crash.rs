@@ -137,15 +137,11 @@ async fn child() {
 
 /// Submits a batch; may be repeated.
 pub(crate) async fn submit(store: &SqliteStore, id: BatchId) -> store::Result<()> {
-    let row = |index| Row {
-        index,
-        email: format!("n{index}@x.example").parse().expect("an address"),
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
-        tracking: None,
-        time_zone: None,
+    let row = |index| {
+        Row::new(
+            index,
+            format!("n{index}@x.example").parse().expect("an address"),
+        )
     };
     let lot = NewLot {
         number: LotNumber::new(Partition(0), 0).expect("a number"),

@@ -52,15 +52,11 @@ async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
 
 async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<BatchId> {
     let id = BatchId::new(T0, number);
-    let row = |index| Row {
-        index,
-        email: format!("n{index}@x.example").parse().expect("an address"),
-        name: None,
-        prospect_id: None,
-        vars: None,
-        metadata: None,
-        tracking: None,
-        time_zone: None,
+    let row = |index| {
+        Row::new(
+            index,
+            format!("n{index}@x.example").parse().expect("an address"),
+        )
     };
     let all: Vec<Row> = (0..rows).map(row).collect();
     let lots = all
