@@ -139,9 +139,11 @@ impl Worker<'_> {
                 show(&mut judge, &self.links, &judged_anew(&rules, event));
             }
             let last = page.events.last().map(|event| event.recorded_at);
-            // The newest hits are not done waiting: they are settled by the same rules in turn.
-            let judged = last.map(|now| judge.due(&rules, now)).unwrap_or_default();
-            let judged: Vec<_> = judged.into_iter().map(|of| (of, None)).collect();
+            // Behind the last event it is now. Hits that are not done waiting even then are settled
+            // by the same rules in turn.
+            let now = last.unwrap_or_else(|| self.of.clock.now());
+            let judged = judge.due(&rules, now).into_iter();
+            let judged: Vec<_> = judged.map(|of| (of, None)).collect();
             let revised = self.revise(&judged, true).await?;
             changed += revised.len();
             let mut docs = super::docs::Docs::new(&*self.of.store, self.of.clock.now());
