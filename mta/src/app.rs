@@ -30,9 +30,8 @@ use crate::intake::receive::{Limits, Sizes};
 use crate::intake::submit::Intake;
 use crate::jobs::engagement::Engagement;
 use crate::jobs::guardrails;
-use crate::jobs::{Keeping, Mailboxes, SigningKeys};
-
 use crate::jobs::webhooks::{Registry, Webhooks, WebhooksDeps};
+use crate::jobs::{Keeping, SigningKeys};
 use crate::sending::{self, Reload, SendingDeps, SendingHandle};
 use crate::tenants::Tenants;
 
@@ -228,13 +227,6 @@ fn start_jobs(config: &Config, deps: &Deps, shared: &Shared, node: JournalId) {
         deps.tasks
             .spawn("keeping", keeping.run(deps.shutdown.clone())),
     );
-    let mailboxes = Mailboxes {
-        store: Arc::clone(&deps.store),
-        clock: deps.clock.clone(),
-        node,
-    };
-    let run = mailboxes.run(deps.shutdown.clone());
-    drop(deps.tasks.spawn("mailboxes", run));
     let testing = Testing::new(TestingDeps {
         store: Arc::clone(&deps.store),
         clock: deps.clock.clone(),

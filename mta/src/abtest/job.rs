@@ -13,16 +13,20 @@ use service::metrics::Metrics;
 use service::tasks::Shutdown;
 use store::{Batch, Store, Wave};
 
+use crate::jobs::JobLease;
+
 use super::kept::{self, Kept, Round};
 use super::layout::ROUNDS;
 use super::{Plan, carry_out, conclude, measure, released_at, write_decision};
 
 /// The name of the job.
 const JOB: &str = "abtest";
-/// How long it is one node's; renewed with every look.
+/// How long it is one node's.
 const LEASE: Duration = Duration::from_secs(20);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(500);
+/// Between tries to get the job, and after the store failed.
+const PAUSE: Duration = Duration::from_secs(2);
 /// Between two looks at the rates of a test that runs; longer where a look takes long.
 const RATES: Duration = Duration::from_secs(30);
 /// What was entered and never committed is let go after this.
@@ -39,6 +43,7 @@ pub(crate) struct TestingDeps {
 /// The job; see the module.
 pub(crate) struct Testing {
     deps: TestingDeps,
+    lease: JobLease,
     plans: HashMap<BatchId, Arc<Plan>>,
     /// Waves of which nothing is held back any more.
     released: HashSet<(BatchId, u32)>,
@@ -48,8 +53,10 @@ pub(crate) struct Testing {
 
 impl Testing {
     pub(crate) fn new(deps: TestingDeps) -> Self {
+        let lease = JobLease::new(JOB, LEASE, deps.node, &deps.store, &deps.clock);
         Self {
             deps,
+            lease,
             plans: HashMap::new(),
             released: HashSet::new(),
             rates: HashMap::new(),
@@ -58,48 +65,44 @@ impl Testing {
 
     /// Runs until the end begins.
     pub(crate) async fn run(mut self, shutdown: Shutdown) {
-        loop {
-            tokio::select! {
-                () = shutdown.begun() => break,
-                () = tokio::time::sleep(LOOK) => {}
+        let keep = async {
+            loop {
+                let pause = match self.once().await {
+                    Ok(true) => LOOK,
+                    Ok(false) => PAUSE,
+                    Err(error) => {
+                        tracing::warn!(%error, "tests were not looked at");
+                        PAUSE
+                    }
+                };
+                tokio::time::sleep(pause).await;
             }
-            let looked = tokio::select! {
-                // Ended in the middle, it is repeated by whoever comes next.
-                () = shutdown.begun() => break,
-                looked = self.once() => looked,
-            };
-            if let Err(error) = looked {
-                tracing::warn!(%error, "tests were not looked at");
-            }
+        };
+        tokio::select! {
+            // Ended in the middle, it is repeated by whoever comes next.
+            () = keep => {}
+            () = shutdown.begun() => {}
         }
-        if let Err(error) = self.lease(Duration::ZERO).await {
-            tracing::debug!(%error, "the lease on tests ends by itself");
-        }
+        self.lease.give_up().await;
     }
 
-    /// Takes, renews or gives up the job; the fencing token, if it is this node's.
-    async fn lease(&self, ttl: Duration) -> store::Result<Option<u64>> {
-        let (store, now) = (&self.deps.store, self.deps.clock.now());
-        store.job_lease(JOB, self.deps.node, now, ttl).await
-    }
-
-    /// Moves every test on that can be, unless another node does.
+    /// Moves every test on that can be; false: another node does.
     ///
     /// # Errors
     /// As the store gives them.
-    pub(crate) async fn once(&mut self) -> store::Result<()> {
-        let Some(fence) = self.lease(LEASE).await? else {
+    pub(crate) async fn once(&mut self) -> store::Result<bool> {
+        let Some(fence) = self.lease.keep().await? else {
             // Another may have done anything meanwhile.
             self.released.clear();
-            return Ok(());
+            return Ok(false);
         };
         let mut after: Option<String> = None;
         loop {
             let now = self.deps.clock.now();
             let page = kept::running(&*self.deps.store, after.as_deref(), now).await?;
             for (batch, since) in page.items {
-                if self.lease(LEASE).await? != Some(fence) {
-                    return Ok(());
+                if self.lease.keep().await? != Some(fence) {
+                    return Ok(false);
                 }
                 if let Err(error) = self.advance(batch, since, fence).await {
                     // The others do not wait for it.
@@ -108,7 +111,7 @@ impl Testing {
             }
             match page.next {
                 Some(next) => after = Some(next),
-                None => return Ok(()),
+                None => return Ok(true),
             }
         }
     }
@@ -215,7 +218,7 @@ impl Testing {
         }
         let look = measure::look(&*store, plan, batch, now).await?;
         // The look may have taken long: whoever has the job now decides.
-        if self.lease(LEASE).await? != Some(fence) {
+        if self.lease.keep().await? != Some(fence) {
             return Ok(());
         }
         let is_last = plan.rounds() <= round + 1;

@@ -6,12 +6,13 @@
 pub(crate) mod engagement;
 pub(crate) mod guardrails;
 mod keeping;
+mod lease;
 mod mailboxes;
 mod signing_keys;
 mod tls_reports;
 pub(crate) mod webhooks;
 
 pub(crate) use keeping::Keeping;
-pub(crate) use mailboxes::Mailboxes;
+pub(crate) use lease::JobLease;
 pub(crate) use signing_keys::SigningKeys;
 pub(crate) use tls_reports::TlsReporting;

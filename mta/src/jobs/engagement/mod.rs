@@ -5,7 +5,8 @@
 //! and the event change in the step that takes it. What is made of events (prospects, browsers,
 //! bindings) is written together with what it tells. A checkpoint stands before the oldest hit
 //! that waits: what is read twice after a crash changes nothing twice, since a verdict is compared
-//! with the one that holds, and a prospect knows its events. Must not decide what a hit means.
+//! with the one that holds, and a prospect knows its events. Bounces are shown to the watch over
+//! full mailboxes, too. Must not decide what a hit means.
 
 mod docs;
 mod forget;
@@ -17,6 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::jobs::{JobLease, mailboxes};
 use ::engagement::Rules;
 use ::engagement::settle::{Judge, Judged, Trace};
 use arc_swap::ArcSwap;
@@ -36,10 +38,8 @@ const JOB: &str = "engagement";
 pub(crate) const NOTES: &str = "engagement";
 pub(crate) const RECLASSIFY: &str = "reclassify";
 
-/// How long the job is one node's; renewed after a third, given up before its end.
+/// How long the job is one node's.
 const LEASE: Duration = Duration::from_secs(45);
-const RENEW: Duration = Duration::from_secs(15);
-const LAST: Duration = Duration::from_secs(30);
 /// Between tries to get the job, and after the store failed.
 const PAUSE: Duration = Duration::from_secs(2);
 /// Between turns: hits and deliveries come in numbers, and each turn is a step of the store.
@@ -83,9 +83,10 @@ pub(crate) struct Engagement {
 impl Engagement {
     /// Runs until the end begins.
     pub(crate) async fn run(self, shutdown: Shutdown) {
+        let mut held = JobLease::new(JOB, LEASE, self.node, &self.store, &self.clock);
         let keep = async {
             loop {
-                if let Err(error) = self.tenure().await {
+                if let Err(error) = self.tenure(&mut held).await {
                     tracing::debug!(%error, "engagement goes on later");
                 }
                 tokio::time::sleep(PAUSE).await;
@@ -95,58 +96,23 @@ impl Engagement {
             () = keep => {}
             () = shutdown.begun() => {}
         }
-        let now = self.clock.now();
-        let ended = self.store.job_lease(JOB, self.node, now, Duration::ZERO);
-        if let Err(error) = ended.await {
-            tracing::debug!(%error, "the lease on engagement ends by itself");
-        }
+        held.give_up().await;
     }
 
     /// Works as long as the job is this node's.
-    async fn tenure(&self) -> Result<(), StoreError> {
-        let mut held = Held { since: None };
-        if !held.keep(self).await? {
+    async fn tenure(&self, held: &mut JobLease) -> Result<(), StoreError> {
+        if held.keep().await?.is_none() {
             return Ok(());
         }
         let mut worker = Worker::resume(self).await?;
-        while held.keep(self).await? {
-            worker.turn(&held).await?;
+        while held.keep().await?.is_some() {
+            worker.turn(held).await?;
             if worker.asked_to_reclassify().await? {
-                worker.reclassify(&mut held).await?;
+                worker.reclassify(held).await?;
             }
             worker.wait().await;
         }
         Ok(())
-    }
-}
-
-/// The lease on the job.
-struct Held {
-    since: Option<Instant>,
-}
-
-impl Held {
-    /// Renews when it is time; whether the job is this node's.
-    async fn keep(&mut self, of: &Engagement) -> Result<bool, StoreError> {
-        let began = of.clock.instant();
-        let age = self.since.map(|at| began.saturating_duration_since(at));
-        if age.is_some_and(|age| age < RENEW) {
-            return Ok(true);
-        }
-        let lease = of.store.job_lease(JOB, of.node, of.clock.now(), LEASE);
-        let mine = lease.await?.is_some();
-        self.since = mine.then_some(began);
-        Ok(mine)
-    }
-
-    /// Whether a write may still begin.
-    fn holds(&self, of: &Engagement) -> Result<(), StoreError> {
-        let now = of.clock.instant();
-        let age = self.since.map(|at| now.saturating_duration_since(at));
-        match age {
-            Some(age) if age < LAST => Ok(()),
-            Some(_) | None => Err(StoreError::Unavailable("the job's lease is over".into())),
-        }
     }
 }
 
@@ -207,7 +173,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads what is new, judges what is due, writes what follows.
-    async fn turn(&mut self, held: &Held) -> Result<(), StoreError> {
+    async fn turn(&mut self, held: &JobLease) -> Result<(), StoreError> {
         loop {
             let mut work = Work::default();
             let mut caught_up = true;
@@ -236,7 +202,7 @@ impl<'a> Worker<'a> {
             if caught_up {
                 return Ok(());
             }
-            held.holds(self.of)?;
+            held.holds()?;
         }
     }
 
@@ -308,15 +274,16 @@ impl<'a> Worker<'a> {
     }
 
     /// Ships verdicts that changed, then writes what is made of events with the checkpoint.
-    async fn write(&mut self, work: Work, held: &Held) -> Result<(), StoreError> {
-        held.holds(self.of)?;
+    async fn write(&mut self, work: Work, held: &JobLease) -> Result<(), StoreError> {
+        held.holds()?;
         let revised = self.revise(&work.judged, false).await?;
-        held.holds(self.of)?;
+        held.holds()?;
         let now = self.of.clock.now();
         let mut docs = docs::Docs::new(&*self.of.store, now);
         docs.prefetch(&work.told).await?;
         for event in &work.told {
             people::told(&mut docs, event).await?;
+            mailboxes::told(&*self.of.store, event, now).await?;
         }
         for (judged, event) in &work.judged {
             if let (false, Some(event)) = (judged.again, event) {
@@ -356,7 +323,7 @@ impl<'a> Worker<'a> {
             let millis = due.millis().saturating_sub(now.millis());
             Duration::from_millis(u64::try_from(millis).unwrap_or(0))
         });
-        let at_most = due.unwrap_or(RENEW).min(CHECKPOINT);
+        let at_most = due.unwrap_or(CHECKPOINT).min(CHECKPOINT);
         if let Some(cursor) = &self.cursor
             && !at_most.is_zero()
         {

@@ -8,7 +8,7 @@ use ::engagement::{Observed, Rules};
 use model::{Actor, Event, Fact, FactId, HitKind, MessageId, Revision, Verdict};
 use store::{MessageStory, Note, Shipment, StoreError};
 
-use super::{Held, NOTES, RECLASSIFY, Worker, show};
+use super::{JobLease, NOTES, RECLASSIFY, Worker, show};
 
 /// Facts shipped at once.
 const FACTS: usize = 500;
@@ -124,13 +124,13 @@ impl Worker<'_> {
     }
 
     /// Judges all hits that are kept by the rules in force now.
-    pub(super) async fn reclassify(&mut self, held: &mut Held) -> Result<(), StoreError> {
+    pub(super) async fn reclassify(&mut self, held: &mut JobLease) -> Result<(), StoreError> {
         let rules = self.of.rules.load_full();
         tracing::info!(version = rules.version, "history is judged anew");
         let mut judge = Judge::new(self.of.settle);
         let (mut cursor, mut changed) = (None, 0);
         loop {
-            if !held.keep(self.of).await? {
+            if held.keep().await?.is_none() {
                 return Ok(());
             }
             let page = self.read(cursor).await?;
@@ -150,7 +150,7 @@ impl Worker<'_> {
             for revised in &revised {
                 super::people::revised(&mut docs, revised).await?;
             }
-            held.holds(self.of)?;
+            held.holds()?;
             docs.write().await?;
             if last.is_none() {
                 break;
