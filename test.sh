@@ -96,6 +96,8 @@ RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 [ "$check_only" = 1 ] && exit 0
 
 step "tests"
+# A failed assertion says where it stands; a hundred frames of a runtime would hide it.
+export RUST_BACKTRACE=0
 if cargo nextest --version >/dev/null 2>&1; then
   cargo nextest run --workspace --locked
 else

@@ -428,9 +428,16 @@ fn journal(config: &Config, fresh_id: JournalId) -> anyhow::Result<Journal> {
         sync_interval: Some(config.journal.sync),
         max_bytes: config.journal.max_bytes,
         retain: config.store.journal_retained(),
+        boot: boot(),
         ..JournalConfig::new(&config.journal.dir, "mta", fresh_id)
     };
     Journal::open(&settings, Arc::new(RealDisk)).context("the journal")
+}
+
+/// What the kernel calls this run of the machine; none where it does not say.
+fn boot() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(name.trim().to_owned())
 }
 
 fn read_rules(config: &Config) -> anyhow::Result<Rules> {

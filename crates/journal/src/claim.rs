@@ -1,8 +1,8 @@
 //! Which directory is ours: a node's identity lives in its journal directory, and the lock in it
-//! says that a process has it.
+//! says that a process has it. Beside it stands in which run of the machine it was last ours.
 
 use crate::config::{Doing as _, JournalConfig, OpenError};
-use crate::disk::{Disk, DiskLock};
+use crate::disk::{Disk, DiskLock, read_full_at, write_all_at};
 use model::JournalId;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,15 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Claim {
     pub(crate) id: JournalId,
     pub(crate) dir: PathBuf,
+    /// The machine was started since the last process that had it.
+    pub(crate) rebooted: bool,
     pub(crate) lock: Box<dyn DiskLock>,
 }
+
+/// The file that names the run of the machine in which a journal was last opened.
+const BOOT: &str = "boot";
+/// The most of it that is read: such names are short.
+const BOOT_BYTES: usize = 256;
 
 /// Takes the first journal of the role that no process holds, in the order of their ids, or makes
 /// one.
@@ -80,8 +87,55 @@ fn try_claim(
 ) -> Result<Option<Claim>, OpenError> {
     let dir = config.dir.join(dir_name(&config.role, id));
     let path = dir.join("lock");
-    let lock = disk.try_lock(&path).doing("lock", &path)?;
-    Ok(lock.map(|lock| Claim { id, dir, lock }))
+    let Some(lock) = disk.try_lock(&path).doing("lock", &path)? else {
+        return Ok(None);
+    };
+    let rebooted = match &config.boot {
+        Some(boot) => note_boot(disk, &dir, boot)?,
+        None => false,
+    };
+    Ok(Some(Claim {
+        id,
+        dir,
+        rebooted,
+        lock,
+    }))
+}
+
+/// Writes down in which run of the machine the journal is opened; whether the last time was
+/// another.
+fn note_boot(disk: &dyn Disk, dir: &Path, boot: &str) -> Result<bool, OpenError> {
+    let path = dir.join(BOOT);
+    let known = match disk.open(&path, false) {
+        Ok(file) => {
+            let mut known = vec![0; BOOT_BYTES];
+            let read = read_full_at(&*file, &mut known, 0).doing("read", &path)?;
+            known.truncate(read);
+            Some(known)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).doing("open", &path),
+    };
+    let is_same = known.as_deref() == Some(boot.as_bytes());
+    if !is_same && let Err(error) = replace(disk, &path, boot.as_bytes()) {
+        // A full disk, for one: the next start of the process takes itself for the first again.
+        tracing::warn!(%error, path = %path.display(), "this start of the machine is not noted");
+    }
+    Ok(known.is_some() && !is_same)
+}
+
+/// Puts a file in the place of another, whole.
+fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    match disk.remove(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file = disk.create(&new)?;
+    write_all_at(&*file, bytes, 0)?;
+    file.sync_data()?;
+    disk.rename(&new, path)?;
+    disk.sync_dir(path.parent().unwrap_or(path))
 }
 
 fn dir_name(role: &str, id: JournalId) -> String {

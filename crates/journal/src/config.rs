@@ -15,6 +15,8 @@ pub struct JournalConfig {
     /// The identity to take if no journal of this role is free here. The caller makes it, as the
     /// journal has neither clock nor random source.
     pub fresh_id: JournalId,
+    /// What names this run of the machine, other after each start of it; `None`: nobody knows.
+    pub boot: Option<String>,
     /// The longest time from an append to the start of its sync; `None`: only when asked.
     pub sync_interval: Option<Duration>,
     /// The most that the segment files hold together, in bytes; at least 64 KiB is taken.
@@ -37,6 +39,7 @@ impl JournalConfig {
             dir: dir.into(),
             role: role.into(),
             fresh_id,
+            boot: None,
             sync_interval: Some(Duration::from_millis(20)),
             max_bytes: 8 << 30,
             segment_bytes: 16 << 20,

@@ -76,6 +76,7 @@ struct Progress {
 #[derive(Debug)]
 pub(crate) struct Shared {
     id: JournalId,
+    rebooted: bool,
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     buffer: Mutex<Buffer>,
@@ -121,6 +122,7 @@ impl Journal {
         buffer.disk_bytes = files.bytes();
         let shared = Arc::new(Shared {
             id: claim.id,
+            rebooted: claim.rebooted,
             dir: claim.dir,
             disk,
             buffer: Mutex::new(buffer),
@@ -147,6 +149,12 @@ impl Journal {
     /// The identity of this node.
     pub fn id(&self) -> JournalId {
         self.shared.id
+    }
+
+    /// Whether the machine was started anew since a process last had this journal: what was written
+    /// and not synced then is gone.
+    pub fn rebooted(&self) -> bool {
+        self.shared.rebooted
     }
 
     /// The directory of the segments.

@@ -55,6 +55,20 @@ pub enum AttemptResult {
     Cancelled,
 }
 
+impl AttemptResult {
+    /// Whether the recipient has the message, or may have it for all that is known.
+    pub fn may_have_arrived(&self) -> bool {
+        matches!(
+            self,
+            Self::Delivered
+                | Self::TemporaryError {
+                    ambiguous: true,
+                    ..
+                }
+        )
+    }
+}
+
 /// A rule that read a reply, and the version of the rules it stood in.
 ///
 /// Stored as `name@version`; facts from before versions were kept have the name alone.

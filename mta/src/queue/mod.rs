@@ -23,7 +23,7 @@ mod state;
 mod target;
 
 pub use state::{
-    Action, Claim, ConnEnd, Event, KeptHold, LimitView, Limited, Now, QueueConfig, QueueState,
-    Remembered, Shares,
+    Action, Claim, ConnEnd, Event, KeptHold, Limit, LimitView, Limited, Now, QueueConfig,
+    QueueState, Remembered, Shares,
 };
 pub use target::DEPTH;

@@ -7,6 +7,7 @@ mod dispatch;
 mod holds;
 mod leasing;
 mod limits;
+mod paces;
 mod ranges;
 mod shares;
 mod snapshot;
@@ -14,7 +15,7 @@ mod sources;
 
 pub use holds::KeptHold;
 pub use limits::{LimitView, Limited, Remembered};
-pub use shares::Claim;
+pub use shares::{Claim, Limit};
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,9 +38,10 @@ use super::pool::{Pool, Pools};
 use super::target::{Conn, Dest};
 use crate::classify::Notice;
 use crate::resolve::Route;
-use crate::shaping::{Destination, Kept, Pacer, SharedPacer, Spread, destination_of};
+use crate::shaping::{Destination, Kept, SharedPacer, destination_of};
 use crate::tlspolicy::Security;
 use holds::Hold;
+use paces::Pace;
 
 /// Lookups of domains under way.
 const RESOLVES_MAX: usize = 128;
@@ -278,36 +280,12 @@ struct BatchState {
     content: Content,
 }
 
-/// What keeps a batch at the rate that it asked for.
-#[derive(Debug)]
-struct Pace {
-    /// When the next of its messages may be handed out.
-    plan: Spread,
-    /// What each of them needs to begin.
-    permits: SharedPacer,
-}
-
 #[derive(Debug, PartialEq, Eq)]
 enum Content {
     Loading,
     Ready,
     /// Asked for again then.
     Wanted(Instant),
-}
-
-impl Pace {
-    fn new(rate: Rate, started: Instant) -> Self {
-        Self {
-            plan: Spread::exhausted(rate, started),
-            permits: Arc::new(Mutex::new(Pacer::exhausted(rate, started))),
-        }
-    }
-
-    /// Whether nothing of it has to be remembered.
-    fn is_idle(&self, now: Instant) -> bool {
-        let permits = self.permits.lock().unwrap_or_else(PoisonError::into_inner);
-        self.plan.next() <= now && permits.is_fresh(now)
-    }
 }
 
 /// A message that a connection has.
@@ -622,7 +600,8 @@ impl QueueState {
                         shares.hurry(now.instant);
                     }
                     let part = |source| {
-                        shares::first_part(shares.as_ref(), &(destination.clone(), source))
+                        let limit = Limit::Destination(destination.clone(), source);
+                        shares::first_part(shares.as_ref(), &limit)
                     };
                     let mut dest =
                         Dest::new(Arc::clone(&policy), &sources, part, *started, now.instant);

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::SendingDeps;
 use super::limits::{key, names};
-use crate::queue::{Claim, Event};
+use crate::queue::{Claim, Event, Limit};
 
 /// How long an answer may take; then what was last known holds.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -83,15 +83,23 @@ impl Task {
         }
     }
 
-    fn claims(&self, claims: &[Claim]) -> Vec<ShareClaim> {
-        let one = |claim: &Claim| {
-            let source = self.sources.get(claim.source).map_or("", |name| name);
-            ShareClaim {
-                key: key(&claim.destination, source),
-                connections: claim.connections,
-                permits: claim.permits,
-                wanted: claim.wanted,
+    /// The limit's name in the store. No destination begins with a star.
+    fn key(&self, limit: &Limit) -> Box<str> {
+        match limit {
+            Limit::Destination(destination, source) => {
+                let source = self.sources.get(*source).map_or("", |name| name);
+                key(destination, source)
             }
+            Limit::Batch(batch) => format!("*batch {batch}").into(),
+        }
+    }
+
+    fn claims(&self, claims: &[Claim]) -> Vec<ShareClaim> {
+        let one = |claim: &Claim| ShareClaim {
+            key: self.key(&claim.limit),
+            connections: claim.connections,
+            permits: claim.permits,
+            wanted: claim.wanted,
         };
         claims.iter().map(one).collect()
     }

@@ -24,6 +24,13 @@ impl Spread {
         }
     }
 
+    /// Another pace from now on, more than 0 in a second.
+    pub fn change(&mut self, per_second: f64, now: Instant) {
+        self.interval = Duration::try_from_secs_f64(per_second.recip()).unwrap_or(Duration::MAX);
+        let soonest = now.checked_add(self.interval);
+        self.next = soonest.map_or(self.next, |at| self.next.min(at));
+    }
+
     /// The next moment.
     pub fn next(&self) -> Instant {
         self.next

@@ -1,10 +1,11 @@
 //! The task that ships.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal::{Journal, RecordKind};
-use model::{BatchId, Fact, Place, Seq};
+use model::{Attempt, BatchId, Fact, MessageId, Place, Seq};
 use service::clock::SharedClock;
 use service::metrics::{DuplicateCause, Metrics};
 use service::tasks::{Shutdown, Stage, blocking};
@@ -29,6 +30,10 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 const RELEASES_MAX: usize = 200;
 /// How often what needs no new fact is looked after.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// After the store was seen to forget, what it forgot comes again for as long as journals keep what
+/// they have shipped.
+const FORGETFUL: Duration = Duration::from_secs(600);
 
 /// How often it is asked whether the store may have forgotten something.
 const LOOK_BACK: Duration = Duration::from_secs(2);
@@ -85,6 +90,10 @@ pub struct Shipper {
     reported: Seq,
     /// As many upheavals of the store are dealt with.
     upheavals: u64,
+    /// Until then a second delivery is put down to what the store forgot.
+    forgetful_until: Option<Instant>,
+    /// Attempts of which a former one may have been lost with the machine's power.
+    unsynced: HashSet<(MessageId, u8)>,
     looked_back: Option<Instant>,
     releases: Vec<(Seq, Release)>,
     backoff: Duration,
@@ -117,6 +126,8 @@ impl Shipper {
             starts,
             reported: mark,
             upheavals: 0,
+            forgetful_until: None,
+            unsynced: HashSet::new(),
             looked_back: None,
             releases: Vec::new(),
             backoff: BACKOFF.0,
@@ -153,15 +164,19 @@ impl Shipper {
                 Err(error) => self.store_failed("reclaim", &error).await,
             }
         };
-        let mut ours = std::collections::HashSet::new();
+        let mut ours = HashSet::new();
         for range in &mut ranges {
             for item in &mut range.items {
-                let message = model::MessageId {
+                let message = MessageId {
                     batch: range.batch.id,
                     index: item.row.index,
                 };
                 let number = item.attempts.saturating_add(1);
+                let in_window = item.maybe_started;
                 item.maybe_started = self.starts.was_in_flight(message, number);
+                if in_window && !item.maybe_started && self.deps.journal.rebooted() {
+                    self.unsynced.insert((message, number));
+                }
                 ours.insert((message, number));
             }
         }
@@ -171,6 +186,7 @@ impl Shipper {
             tracing::info!(
                 ranges = ranges.len(),
                 in_doubt = self.starts.len(),
+                maybe_unsynced = self.unsynced.len(),
                 "took back the leases of the last run"
             );
         }
@@ -342,6 +358,7 @@ impl Shipper {
                         && record.seq > self.reported
                     {
                         self.ledger.report(attempt.message.batch, attempt.place);
+                        self.count_unsynced(attempt);
                     }
                     facts.push((record.seq, fact));
                 }
@@ -353,6 +370,15 @@ impl Shipper {
         let last = records.last().map_or(0, |record| record.seq);
         self.reported = self.reported.max(last);
         facts
+    }
+
+    /// Counts a second copy that somebody may have got because the first was lost with the power.
+    fn count_unsynced(&mut self, attempt: &Attempt) {
+        let was_in_doubt = self.unsynced.remove(&(attempt.message, attempt.number));
+        if was_in_doubt && attempt.result.may_have_arrived() {
+            let causes = &self.deps.metrics.duplicates;
+            causes.at(DuplicateCause::UnsyncedJournal).inc();
+        }
     }
 
     /// Finds out whether the store may have forgotten what it acknowledged, and ships it again.
@@ -378,7 +404,7 @@ impl Shipper {
         match self.deps.store.high_water(self.deps.journal.id()).await {
             Ok(mark) => {
                 self.upheavals = seen;
-                self.ledger.repeat();
+                self.expect_repeats();
                 if mark < self.shipped {
                     self.rewind(mark);
                 }
@@ -409,7 +435,22 @@ impl Shipper {
         note_lost(&self.deps.journal, &self.deps.metrics, mark);
         self.deps.journal.rewind(mark);
         self.shipped = mark;
+        self.expect_repeats();
+    }
+
+    /// The store may have forgotten what it had acknowledged to any node.
+    fn expect_repeats(&mut self) {
+        self.forgetful_until = Some(self.deps.clock.instant() + FORGETFUL);
         self.ledger.repeat();
+    }
+
+    /// Why a message was delivered again of which the store learns now.
+    fn cause_of_repeat(&self) -> DuplicateCause {
+        let now = self.deps.clock.instant();
+        match self.forgetful_until {
+            Some(until) if now < until => DuplicateCause::StoreFailover,
+            _ => DuplicateCause::LostNode,
+        }
     }
 
     async fn arrived(&mut self, through: Seq, moves: &Moves, shipped: Shipped, tells_queue: bool) {
@@ -427,13 +468,10 @@ impl Shipper {
         for range in &shipped.lost {
             self.ledger.forget(*range);
         }
+        let cause = self.cause_of_repeat();
         for message in &shipped.duplicates {
             tracing::warn!(%message, "delivered twice: a former holder's outcome came late");
-            self.deps
-                .metrics
-                .duplicates
-                .at(DuplicateCause::LostNode)
-                .inc();
+            self.deps.metrics.duplicates.at(cause).inc();
         }
         if shipped.unknown > 0 {
             tracing::info!(

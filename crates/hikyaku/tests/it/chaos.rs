@@ -273,21 +273,36 @@ async fn a_node_that_slept_starts_nothing() -> Result<()> {
     Ok(())
 }
 
+const RATE: usize = 50;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rate_is_kept_by_all_nodes_together() -> Result<()> {
-    const RATE: usize = 50;
+    send_at_a_rate(&format!("{RATE}/s"), None).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rate_of_a_batch_is_kept_by_all_nodes_together() -> Result<()> {
+    send_at_a_rate("unlimited", Some(&format!("{RATE}/s"))).await
+}
+
+/// Three nodes send under the rate of a destination, or that of a batch, at [`RATE`].
+async fn send_at_a_rate(of_destination: &str, of_batch: Option<&str>) -> Result<()> {
     const PEOPLE: usize = 3_000;
     let directory = tempfile::tempdir()?;
     let redis = RedisServer::start(directory.path().to_owned(), &["--appendonly", "yes"])?;
     let peer = SmtpPeer::start(Temper::accepting()).await?;
     let shaping = format!(
-        "[default]\nconnections = 6\nrate = \"{RATE}/s\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
+        "[default]\nconnections = 6\nrate = \"{of_destination}\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
         peer.address()
     );
     let sites = sites(NODES, &redis.url(), &shaping)?;
     let nodes = start(&sites).await?;
     let first = nodes[0].as_ref().context("a node")?;
-    first.submit(&newsletter(PEOPLE, 1)).await?;
+    let mut batch = newsletter(PEOPLE, 1);
+    if let Some(rate) = of_batch {
+        batch["rate"] = rate.into();
+    }
+    first.submit(&batch).await?;
     // All three have a share, and then two windows pass.
     let begun = until("all at work", async || {
         for node in nodes.iter().flatten() {
@@ -320,7 +335,7 @@ async fn a_rate_is_kept_by_all_nodes_together() -> Result<()> {
         })
         .collect();
     let (least, most) = (counts.iter().min(), counts.iter().max());
-    println!("{} windows of 10 s: {least:?} to {most:?}", counts.len());
+    eprintln!("{} windows of 10 s: {least:?} to {most:?}", counts.len());
     let (least, most) = (*least.context("windows")?, *most.context("windows")?);
     // What is used of a rate depends on how busy the machine is; what is too much does not.
     let high = RATE * 10 * 105 / 100;

@@ -250,13 +250,25 @@ impl Service {
         Ok(())
     }
 
-    /// `SIGTERM`, and waits for the end.
+    /// `SIGTERM`, and waits for the end: what it came to. What it said last is shown unless it ended well.
     pub(crate) async fn terminate(mut self) -> Result<ExitStatus> {
         signal(self.pid(), "TERM")?;
-        until("the end after SIGTERM", async || {
+        let ended = until("the end after SIGTERM", async || {
             Ok(self.child.try_wait()?)
         })
-        .await
+        .await;
+        if !ended.as_ref().is_ok_and(ExitStatus::success) {
+            self.show_last_lines();
+        }
+        ended
+    }
+
+    /// Prints the end of its log.
+    fn show_last_lines(&self) {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let last = lines.len().saturating_sub(40);
+        eprintln!("{}:\n{}", self.log.display(), lines[last..].join("\n"));
     }
 
     /// Submits a batch that must be accepted; its id.
@@ -319,6 +331,9 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_last_lines();
+        }
         // Already gone, or about to be: there is nobody to tell.
         self.child.kill().ok();
         self.child.wait().ok();

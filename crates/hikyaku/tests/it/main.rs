@@ -23,6 +23,7 @@ mod durable;
 mod explain;
 mod full_disk;
 mod harness;
+mod ill;
 mod limits;
 mod moving;
 mod peers;

@@ -66,6 +66,14 @@ impl Sink {
         self.0.copies().len()
     }
 
+    /// Nobody is missing, and nobody got a second copy.
+    pub(crate) fn assert_one_copy_each(&self, recipients: usize) {
+        let copies = self.0.copies();
+        let several: Vec<_> = copies.iter().filter(|(_, of)| of.count > 1).collect();
+        assert!(several.is_empty(), "second copies: {several:?}");
+        assert_eq!(copies.len(), recipients, "people who got a copy");
+    }
+
     /// Every copy that a recipient got has the same bytes, and so the same Message-ID.
     pub(crate) fn assert_copies_are_the_same(&self) {
         let changed: Vec<_> = self

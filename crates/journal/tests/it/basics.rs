@@ -134,6 +134,26 @@ fn a_journal_in_use_is_left_alone_and_a_free_one_taken_up() -> Result<()> {
 }
 
 #[test]
+fn a_start_of_the_machine_in_between_is_noticed_once() -> Result<()> {
+    let disk = FaultDisk::new(1);
+    let rebooted = |boot: Option<&str>| -> Result<bool> {
+        let config = JournalConfig {
+            boot: boot.map(str::to_owned),
+            ..config()
+        };
+        Ok(Journal::open(&config, disk.mount())?.rebooted())
+    };
+    assert!(!rebooted(Some("one"))?, "a new journal");
+    assert!(!rebooted(Some("one"))?, "the process was started again");
+    disk.power_cut();
+    assert!(rebooted(Some("two"))?);
+    assert!(!rebooted(Some("two"))?, "told once");
+    assert!(!rebooted(None)?, "nobody knows");
+    assert!(rebooted(Some("one"))?);
+    Ok(())
+}
+
+#[test]
 fn a_role_that_is_no_name_is_refused() {
     for role in ["", "MTA", "a-b", "../x"] {
         let config = JournalConfig {

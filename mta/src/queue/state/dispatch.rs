@@ -83,10 +83,14 @@ impl QueueState {
         let Some(pool) = self.batches.get(&turn.batch).map(|of| Arc::clone(&of.pool)) else {
             return false;
         };
-        let planned = self.paces.get(&turn.batch).map(|pace| pace.plan.next());
-        if let Some(at) = planned.filter(|at| *at > now.instant) {
-            self.wakes.insert((at, key.clone()));
-            return false;
+        match self.paces.get(&turn.batch).map(Pace::next) {
+            // Looked at again when this node has a share of its rate.
+            Some(None) => return false,
+            Some(Some(at)) if at > now.instant => {
+                self.wakes.insert((at, key.clone()));
+                return false;
+            }
+            Some(Some(_)) | None => {}
         }
         let is_urgent = turn.priority == Priority::Transactional;
         let Some(dest) = self.dests.get(key) else {

@@ -67,8 +67,14 @@ impl QueueState {
         });
         state.ranges += 1;
         if leased.batch.rate != Rate::Unlimited {
-            let pace = || Pace::new(leased.batch.rate, self.started);
-            self.paces.entry(batch).or_insert_with(pace);
+            let Self { paces, shares, .. } = self;
+            paces.entry(batch).or_insert_with(|| {
+                if let Some(shares) = shares.as_mut() {
+                    shares.hurry(now.instant);
+                }
+                let part = shares::first_part(shares.as_ref(), &Limit::Batch(batch));
+                Pace::new(leased.batch.rate, part, self.started)
+            });
         }
         let mut range = Range {
             batch,

@@ -1,8 +1,9 @@
-//! What this node has of the limits that all nodes keep together: asked for, destination by
-//! destination, as long as there is work, and given up after it.
+//! What this node has of the limits that all nodes keep together, those of destinations and the
+//! rates that batches asked for: asked for one by one, as long as there is work, and given up after
+//! it.
 //!
 //! All that is due is asked for at once, one question at a time. Until the first answer nothing is
-//! sent to a destination; without an answer what was last known holds. Must not be used where one
+//! sent under a limit; without an answer what was last known holds. Must not be used where one
 //! node is all there is.
 
 use super::*;
@@ -10,27 +11,34 @@ use crate::queue::target::Target;
 use crate::shaping::{Part, units};
 use store::Share;
 
-/// Between two questions about a destination whose shares move.
+/// Between two questions about a limit whose shares move.
 const PERIOD: Duration = Duration::from_millis(250);
 /// Between two about one whose shares have not moved lately.
 const CALM_PERIOD: Duration = Duration::from_secs(1);
 /// So many answers alike are calm.
 const CALM: u32 = 8;
-/// A destination without work is given up after so long.
+/// A limit without work is given up after so long.
 const LINGER: Duration = Duration::from_secs(2);
 /// Claims in one question.
 const CLAIMS_MAX: usize = 1_000;
 
-/// A destination as one egress source sees it.
-pub(super) type Limit = (Destination, usize);
+/// Stands for connections where only a rate is shared: every node has some of so many.
+const ANY_CONNECTIONS: u32 = 60_000;
+
+/// A limit that all nodes keep together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Limit {
+    /// Those of a destination as one egress source, by index, sees it.
+    Destination(Destination, usize),
+    /// The rate that a batch asked for.
+    Batch(BatchId),
+}
 
 /// A wish for a share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// Of whose limits.
-    pub destination: Destination,
-    /// From which source, by index.
-    pub source: usize,
+    /// Of which limit.
+    pub limit: Limit,
     /// How many connections the limit allows.
     pub connections: u32,
     /// How many whole permits its rate is shared out in; 0: in parts of any size.
@@ -71,13 +79,39 @@ impl LimitShares {
         }
     }
 
-    /// There is a destination that nothing is known of.
+    /// There is a limit that nothing is known of.
     pub(super) fn hurry(&mut self, now: Instant) {
         self.next = now;
     }
+
+    /// There is work under a limit: a share of it is asked for, if it is time to.
+    fn want(&mut self, limit: Limit, whole: Whole, now: Instant, claims: &mut Vec<Claim>) {
+        let claimed = self.claimed.entry(limit.clone()).or_insert(Claimed {
+            next: now,
+            worked: now,
+            share: None,
+            calm: 0,
+        });
+        claimed.worked = now;
+        if claimed.next <= now && claims.len() < CLAIMS_MAX {
+            claimed.next = now + claimed.period();
+            claims.push(Claim {
+                limit,
+                connections: whole.connections,
+                permits: units(whole.pace),
+                wanted: true,
+            });
+        }
+    }
 }
 
-/// What a destination begins with: all of it where nobody else sends, else what was last known.
+/// What all nodes have of a limit together.
+struct Whole {
+    connections: u32,
+    pace: crate::shaping::Pace,
+}
+
+/// What a limit begins with: all of it where nobody else sends, else what was last known.
 pub(super) fn first_part(shares: Option<&LimitShares>, limit: &Limit) -> Part {
     let Some(shares) = shares else {
         return Part::ALL;
@@ -104,7 +138,13 @@ impl QueueState {
     /// Asks for shares when it is time to.
     pub(super) fn ask_shares(&mut self, now: Now, out: &mut Vec<Action>) {
         let now = now.instant;
-        let Self { shares, dests, .. } = self;
+        let Self {
+            shares,
+            dests,
+            paces,
+            batches,
+            ..
+        } = self;
         let Some(shares) = shares.as_mut().filter(|of| !of.asking && of.next <= now) else {
             return;
         };
@@ -116,39 +156,31 @@ impl QueueState {
                 if !works && target.conns.is_empty() {
                     continue;
                 }
-                let limit = (key.clone(), target.source);
-                let claimed = shares.claimed.entry(limit).or_insert(Claimed {
-                    next: now,
-                    worked: now,
-                    share: None,
-                    calm: 0,
-                });
-                claimed.worked = now;
-                if claimed.next <= now && claims.len() < CLAIMS_MAX {
-                    claimed.next = now + claimed.period();
-                    let whole = target.limiter.in_force();
-                    claims.push(Claim {
-                        destination: key.clone(),
-                        source: target.source,
-                        connections: whole.connections,
-                        permits: units(whole.pace),
-                        wanted: true,
-                    });
-                }
+                let whole = target.limiter.in_force();
+                let whole = Whole {
+                    connections: whole.connections,
+                    pace: whole.pace,
+                };
+                let limit = Limit::Destination(key.clone(), target.source);
+                shares.want(limit, whole, now, &mut claims);
             }
+        }
+        for (batch, pace) in paces.iter().filter(|(of, _)| batches.contains_key(of)) {
+            let whole = Whole {
+                connections: ANY_CONNECTIONS,
+                pace: pace.rate.into(),
+            };
+            shares.want(Limit::Batch(*batch), whole, now, &mut claims);
         }
         let over = |claimed: &Claimed| claimed.worked + LINGER <= now;
-        for ((destination, source), _) in shares.claimed.iter().filter(|(_, of)| over(of)) {
-            if claims.len() < CLAIMS_MAX {
-                claims.push(Claim {
-                    destination: destination.clone(),
-                    source: *source,
-                    connections: 0,
-                    permits: 0,
-                    wanted: false,
-                });
-            }
-        }
+        let left = CLAIMS_MAX.saturating_sub(claims.len());
+        let given_up = shares.claimed.iter().filter(|(_, of)| over(of));
+        claims.extend(given_up.take(left).map(|(limit, _)| Claim {
+            limit: limit.clone(),
+            connections: 0,
+            permits: 0,
+            wanted: false,
+        }));
         if !claims.is_empty() {
             shares.asking = true;
             out.push(Action::Claim(claims));
@@ -171,13 +203,13 @@ impl QueueState {
         match answers {
             Some(answers) => {
                 for (claim, share) in claims.iter().zip(answers) {
-                    let limit = (claim.destination.clone(), claim.source);
                     shares.nodes = share.nodes.max(1);
-                    let Some(claimed) = shares.claimed.get_mut(&limit) else {
+                    let limit = &claim.limit;
+                    let Some(claimed) = shares.claimed.get_mut(limit) else {
                         continue;
                     };
                     if !claim.wanted {
-                        shares.claimed.remove(&limit);
+                        shares.claimed.remove(limit);
                         moved.push((limit, Some(Part::NONE)));
                         continue;
                     }
@@ -191,21 +223,31 @@ impl QueueState {
             }
             None => {
                 let unknown = claims.iter().filter(|claim| claim.wanted);
-                for claim in unknown {
-                    let limit = (claim.destination.clone(), claim.source);
-                    if shares
-                        .claimed
-                        .get(&limit)
-                        .is_some_and(|of| of.share.is_none())
-                    {
+                for Claim { limit, .. } in unknown {
+                    let claimed = shares.claimed.get(limit);
+                    if claimed.is_some_and(|of| of.share.is_none()) {
                         moved.push((limit, None));
                     }
                 }
             }
         }
         let nodes = shares.nodes;
-        for ((key, source), part) in moved {
-            self.set_part(&key, source, part, (nodes, now), out);
+        for (limit, part) in moved {
+            match limit {
+                Limit::Destination(key, source) => {
+                    self.set_part(key, *source, part, (nodes, now), out);
+                }
+                Limit::Batch(batch) => self.set_part_of_batch(*batch, part, nodes, now),
+            }
+        }
+    }
+
+    /// The part of a batch's own rate that holds from now on; none: an equal one.
+    fn set_part_of_batch(&mut self, batch: BatchId, part: Option<Part>, nodes: u32, now: Instant) {
+        if let Some(pace) = self.paces.get_mut(&batch) {
+            let part = part.unwrap_or_else(|| Part::equal(nodes, pace.whole()));
+            pace.set_part(part, nodes, now);
+            self.dirty.extend(self.dests.keys().cloned());
         }
     }
 
@@ -240,7 +282,7 @@ impl QueueState {
             return false;
         };
         let is_none = |target: &Target| {
-            let limit = (destination.clone(), target.source);
+            let limit = Limit::Destination(destination.clone(), target.source);
             let claimed = shares.claimed.get(&limit);
             target.part().is_none() && claimed.is_some_and(|of| of.share.is_some())
         };

@@ -92,6 +92,8 @@ pub(super) struct Common {
 pub(super) struct Node {
     number: usize,
     disk: FaultDisk,
+    /// How often its power went.
+    boots: u64,
     process: Option<Process>,
     /// Counters of processes that are gone.
     duplicates: u64,
@@ -132,6 +134,7 @@ impl Node {
         Self {
             number,
             disk: FaultDisk::new(seed ^ number as u64),
+            boots: 0,
             process: None,
             duplicates: 0,
             delivered: 0,
@@ -153,6 +156,7 @@ impl Node {
         let journal = JournalConfig {
             // The thread that syncs lives in real time: here a task does it.
             sync_interval: None,
+            boot: Some(self.boots.to_string()),
             ..JournalConfig::new(JOURNAL, "mta", fresh)
         };
         let journal = Journal::open(&journal, self.disk.mount()).expect("a journal");
@@ -230,6 +234,7 @@ impl Node {
         process.power.kill();
         if power_cut {
             self.disk.power_cut();
+            self.boots += 1;
         } else {
             self.disk.kill();
         }
