@@ -218,19 +218,28 @@ impl Executor {
         for action in actions {
             self.act(action);
         }
+        // Shipping knows a range before anything of it can be reported.
+        if !self.tell_shipping() {
+            return;
+        }
         for request in self.parts.composer.send(self.to_compose.drain(..)) {
             self.at_once.push(closed(&request.job));
         }
+    }
+
+    /// Hands over what shipping is to know; false when it has not taken all of it yet.
+    fn tell_shipping(&mut self) -> bool {
         while let Some(command) = self.unsent.pop_front() {
             match self.parts.ship.try_send(command) {
                 Ok(()) => {}
                 Err(mpsc::error::TrySendError::Full(command)) => {
                     self.unsent.push_front(command);
-                    return;
+                    return false;
                 }
                 Err(mpsc::error::TrySendError::Closed(_)) => {}
             }
         }
+        true
     }
 
     fn act(&mut self, action: Action) {

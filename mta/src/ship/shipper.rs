@@ -305,6 +305,9 @@ impl Shipper {
                 .shipped(self.trimmable(), self.deps.clock.instant());
             return Ok(());
         }
+        // Whose facts these are was said before anything of it was sent, perhaps just now: a report
+        // of a range that is not known yet would be lost, and its window would stand still.
+        self.take_commands();
         let facts = self.read(&pending.records);
         let moves = self.ledger.moves();
         let shipment = Shipment {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use service::metrics::DuplicateCause;
 use store::{Layer, Result, Store, StoreError};
 use testkit::smtp_peer::{Keep, SmtpPeer, Temper};
 use tokio::sync::watch;
@@ -18,6 +19,8 @@ enum Reach {
     Refuses,
     /// Calls do not return before it is back, and then take effect.
     Hangs,
+    /// What it is asked of its past it thinks over for so long.
+    Ponders(Duration),
 }
 
 /// What the sender asks for on a message's way; what the test asks for is not cut.
@@ -58,13 +61,17 @@ impl Layer for Remote {
     }
 
     async fn before(&self, call: &'static str) -> Result<()> {
+        let reach = *self.reach.borrow();
+        if let ("upheavals", Reach::Ponders(long)) = (call, reach) {
+            tokio::time::sleep(long).await;
+        }
         if !OF_THE_SENDER.contains(&call) {
             return Ok(());
         }
         let mut reach = self.reach.subscribe();
         let now = reach.wait_for(|now| *now != Reach::Hangs).await;
         match now.map(|now| *now) {
-            Ok(Reach::Up) => Ok(()),
+            Ok(Reach::Up | Reach::Ponders(_)) => Ok(()),
             Ok(Reach::Refuses | Reach::Hangs) | Err(_) => {
                 Err(StoreError::Unavailable("cut off".to_owned()))
             }
@@ -118,6 +125,23 @@ async fn a_store_that_refuses_for_longer_than_a_lease_costs_no_second_copy() {
 #[tokio::test]
 async fn a_store_that_hangs_for_longer_than_a_lease_costs_no_second_copy() {
     is_sent_once_in_spite_of(Reach::Hangs).await;
+}
+
+/// What was leased is known to whoever ships before its first outcome, or its window would never move.
+#[tokio::test]
+async fn a_store_that_ponders_while_mail_leaves_is_waited_for() {
+    let temper = Temper::accepting().keeping(Keep::PerRecipient(1_000));
+    let peer = SmtpPeer::start(temper).await.expect("a peer");
+    let mut station = Station::towards(&peer, "", "expire = \"1h\"").await;
+    let remote = Remote::before(&mut station);
+    remote
+        .reach
+        .send_replace(Reach::Ponders(Duration::from_secs(2)));
+    let batch = station.submit(&people("x.example", 200)).await;
+    let running = station.start().await;
+    assert_eq!(station.finished(batch).await.delivered, 200);
+    running.drain().await;
+    assert!(peer.copies().values().all(|copies| copies.count == 1));
 }
 
 #[tokio::test]
@@ -175,4 +199,30 @@ async fn a_full_journal_stops_what_is_not_begun_and_loses_nothing() {
     let copies = peer.copies();
     assert_eq!(copies.len(), 1_000);
     assert!(copies.values().all(|copies| copies.count == 1));
+}
+
+/// What a crash in the middle of a batch costs, when the machine was started anew or not.
+async fn counted_after_a_crash(machine_too: bool) -> u64 {
+    let temper = Temper::accepting().keeping(Keep::PerRecipient(1_000));
+    let peer = SmtpPeer::start(temper).await.expect("a peer");
+    let soon = "[smtp]\nambiguous_after = \"1s\"";
+    let mut station = Station::towards(&peer, soon, "rate = \"100/s\"\nexpire = \"1h\"").await;
+    let batch = station.submit(&people("x.example", 300)).await;
+    let running = station.start().await;
+    peer.wait_for(50).await.expect("some messages");
+    running.crash().await;
+    station.boots += u32::from(machine_too);
+    let running = station.start().await;
+    assert_eq!(station.finished(batch).await.delivered, 300);
+    running.drain().await;
+    assert_eq!(peer.copies().len(), 300);
+    let causes = &station.metrics.duplicates;
+    causes.at(DuplicateCause::UnsyncedJournal).get()
+}
+
+#[tokio::test]
+async fn after_a_power_cut_whoever_may_have_been_started_is_counted() {
+    let counted = counted_after_a_crash(true).await;
+    assert!((1..=64).contains(&counted), "{counted}");
+    assert_eq!(counted_after_a_crash(false).await, 0);
 }

@@ -19,6 +19,7 @@ use service::clock::{Clock, SharedClock, SystemClock};
 use service::config::shaping::ShapingFile;
 use service::config::{Config, Environment};
 use service::metrics::Metrics;
+use service::power::Power;
 use service::tasks::{Shutdown, Tasks};
 use store::sqlite::{Role, SqliteOptions, SqliteStore};
 use store::{
@@ -56,6 +57,8 @@ pub(crate) struct Station {
     pub(crate) lease: Duration,
     /// The most that the journal takes; none: its default.
     pub(crate) journal_bytes: Option<u64>,
+    /// How often the machine was started.
+    pub(crate) boots: u32,
     /// What sending takes for the time.
     pub(crate) clock: SharedClock,
     ring: Arc<ArcSwap<KeyRing>>,
@@ -79,6 +82,7 @@ impl Clock for Ahead {
 pub(crate) struct Running {
     pub(crate) handle: SendingHandle,
     tasks: Tasks,
+    power: Power,
     pub(crate) shutdown: Shutdown,
 }
 
@@ -130,6 +134,7 @@ impl Station {
         Self {
             lease: config.store.lease,
             journal_bytes: None,
+            boots: 1,
             config,
             shaping: ShapingFile::parse(Path::new("shaping.toml"), shaping)
                 .expect("a shaping file"),
@@ -176,11 +181,13 @@ impl Station {
 
     /// Starts sending, with the journal that lies in the directory.
     pub(crate) async fn start(&self) -> Running {
-        let (tasks, shutdown) = (Tasks::new(), Shutdown::new());
+        let power = Power::on();
+        let (tasks, shutdown) = (Tasks::powered(&power), Shutdown::new());
         let handle = start(self.deps(&tasks, &shutdown)).await.expect("started");
         Running {
             handle,
             tasks,
+            power,
             shutdown,
         }
     }
@@ -188,6 +195,7 @@ impl Station {
     fn deps(&self, tasks: &Tasks, shutdown: &Shutdown) -> SendingDeps {
         let fresh = JournalId::new(SystemClock.now(), u128::from(fastrand::u64(..)));
         let mut journal = JournalConfig::new(self.dir.path().join("journal"), "mta", fresh);
+        journal.boot = Some(self.boots.to_string());
         journal.max_bytes = self.journal_bytes.unwrap_or(journal.max_bytes);
         SendingDeps {
             store: Arc::clone(&self.store),
@@ -308,6 +316,19 @@ impl Station {
 }
 
 impl Running {
+    /// Ends it between any two steps, as a crash does.
+    pub(crate) async fn crash(self) {
+        let Self {
+            handle,
+            tasks,
+            power,
+            ..
+        } = self;
+        power.kill();
+        drop(handle);
+        tasks.join().await.expect("no panic");
+    }
+
     /// As SIGTERM does.
     pub(crate) async fn drain(self) {
         self.shutdown
