@@ -28,4 +28,5 @@ pub use spec::{
     Attachment, BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext,
     ReportPart, Tracker, TrackingSpec,
 };
+pub use template::Glimpse;
 pub use url::SkipReason;

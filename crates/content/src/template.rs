@@ -8,6 +8,7 @@
 //! is put out.
 
 use crate::jinja::Tags;
+use crate::rewrite::PRIVATE;
 use crate::scope::Scope;
 use crate::sink::Sink;
 use crate::spec::{ContentError, RecipientError};
@@ -182,6 +183,12 @@ impl Templates {
         run(&self.env, field, scope).map_err(|failure| failure.for_recipient(field))
     }
 
+    /// Whether a recipient has what the templates need, as far as a glimpse at the variables tells;
+    /// when not, [`Self::check`] has to say.
+    pub(crate) fn is_enough(&self, defaults: &Value, glimpse: impl Fn(&str) -> Glimpse) -> bool {
+        self.needs.are_met(defaults, glimpse)
+    }
+
     /// Whether `scope` has what the templates need; renders them only when that cannot be told
     /// otherwise.
     pub(crate) fn check(&self, scope: &Arc<Scope>) -> Result<(), RecipientError> {
@@ -207,7 +214,40 @@ impl Templates {
     }
 }
 
+/// What is known of a variable without reading its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Glimpse {
+    /// There is none of this name.
+    Absent,
+    /// It is a text.
+    Text,
+    /// It is something else.
+    Other,
+    /// Not even that.
+    Unknown,
+}
+
 impl Needs {
+    /// Whether nothing is missing, as far as a glimpse at the variables tells.
+    fn are_met(&self, defaults: &Value, glimpse: impl Fn(&str) -> Glimpse) -> bool {
+        let default = |path: &str| defaults.get_attr(path).unwrap_or(Value::UNDEFINED);
+        let is_there = |path: &str| match glimpse(path) {
+            Glimpse::Text | Glimpse::Other => true,
+            Glimpse::Absent => !default(path).is_undefined(),
+            Glimpse::Unknown => false,
+        };
+        let is_text = |path: &str| match glimpse(path) {
+            Glimpse::Text => true,
+            Glimpse::Absent => default(path).as_str().is_some(),
+            Glimpse::Other | Glimpse::Unknown => false,
+        };
+        // What stands below a variable takes reading it.
+        let plain = |path: &str| !path.contains('.') && !path.starts_with(PRIVATE);
+        !self.trial
+            && self.paths.iter().all(|path| plain(path) && is_there(path))
+            && self.strings.iter().all(|path| plain(path) && is_text(path))
+    }
+
     fn learn(&mut self, source: &str) {
         let tags = Tags::scan(source);
         self.trial |= tags.has_statements(source);

@@ -5,6 +5,7 @@
 //! DEVIATES: quoted local parts, address literals and single-label domains are refused. No provider
 //! that we know delivers to them, and in a list they are mistakes.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -46,12 +47,15 @@ impl FromStr for Domain {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let plain = !text.is_empty()
+        if is_plain_domain(text) {
+            return Ok(Self(text.into()));
+        }
+        let is_ascii_form = !text.is_empty()
             && text
                 .bytes()
                 .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
             && !text.contains("xn--");
-        let ascii: Box<str> = if plain {
+        let ascii: Box<str> = if is_ascii_form {
             text.into()
         } else {
             idna::domain_to_ascii_strict(text)
@@ -112,26 +116,36 @@ impl EmailAddress {
     }
 
     /// The form in which addresses are compared: without case.
-    pub fn normalised(&self) -> String {
-        self.text.to_lowercase()
+    pub fn normalised(&self) -> Cow<'_, str> {
+        let changes = |byte: u8| byte.is_ascii_uppercase() || !byte.is_ascii();
+        // Not `any`: looking at every byte is faster than stopping at the first.
+        match self.text.bytes().fold(false, |so, byte| so | changes(byte)) {
+            true => self.text.to_lowercase().into(),
+            false => Cow::Borrowed(&self.text),
+        }
     }
 
     /// Whether the peer must offer SMTPUTF8 (RFC 6531).
     pub fn needs_smtputf8(&self) -> bool {
         !self.text.is_ascii()
     }
-}
 
-fn forbidden(c: char) -> bool {
-    c.is_control()
-        || c.is_whitespace()
-        || matches!(c, '<' | '>' | '(' | ')' | '[' | ']' | '\\' | ',' | ';' | ':' | '"' | '@' | '\u{feff}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
-}
+    /// An address as nearly all are, which is kept as it is. None: it takes a closer look.
+    fn plain(text: &str) -> Option<Self> {
+        let (local, domain) = text.rsplit_once('@')?;
+        let is_plain = text.len() <= 254
+            && local.len() <= 64
+            && is_plain_local(local.as_bytes())
+            && is_plain_domain(domain);
+        is_plain.then_some(())?;
+        Some(Self {
+            text: text.into(),
+            at: u8::try_from(local.len()).ok()?,
+        })
+    }
 
-impl FromStr for EmailAddress {
-    type Err = AddressError;
-
-    fn from_str(text: &str) -> Result<Self, AddressError> {
+    /// By the whole grammar.
+    fn read(text: &str) -> Result<Self, AddressError> {
         let text = text.trim_matches([' ', '\t']);
         if text.is_empty() {
             return Err(AddressError::Empty);
@@ -156,6 +170,69 @@ impl FromStr for EmailAddress {
             text: text.into(),
             at,
         })
+    }
+}
+
+/// Whether this is a host name in its final form, fully qualified and without A-labels: letters in
+/// lower case, digits and single hyphens. (Two hyphens may be those of an A-label.)
+fn is_plain_domain(text: &str) -> bool {
+    let (mut before, mut label, mut has_dot, mut is_number) = (b'.', 0_usize, false, true);
+    for byte in text.bytes() {
+        let fits = match byte {
+            b'a'..=b'z' => {
+                is_number = false;
+                true
+            }
+            b'0'..=b'9' => true,
+            b'-' => {
+                is_number = false;
+                before != b'.' && before != b'-'
+            }
+            b'.' => before != b'.' && before != b'-',
+            _ => false,
+        };
+        if !fits || label > 63 {
+            return false;
+        }
+        label += 1;
+        if byte == b'.' {
+            (label, has_dot, is_number) = (0, true, true);
+        }
+        before = byte;
+    }
+    has_dot && !is_number && before != b'.' && before != b'-' && label <= 63 && text.len() <= 253
+}
+
+/// Whether this is a local part in ASCII of whatever may stand there; not what is at fault.
+fn is_plain_local(text: &[u8]) -> bool {
+    let mut before = b'.';
+    for &byte in text {
+        let fits = match byte {
+            b'.' => before != b'.',
+            b'<' | b'>' | b'(' | b')' | b'[' | b']' | b'\\' | b',' | b';' | b':' | b'"' | b'@' => {
+                false
+            }
+            _ => byte.is_ascii_graphic(),
+        };
+        if !fits {
+            return false;
+        }
+        before = byte;
+    }
+    before != b'.'
+}
+
+fn forbidden(c: char) -> bool {
+    c.is_control()
+        || c.is_whitespace()
+        || matches!(c, '<' | '>' | '(' | ')' | '[' | ']' | '\\' | ',' | ';' | ':' | '"' | '@' | '\u{feff}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+}
+
+impl FromStr for EmailAddress {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        Self::plain(text).map_or_else(|| Self::read(text), Ok)
     }
 }
 
@@ -250,6 +327,29 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_plain_is_read_as_the_grammar_reads_it(
+            text in "[aZ0.!'<é -]{0,6}[@]{0,2}[ab0-9X.-]{0,9}(\\.|-|xn--|[.]example|[.]7|é)?",
+            long in 0_usize..70,
+        ) {
+            let long = format!("{}{text}{}", "a".repeat(long), "b".repeat(long));
+            for text in [&text, &long] {
+                let (plain, read) = (EmailAddress::plain(text), EmailAddress::read(text));
+                prop_assert!(plain.is_none() || plain == read.ok(), "{text:?}");
+                let of = EmailAddress::read(text);
+                prop_assert!(of.is_err() || of.as_ref().is_ok_and(|of| of.normalised() == of.as_str().to_lowercase()));
+            }
+        }
+
+        #[test]
+        fn a_plain_domain_is_its_own_ascii_form(text in "[a-c0-9.-]{0,8}(\\.example)?") {
+            if is_plain_domain(&text) {
+                prop_assert_eq!(idna::domain_to_ascii_strict(&text).ok(), Some(text.clone()));
+                prop_assert!(text.split('.').all(|label| !label.is_empty() && label.len() <= 63));
+                prop_assert!(text.contains('.') && !text.rsplit('.').next().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit())));
+            }
+        }
+
         #[test]
         fn what_is_accepted_is_safe_on_the_wire(text in "\\PC{0,20}@[a-z.-]{0,20}") {
             if let Ok(address) = text.parse::<EmailAddress>() {

@@ -95,10 +95,18 @@ impl Texts {
     }
 }
 
+/// Bytes that both begin with.
+fn same_start(a: &[u8], b: &[u8]) -> usize {
+    let ((eights_a, _), (eights_b, _)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let eights = eights_a.iter().zip(eights_b);
+    let same = 8 * eights.take_while(|(a, b)| a == b).count();
+    let (a, b) = (a.iter().skip(same), b.iter().skip(same));
+    same + a.zip(b).take_while(|(a, b)| a == b).count()
+}
+
 /// How much of its beginning a text shares with the one before, up to what a byte can say.
 fn shared_start(before: &str, text: &str) -> u8 {
-    let pairs = before.bytes().zip(text.bytes());
-    let same = pairs.take_while(|(a, b)| a == b).count();
+    let same = same_start(before.as_bytes(), text.as_bytes());
     let whole = text.floor_char_boundary(same.min(usize::from(u8::MAX)));
     u8::try_from(before.floor_char_boundary(whole)).unwrap_or(0)
 }

@@ -152,6 +152,7 @@ pub(crate) fn describe(
         reply: said.and_then(|attempt| text(&attempt.detail.reply)),
         host: said.and_then(|attempt| text(&attempt.detail.host)),
         accepted_at: head.created_at,
+        decided_at: last.map(|attempt| attempt.at),
         delivered_at: delivery.map(|attempt| attempt.at),
         opened_at: first(HitKind::Open),
         opened_human_at: first_human(HitKind::Open),

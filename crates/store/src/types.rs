@@ -860,6 +860,8 @@ pub struct RecipientRow {
     pub host: Option<String>,
     /// When the batch was accepted.
     pub accepted_at: Timestamp,
+    /// When the attempt was made that made it what it is.
+    pub decided_at: Option<Timestamp>,
     /// When.
     pub delivered_at: Option<Timestamp>,
     /// First.

@@ -87,6 +87,12 @@ impl TestView {
             Some(Decided { record, seen, .. }) => (record.clone(), seen.clone()),
             None => (Record::conclude(look.inputs), look.seen),
         };
+        let promise = Promise::of(Some(&plan.test), plan.names.len(), batch.counters.accepted);
+        let mut warnings = match (&promise, &decided) {
+            (Some(promise), None) => promise.warnings(plan.test.metric),
+            _ => Vec::new(),
+        };
+        warnings.extend(record.warnings);
         let inputs = record.inputs.variants.iter().enumerate();
         let variants = inputs.map(|(place, of)| VariantView {
             name: of.name.clone(),
@@ -109,8 +115,8 @@ impl TestView {
             age: format_duration(Duration::from_millis(record.inputs.age_ms)),
             machine_share: record.machine_share,
             sample_ratio: record.sample_ratio,
-            warnings: record.warnings,
-            plan: Promise::of(Some(&plan.test), plan.names.len(), batch.counters.accepted),
+            warnings,
+            plan: promise,
             decide_at: plan.decide_at(batch, round, now),
             rounds: kept.rounds,
             decision: decided.as_ref().map(|of| of.decision.clone()),

@@ -193,7 +193,7 @@ pub(super) async fn person(
             campaign: batch.campaign.clone(),
         });
     Ok(Json(Person {
-        email: email.normalised(),
+        email: email.normalised().into_owned(),
         delivery_status,
         suppressions: story.suppressions,
         messages: messages.collect(),
@@ -223,8 +223,61 @@ pub(super) async fn erase(
 
 /// What the newest final outcome says of an address (contract, section 6); `messages` newest first.
 fn delivery_status<'r>(messages: impl Iterator<Item = &'r RecipientRow>) -> DeliveryStatus {
-    messages
-        .filter_map(|row| DeliveryStatus::of(row.status, row.class))
-        .next()
-        .unwrap_or(DeliveryStatus::Unconfirmed)
+    let ends = messages.filter_map(|row| {
+        let end = DeliveryStatus::of(row.status, row.class)?;
+        Some((row.decided_at, end))
+    });
+    // The newest mail is not the newest end: an older one may have been retried for longer.
+    ends.reduce(|newest, next| if next.0 > newest.0 { next } else { newest })
+        .map_or(DeliveryStatus::Unconfirmed, |(_, end)| end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::Row;
+
+    fn message(status: Status, class: Option<Class>, accepted: i64, decided: i64) -> RecipientRow {
+        let at = |minute: i64| Timestamp::from_millis(minute * 60_000);
+        RecipientRow {
+            row: Row::new(0, "a@x.example".parse().expect("an address")),
+            variant: None,
+            status,
+            attempts: 1,
+            next_attempt_at: None,
+            smtp_code: None,
+            enhanced_code: None,
+            class,
+            blame: None,
+            reply: None,
+            host: None,
+            accepted_at: at(accepted),
+            decided_at: Some(at(decided)),
+            delivered_at: None,
+            opened_at: None,
+            opened_human_at: None,
+            clicked_at: None,
+            clicked_human_at: None,
+            complained_at: None,
+            unsubscribed_at: None,
+            replied_at: None,
+        }
+    }
+
+    #[test]
+    fn the_newest_end_counts_and_not_the_newest_mail() {
+        let expired = message(Status::Failed, Some(Class::Expired), 1, 90);
+        let delivered = message(Status::Delivered, None, 2, 3);
+        let queued = message(Status::TemporaryError, Some(Class::Greylisted), 100, 100);
+        let of = |newest_first: &[&RecipientRow]| delivery_status(newest_first.iter().copied());
+        assert_eq!(
+            of(&[&queued, &delivered, &expired]),
+            DeliveryStatus::TemporaryError
+        );
+        assert_eq!(of(&[&queued, &delivered]), DeliveryStatus::Ok);
+        assert_eq!(of(&[&queued]), DeliveryStatus::Unconfirmed);
+        // Of two at the same time that of the newer mail counts.
+        let bounced = message(Status::Bounce, None, 1, 3);
+        assert_eq!(of(&[&delivered, &bounced]), DeliveryStatus::Ok);
+    }
 }

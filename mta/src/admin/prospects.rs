@@ -178,7 +178,7 @@ async fn is_mailable(
     };
     let query = SuppressionQuery {
         account: account.to_owned(),
-        email: Some(email.normalised()),
+        email: Some(email.normalised().into_owned()),
         after: None,
         limit: 1,
     };

@@ -30,7 +30,7 @@ const LIST_MAX: usize = 128;
 pub(super) fn address(text: &str) -> Answer<String> {
     let address: Result<EmailAddress, _> = text.parse();
     address
-        .map(|address| address.normalised())
+        .map(|address| address.normalised().into_owned())
         .map_err(|error| {
             let detail = format!("the address in the path {error}");
             Refusal::at(Code::InvalidField, "/email", detail)
@@ -252,7 +252,7 @@ fn entry(line: Line, account: &str, now: Timestamp) -> Result<Suppression, (&'st
         return Err(("invalid_field", detail));
     }
     Ok(Suppression {
-        email: email.normalised(),
+        email: email.normalised().into_owned(),
         account: account.to_owned(),
         list,
         reason,

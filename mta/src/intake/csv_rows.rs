@@ -5,8 +5,9 @@
 //! same code. No I/O; what it holds is one line, which has a limit.
 
 use csv_core::{ReadRecordResult, Reader};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::scan;
 use super::splitter::{Position, Rows};
 use super::spool::ROW_MAX;
 use crate::admin::problem::{Answer, Code, Refusal};
@@ -21,7 +22,10 @@ const BYTE_ORDER_MARK: &str = "\u{feff}";
 /// What a column is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Column {
+    Email,
+    /// Left out where it is empty. Its key, as JSON and with its colon.
     Field(&'static str),
+    /// The same.
     Var(String),
 }
 
@@ -40,6 +44,8 @@ pub(crate) struct CsvRows {
     /// Where the present line began.
     began: Position,
     too_large: bool,
+    /// The present recipient as JSON.
+    json: Vec<u8>,
 }
 
 impl Default for CsvRows {
@@ -54,6 +60,7 @@ impl Default for CsvRows {
             offset: 0,
             began: Position { offset: 0, line: 1 },
             too_large: false,
+            json: Vec::new(),
         }
     }
 }
@@ -154,28 +161,12 @@ impl CsvRows {
             );
             return Err(self.broken(&detail));
         }
-        let (mut recipient, mut vars) = (Map::new(), Map::new());
-        let mut from = 0;
-        for (column, &end) in columns.iter().zip(&self.ends) {
-            let field = self.text.get(from..end).unwrap_or_default();
-            from = end;
-            let field = std::str::from_utf8(field)
-                .map_err(|_| malformed("", self.began, "is not UTF-8"))?;
-            match column {
-                Column::Var(name) => drop(vars.insert(name.clone(), field.into())),
-                Column::Field("email") => {
-                    let email = Value::from(field.trim());
-                    drop(recipient.insert("email".to_owned(), email));
-                }
-                Column::Field(_) if field.is_empty() => {}
-                Column::Field(name) => drop(recipient.insert((*name).to_owned(), field.into())),
-            }
-        }
-        if !vars.is_empty() {
-            recipient.insert("vars".to_owned(), vars.into());
-        }
+        let text = self.text.get(..self.length).unwrap_or_default();
+        let text = std::str::from_utf8(text).ok();
+        let written = text.and_then(|text| write(&mut self.json, columns, text, &self.ends));
+        written.ok_or_else(|| self.broken("is not UTF-8"))?;
         rows.begin(self.began);
-        rows.push(Value::Object(recipient).to_string().as_bytes());
+        rows.push(&self.json);
         rows.end();
         Ok(())
     }
@@ -190,11 +181,11 @@ impl CsvRows {
             let name = std::str::from_utf8(name).map_err(|_| self.broken("is not UTF-8"))?;
             let name = name.trim_start_matches(BYTE_ORDER_MARK).trim();
             let column = match name {
-                "email" => Column::Field("email"),
-                "name" => Column::Field("name"),
-                "prospect_id" => Column::Field("prospect_id"),
-                "time_zone" => Column::Field("time_zone"),
-                other => Column::Var(other.to_owned()),
+                "email" => Column::Email,
+                "name" => Column::Field("\"name\":"),
+                "prospect_id" => Column::Field("\"prospect_id\":"),
+                "time_zone" => Column::Field("\"time_zone\":"),
+                other => Column::Var(format!("{}:", Value::from(other))),
             };
             if name.is_empty() || columns.contains(&column) {
                 let detail = "every column needs a name of its own in the first line";
@@ -203,12 +194,53 @@ impl CsvRows {
             }
             columns.push(column);
         }
-        if !columns.contains(&Column::Field("email")) {
+        if !columns.contains(&Column::Email) {
             let detail = "is missing: the first line has to name a column email";
             return Err(Refusal::at(Code::InvalidField, "/email", detail));
         }
         Ok(columns)
     }
+}
+
+/// Writes a recipient as JSON in place of what `json` holds. None: a field ends inside a character.
+fn write(json: &mut Vec<u8>, columns: &[Column], text: &str, ends: &[usize]) -> Option<()> {
+    let fields = || {
+        let starts = std::iter::once(&0).chain(ends);
+        let places = starts.zip(ends).map(|(&from, &end)| text.get(from..end));
+        columns.iter().zip(places)
+    };
+    json.clear();
+    json.push(b'{');
+    for (column, field) in fields() {
+        let field = field?;
+        match column {
+            Column::Email => member(json, "\"email\":", field.trim()),
+            Column::Field(key) if !field.is_empty() => member(json, key, field),
+            Column::Field(_) | Column::Var(_) => {}
+        }
+    }
+    json.extend_from_slice(b"\"vars\":{");
+    for (column, field) in fields() {
+        if let Column::Var(key) = column {
+            member(json, key, field?);
+        }
+    }
+    json.pop_if(|last| *last == b',');
+    json.extend_from_slice(b"}}");
+    Some(())
+}
+
+/// Writes a key, with its colon, its text, and a comma.
+fn member(json: &mut Vec<u8>, key: &str, text: &str) {
+    json.extend_from_slice(key.as_bytes());
+    if scan::is_plain(text) {
+        json.push(b'"');
+        json.extend_from_slice(text.as_bytes());
+        json.push(b'"');
+    } else {
+        json.extend_from_slice(Value::from(text).to_string().as_bytes());
+    }
+    json.push(b',');
 }
 
 #[cfg(test)]

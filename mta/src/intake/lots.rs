@@ -6,7 +6,7 @@
 //! however many domains a batch has. Pure; numbers lots, and must not store them.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use model::{LotNumber, Partition, Row};
@@ -64,7 +64,7 @@ pub(crate) struct LotBuilder {
     /// Those of one time zone stand together.
     by_zone: bool,
     /// By partition, then domain (and zone), so that looking up needs no new string.
-    groups: HashMap<Partition, HashMap<Box<str>, Group>>,
+    groups: BTreeMap<Partition, HashMap<Box<str>, Group>>,
     rows: usize,
     bytes: usize,
     /// The next running number; one for all partitions is simplest and long enough.
@@ -80,7 +80,7 @@ impl LotBuilder {
         Self {
             bounds,
             by_zone: false,
-            groups: HashMap::new(),
+            groups: BTreeMap::new(),
             rows: 0,
             bytes: 0,
             next: first,
@@ -114,23 +114,27 @@ impl LotBuilder {
     /// When the batch has too many lots.
     pub(crate) fn push(&mut self, partition: Partition, row: Row) -> Result<(), TooManyLots> {
         let size = weight(&row);
-        let domains = self.groups.entry(partition).or_default();
         let key = match &row.time_zone {
             Some(zone) if self.by_zone => Cow::Owned(format!("{}\n{zone}", row.email.domain())),
             Some(_) | None => Cow::Borrowed(row.email.domain()),
         };
-        if !domains.contains_key(&*key) {
-            domains.insert((&*key).into(), Group::default());
-        }
-        let Some(group) = domains.get_mut(&*key) else {
-            return Ok(());
-        };
-        group.rows.push(row);
-        group.bytes += size;
+        let domains = self.groups.entry(partition).or_default();
         self.rows += 1;
         self.bytes += size;
-        if group.rows.len() >= LOT_ROWS || group.bytes >= self.bounds.lot_bytes {
-            let full = std::mem::take(group);
+        let full = match domains.get_mut(&*key) {
+            Some(group) => {
+                group.rows.push(row);
+                group.bytes += size;
+                let is_full = group.rows.len() >= LOT_ROWS || group.bytes >= self.bounds.lot_bytes;
+                is_full.then(|| std::mem::take(group))
+            }
+            None => {
+                let (key, rows) = ((&*key).into(), vec![row]);
+                domains.insert(key, Group { rows, bytes: size });
+                None
+            }
+        };
+        if let Some(full) = full {
             self.seal(partition, full)?;
         }
         if self.rows > self.bounds.rows || self.bytes > self.bounds.bytes {
@@ -181,10 +185,7 @@ impl LotBuilder {
     }
 
     fn seal_mixed(&mut self) -> Result<(), TooManyLots> {
-        let groups = std::mem::take(&mut self.groups);
-        let mut partitions: Vec<_> = groups.into_iter().collect();
-        partitions.sort_unstable_by_key(|(partition, _)| *partition);
-        for (partition, domains) in partitions {
+        for (partition, domains) in std::mem::take(&mut self.groups) {
             let mut small: Vec<Group> = domains
                 .into_values()
                 .filter(|group| !group.rows.is_empty())

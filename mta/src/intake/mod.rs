@@ -20,6 +20,7 @@ pub(crate) mod quota;
 pub(crate) mod receive;
 pub(crate) mod recipients;
 mod row;
+mod scan;
 mod single;
 mod splitter;
 pub(crate) mod spool;

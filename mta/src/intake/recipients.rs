@@ -5,11 +5,12 @@
 //! taken. Runs on a thread that may block; must not talk to the store.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher as _, RandomState};
+use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
 use std::sync::Arc;
 
 use content::Content;
 use model::{Partition, Row};
+use siphasher::sip128::{Hasher128 as _, SipHasher13};
 use store::{BatchHead, NewLot};
 use tokio::sync::mpsc;
 
@@ -17,6 +18,7 @@ use super::advice::Advice;
 use super::fields::Mistakes;
 use super::lots::{Bounds, LotBuilder};
 use super::row::{self, Parsed, Rejection, RejectionCode};
+use super::scan::Vars;
 use super::splitter::Position;
 use super::spool::SpoolReader;
 use crate::abtest::layout::Dealing;
@@ -117,14 +119,18 @@ impl<'c> Judge<'c> {
         let mut lots = LotBuilder::new(Bounds::default(), self.first.1)
             .by_zone(has_window)
             .dealt(self.dealing.clone());
+        let mut vars = Vars::default();
+        if let Some(seen) = &mut self.seen {
+            seen.expect(spool.rows());
+        }
         let mut index = 0;
         while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
             let parsed = match spooled.json {
                 None => Parsed::Rejected(row::too_large(index)),
-                Some(json) => row::parse(json, index, &mut mistakes)
+                Some(json) => row::parse(json, index, &mut mistakes, &mut vars)
                     .map_err(|error| broken(&error, spooled.at, index))?,
             };
-            let accepted = self.judge(parsed)?;
+            let accepted = self.judge(parsed, &vars)?;
             if mistakes.is_full() {
                 break;
             }
@@ -152,15 +158,15 @@ impl<'c> Judge<'c> {
         Ok(self.sorted)
     }
 
-    fn judge(&mut self, parsed: Parsed) -> Answer<Option<(Partition, Row)>> {
+    fn judge(&mut self, parsed: Parsed, vars: &Vars) -> Answer<Option<(Partition, Row)>> {
         match parsed {
             Parsed::Refused => Ok(None),
             Parsed::Rejected(rejection) => {
                 self.reject(rejection);
                 Ok(None)
             }
-            Parsed::Good(row) => match self.against_others(&row)? {
-                Ok(partition) => Ok(Some((partition, self.placed(*row)))),
+            Parsed::Good(row) => match self.against_others(&row, vars)? {
+                Ok(partition) => Ok(Some((partition, self.placed(row)))),
                 Err((code, detail)) => {
                     let detail = format!("/recipients/{}/{detail}", row.index);
                     let email = Some(row.email.to_string());
@@ -184,30 +190,43 @@ impl<'c> Judge<'c> {
         }
     }
 
-    fn against_others(&mut self, row: &Row) -> Answer<Result<Partition, (RejectionCode, String)>> {
+    fn against_others(
+        &mut self,
+        row: &Row,
+        vars: &Vars,
+    ) -> Answer<Result<Partition, (RejectionCode, String)>> {
         let address = row.email.normalised();
-        let is_here = self
-            .seen
-            .as_ref()
-            .is_some_and(|seen| seen.contains(&address));
+        let hash = self.seen.as_ref().map(|seen| seen.hash(&address));
+        let is_new = match (&mut self.seen, hash) {
+            (Some(seen), Some(hash)) => seen.hashes.insert(hash),
+            _ => true,
+        };
         let is_earlier = || self.earlier.map_or(Ok(false), |earlier| earlier(&address));
-        if is_here || is_earlier()? {
+        if !is_new || is_earlier()? {
             let detail = "email is there already; allow_duplicates would take it".to_owned();
             return Ok(Err((RejectionCode::Duplicate, detail)));
         }
-        let mut contents = self.contents.iter();
-        let checked = contents.try_for_each(|content| content.check(row));
-        if let Err(error) = checked {
+        if let Err(error) = self.against_contents(row, vars) {
+            // Who is rejected may come again, and better.
+            if let (Some(seen), Some(hash)) = (&mut self.seen, hash) {
+                seen.hashes.remove(&hash);
+            }
             let code = match error {
                 content::RecipientError::MissingVariable { .. } => RejectionCode::MissingVariable,
                 content::RecipientError::InvalidVars { .. } => RejectionCode::InvalidVars,
             };
             return Ok(Err((code, format!("vars {error}"))));
         }
-        if let Some(seen) = &mut self.seen {
-            seen.insert(&address);
-        }
         Ok(Ok(Partition::of(self.account, &address, self.partitions)))
+    }
+
+    fn against_contents(&self, row: &Row, vars: &Vars) -> Result<(), content::RecipientError> {
+        self.contents
+            .iter()
+            .try_for_each(|content| match vars.are_known() {
+                true => content.check_by(row, |name| vars.glimpse(name)),
+                false => content.check(row),
+            })
     }
 
     fn reject(&mut self, rejection: Rejection) {
@@ -227,11 +246,11 @@ impl<'c> Judge<'c> {
 /// # Errors
 /// The refusal.
 pub(crate) fn check(spool: &mut SpoolReader) -> Answer<()> {
-    let mut mistakes = Mistakes::default();
+    let (mut mistakes, mut vars) = (Mistakes::default(), Vars::default());
     let mut index = 0;
     while let Some(spooled) = spool.next_row().map_err(|error| Refusal::disk(&error))? {
         if let Some(json) = spooled.json {
-            row::parse(json, index, &mut mistakes)
+            row::check(json, index, &mut mistakes, &mut vars)
                 .map_err(|error| broken(&error, spooled.at, index))?;
         }
         if mistakes.is_full() {
@@ -245,26 +264,54 @@ pub(crate) fn check(spool: &mut SpoolReader) -> Answer<()> {
     spool.rewind().map_err(|error| Refusal::disk(&error))
 }
 
+/// Addresses that room is made for before they come.
+const EXPECTED_MAX: usize = 1 << 20;
+
 /// Addresses of the batch, as 128 bits each: enough that no two are ever taken for one, and a
-/// million take 32 MiB at most. Keyed by chance, so that nobody can make two collide.
+/// million take 35 MiB. Keyed by chance, so that nobody can make two collide.
 #[derive(Debug, Default)]
 struct Seen {
-    keys: [RandomState; 2],
-    hashes: HashSet<u128>,
+    key: Key,
+    hashes: HashSet<u128, BuildHasherDefault<Hashed>>,
 }
 
 impl Seen {
+    /// Makes room for so many.
+    fn expect(&mut self, addresses: u32) {
+        let addresses = usize::try_from(addresses).unwrap_or(EXPECTED_MAX);
+        self.hashes.reserve(addresses.min(EXPECTED_MAX));
+    }
+
     fn hash(&self, address: &str) -> u128 {
-        let [high, low] = &self.keys;
-        u128::from(high.hash_one(address)) << 64 | u128::from(low.hash_one(address))
+        let mut hasher = SipHasher13::new_with_keys(self.key.0, self.key.1);
+        hasher.write(address.as_bytes());
+        hasher.finish128().as_u128()
+    }
+}
+
+/// Of a hash that nobody can foresee.
+#[derive(Debug)]
+struct Key(u64, u64);
+
+impl Default for Key {
+    fn default() -> Self {
+        let half = || RandomState::new().build_hasher().finish();
+        Self(half(), half())
+    }
+}
+
+/// What is a hash already.
+#[derive(Debug, Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
     }
 
-    fn contains(&self, address: &str) -> bool {
-        self.hashes.contains(&self.hash(address))
-    }
-
-    fn insert(&mut self, address: &str) {
-        self.hashes.insert(self.hash(address));
+    fn write(&mut self, bytes: &[u8]) {
+        let first = bytes.first_chunk().copied().unwrap_or_default();
+        self.0 = u64::from_ne_bytes(first);
     }
 }
 

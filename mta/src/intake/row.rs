@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::fields::{Mistakes, no_control, pointer_step};
+use super::scan::{Plain, Vars, scan};
 use crate::admin::problem::Code;
 
 /// The largest `metadata`, in bytes of JSON.
@@ -43,9 +44,13 @@ pub(crate) struct Rejection {
 
 /// What became of one recipient.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are good, and none is kept"
+)]
 pub(crate) enum Parsed {
     /// Good as far as it can be judged alone, without the templates.
-    Good(Box<Row>),
+    Good(Row),
     Rejected(Rejection),
     /// What is wrong with the call stands among the mistakes.
     Refused,
@@ -61,7 +66,7 @@ const FIELDS: [&str; 7] = [
     "tracking",
 ];
 
-/// Reads the recipient with this index.
+/// Reads the recipient with this index; what a look at it said of its variables stands in `vars`.
 ///
 /// # Errors
 /// When it is not JSON.
@@ -69,7 +74,58 @@ pub(crate) fn parse(
     json: &[u8],
     index: u32,
     mistakes: &mut Mistakes,
+    vars: &mut Vars,
 ) -> Result<Parsed, serde_json::Error> {
+    if let Some(row) = scan(json, vars).and_then(|plain| plain_row(plain, index)) {
+        return Ok(Parsed::Good(row));
+    }
+    vars.forget();
+    read(json, index, mistakes)
+}
+
+/// Whether the recipient with this index refuses the call; what it is otherwise is of no interest.
+///
+/// # Errors
+/// When it is not JSON.
+pub(crate) fn check(
+    json: &[u8],
+    index: u32,
+    mistakes: &mut Mistakes,
+    vars: &mut Vars,
+) -> Result<(), serde_json::Error> {
+    if scan(json, vars).is_some() {
+        return Ok(());
+    }
+    read(json, index, mistakes).map(drop)
+}
+
+/// The recipient, when nothing is wrong with its values.
+fn plain_row(plain: Plain<'_>, index: u32) -> Option<Row> {
+    // What is wrong is for the reader to say.
+    let text = |text: Option<&str>, max: usize| match text {
+        None | Some("") => Some(None),
+        Some(text) => {
+            let fits = text.len() <= max && no_control(text).is_ok();
+            fits.then(|| Some(Box::from(text)))
+        }
+    };
+    Some(Row {
+        index,
+        email: plain.email.parse().ok()?,
+        name: text(plain.name, NAME_MAX)?,
+        prospect_id: text(plain.prospect_id, PROSPECT_MAX)?,
+        vars: plain.vars.filter(|json| *json != "{}").map(Box::from),
+        metadata: plain.metadata.map(Box::from),
+        tracking: None,
+        time_zone: match plain.time_zone {
+            None | Some("") => None,
+            Some(name) => Some(model::time_zone(name)?),
+        },
+    })
+}
+
+/// Reads any recipient.
+fn read(json: &[u8], index: u32, mistakes: &mut Mistakes) -> Result<Parsed, serde_json::Error> {
     let mut from = serde_json::Deserializer::from_slice(json);
     let raw = from.deserialize_any(RawRowVisitor)?;
     from.end()?;
@@ -209,11 +265,11 @@ impl RawRow<'_> {
             return Parsed::Refused;
         };
         match self.row(index) {
-            Ok(row) => Parsed::Good(Box::new(Row {
+            Ok(row) => Parsed::Good(Row {
                 metadata,
                 tracking,
                 ..row
-            })),
+            }),
             Err((code, detail)) => Parsed::Rejected(Rejection {
                 index,
                 email: self.email_as_given(),
@@ -348,16 +404,17 @@ fn tracking_mode(json: &str) -> Result<TrackingMode, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use content::Glimpse;
     use proptest::prelude::*;
 
-    fn read(
+    fn read_one(
         json: &str,
     ) -> (
         Result<Parsed, serde_json::Error>,
         Vec<(String, &'static str)>,
     ) {
         let mut mistakes = Mistakes::default();
-        let parsed = parse(json.as_bytes(), 3, &mut mistakes);
+        let parsed = parse(json.as_bytes(), 3, &mut mistakes, &mut Vars::default());
         (
             parsed,
             mistakes
@@ -372,7 +429,7 @@ mod tests {
     fn a_full_recipient_is_kept() {
         let json = r#" {"email":"A@X.example","name":"山田","prospect_id":"p-1","time_zone":"Asia/Tokyo",
             "vars":{"points":3},"metadata":{"a":1},"tracking":{"mode":"off"}} "#;
-        let (Ok(Parsed::Good(row)), mistakes) = read(json) else {
+        let (Ok(Parsed::Good(row)), mistakes) = read_one(json) else {
             panic!("a good recipient")
         };
         assert_eq!(mistakes, []);
@@ -436,7 +493,7 @@ mod tests {
             ),
             (&long, InvalidVars, "longer than 256"),
         ] {
-            let (Ok(Parsed::Rejected(rejection)), mistakes) = read(json) else {
+            let (Ok(Parsed::Rejected(rejection)), mistakes) = read_one(json) else {
                 panic!("{json}")
             };
             assert_eq!((rejection.code, rejection.index), (code, 3), "{json}");
@@ -486,7 +543,7 @@ mod tests {
             ("[[1],2]", "/recipients/3", "invalid_field"),
             ("null", "/recipients/3", "invalid_field"),
         ] {
-            let (Ok(Parsed::Refused), mistakes) = read(json) else {
+            let (Ok(Parsed::Refused), mistakes) = read_one(json) else {
                 panic!("{json}")
             };
             assert_eq!(mistakes, [(path.to_owned(), code)], "{json}");
@@ -503,16 +560,91 @@ mod tests {
             "{\"email\":\"\n\"}",
             r#"{"vars":{"a":[}}"#,
         ] {
-            assert!(read(json).0.is_err(), "{json}");
+            assert!(read_one(json).0.is_err(), "{json}");
         }
-        assert!(parse(b"{\"name\":\"\xff\"}", 0, &mut Mistakes::default()).is_err());
+        assert!(
+            parse(
+                b"{\"name\":\"\xff\"}",
+                0,
+                &mut Mistakes::default(),
+                &mut Vars::default()
+            )
+            .is_err()
+        );
     }
 
     proptest! {
         #[test]
         fn broken_is_what_serde_json_calls_broken(bytes in prop_oneof![any::<Vec<u8>>(), "[{}\\[\\]\",:a0-9ntrue ]{0,24}".prop_map(String::into_bytes)]) {
-            let ours = parse(&bytes, 0, &mut Mistakes::default()).is_ok();
+            let ours = parse(&bytes, 0, &mut Mistakes::default(), &mut Vars::default()).is_ok();
             prop_assert_eq!(ours, serde_json::from_slice::<Value>(&bytes).is_ok());
         }
+
+        #[test]
+        fn a_look_says_what_the_reader_says(json in recipient()) {
+            let mut vars = Vars::default();
+            if let Some(plain) = scan(json.as_bytes(), &mut vars) {
+                let (mut mistakes, mut none) = (Mistakes::default(), Vars::default());
+                let read = read(json.as_bytes(), 5, &mut mistakes);
+                prop_assert!(mistakes.is_empty() && read.is_ok(), "{json}");
+                match (plain_row(plain, 5), read) {
+                    (Some(row), Ok(Parsed::Good(other))) => prop_assert_eq!(row, other),
+                    (None, Ok(Parsed::Good(_) | Parsed::Rejected(_))) => {}
+                    other => prop_assert!(false, "{json}: {other:?}"),
+                }
+                prop_assert!(check(json.as_bytes(), 5, &mut mistakes, &mut none).is_ok());
+                let map: Map<String, Value> = serde_json::from_str(plain.vars.unwrap_or("{}"))?;
+                for name in ["a", "b", "v1"] {
+                    let said = match map.get(name) {
+                        None => Glimpse::Absent,
+                        Some(Value::String(_)) => Glimpse::Text,
+                        Some(_) => Glimpse::Other,
+                    };
+                    let glimpse = vars.glimpse(name);
+                    prop_assert!(glimpse == said || glimpse == Glimpse::Unknown && said != Glimpse::Absent, "{json}");
+                }
+            }
+        }
+    }
+
+    /// Something like a recipient, most of them good, and some damaged in one place.
+    fn recipient() -> impl Strategy<Value = String> {
+        let space = "[ \\n]{0,1}";
+        let text = "\"[a-z0-9é\u{7f}\u{85} ]{0,6}(\\\\[nu\"d])?\"";
+        let scalar = prop_oneof![
+            text,
+            "-?[0-9]{1,17}([.][0-9]{0,3})?(e[0-9])?",
+            "true|false|null|nul",
+            "\\[(1|\"a\"|null)(,[{][}])?\\]",
+            "[{](\"a\":(1|\\[\\])(,\"b\":\"\")?)?[}]",
+        ];
+        let vars = prop::collection::vec(("a|b|v1|é", scalar.clone()), 0..4).prop_map(|vars| {
+            let vars = vars
+                .iter()
+                .map(|(name, value)| format!("\"{name}\":{value}"));
+            format!("{{{}}}", vars.collect::<Vec<_>>().join(","))
+        });
+        let field = prop_oneof![
+            6 => ("\"name\"|\"prospect_id\"|\"time_zone\"", text.prop_map(String::from)),
+            6 => ("\"vars\"|\"metadata\"", vars),
+            2 => ("\"time_zone\"", "\"(Asia/Tokyo|Europe/Paris|)\"".prop_map(String::from)),
+            1 => ("\"(name|vars|metadata|tracking|x)\"", scalar),
+        ];
+        let fields = prop::collection::vec((space, field, space), 0..4);
+        let email = "(a|B.c|é)@(x.example|X.example|é.example|x)";
+        (email, fields, any::<prop::sample::Index>(), 0_u8..8).prop_map(
+            |(email, fields, at, damage)| {
+                let mut json = format!("{{\"email\":\"{email}\"");
+                for (before, (key, value), after) in fields {
+                    json.push_str(&format!(",{before}{key}{after}:{before}{value}{after}"));
+                }
+                json.push('}');
+                if damage == 0 {
+                    let at = json.floor_char_boundary(at.index(json.len()));
+                    json.remove(at);
+                }
+                json
+            },
+        )
     }
 }

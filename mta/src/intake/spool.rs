@@ -1,13 +1,15 @@
 //! Recipients between the end of their parsing and the end of the document.
 //!
 //! Owns the raw JSON of each recipient until the head, which may come last, is known: in memory up
-//! to [`MEMORY`], then in an unlinked file under the data directory, so nothing is left behind by a
-//! crash. Must not interpret a row. [`Spool::must_write`] and [`Spool::write`] are apart, since
-//! writing blocks.
+//! to [`MEMORY`], then compressed in an unlinked file under the data directory, so nothing is left
+//! behind by a crash. Must not interpret a row. [`Spool::must_write`] and [`Spool::write`] are apart,
+//! since writing blocks.
 
 use std::fs::File;
-use std::io::{self, BufReader, Cursor, Read, Seek, Write as _};
+use std::io::{self, Read, Seek, Write as _};
 use std::path::{Path, PathBuf};
+
+use zstd::bulk::{Compressor, Decompressor};
 
 use super::splitter::{Position, Rows};
 
@@ -21,16 +23,32 @@ pub(crate) const ROW_MAX: usize = 64 << 10;
 const HEADER: usize = 4 + 8 + 4;
 const TOO_LARGE: u32 = u32::MAX;
 
+/// Recipients are alike, so even the fastest level makes a fraction of them; writing and reading
+/// all would cost more.
+const LEVEL: i32 = -1;
+/// What a piece of the file has at most: what was pending, and the chunk of the body that came
+/// then. Before each stand its length there, and its length unpacked.
+const PIECE_MAX: usize = 64 << 20;
+
 /// The recipients of one document, in order.
-#[derive(Debug)]
 pub(crate) struct Spool {
     dir: PathBuf,
-    file: Option<File>,
+    file: Option<(File, Compressor<'static>)>,
+    /// The piece being written.
+    piece: Vec<u8>,
     pending: Vec<u8>,
     /// Where in `pending` the unfinished row's header stands.
     open: Option<usize>,
     oversize: bool,
     rows: u32,
+}
+
+impl std::fmt::Debug for Spool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Spool")
+            .field("rows", &self.rows)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Spool {
@@ -39,6 +57,7 @@ impl Spool {
         Self {
             dir: dir.to_owned(),
             file: None,
+            piece: Vec::new(),
             pending: Vec::new(),
             open: None,
             oversize: false,
@@ -61,12 +80,24 @@ impl Spool {
     /// # Errors
     /// When the file cannot be made or written: the disk is full, mostly.
     pub(crate) fn write(&mut self) -> io::Result<()> {
-        let file = match &mut self.file {
+        let (file, compressor) = match &mut self.file {
             Some(file) => file,
-            none => none.insert(tempfile::tempfile_in(&self.dir)?),
+            none => none.insert((tempfile::tempfile_in(&self.dir)?, Compressor::new(LEVEL)?)),
         };
         let end = self.open.unwrap_or(self.pending.len());
-        file.write_all(self.pending.get(..end).unwrap_or_default())?;
+        let plain = self.pending.get(..end).unwrap_or_default();
+        if plain.is_empty() {
+            return Ok(());
+        }
+        self.piece.clear();
+        self.piece
+            .reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        compressor.compress_to_buffer(plain, &mut self.piece)?;
+        for length in [self.piece.len(), plain.len()] {
+            let length = u32::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
+            file.write_all(&length.to_le_bytes())?;
+        }
+        file.write_all(&self.piece)?;
         self.pending.drain(..end);
         self.open = self.open.map(|_| 0);
         Ok(())
@@ -80,16 +111,19 @@ impl Spool {
         if self.file.is_some() {
             self.write()?;
         }
-        let from: Box<dyn ReadAgain> = match self.file {
-            None => Box::new(Cursor::new(self.pending)),
-            Some(mut file) => {
+        let from = match self.file {
+            None => None,
+            Some((mut file, _)) => {
                 file.rewind()?;
-                Box::new(BufReader::with_capacity(MEMORY / 4, file))
+                Some((file, Decompressor::new()?))
             }
         };
+        // Of a file everything was written.
         Ok(SpoolReader {
             from,
-            row: Vec::new(),
+            buffer: self.pending,
+            piece: self.piece,
+            read: 0,
             left: self.rows,
             rows: self.rows,
         })
@@ -135,15 +169,15 @@ impl Rows for Spool {
     }
 }
 
-/// What can be read from its beginning as often as is wanted.
-trait ReadAgain: Read + Seek + Send {}
-
-impl<T: Read + Seek + Send> ReadAgain for T {}
-
 /// Reads a spool.
 pub(crate) struct SpoolReader {
-    from: Box<dyn ReadAgain>,
-    row: Vec<u8>,
+    /// None: all is in the buffer.
+    from: Option<(File, Decompressor<'static>)>,
+    /// The piece being read, packed.
+    piece: Vec<u8>,
+    /// What was read and, from `read` on, not yet asked for.
+    buffer: Vec<u8>,
+    read: usize,
     left: u32,
     rows: u32,
 }
@@ -177,7 +211,14 @@ impl SpoolReader {
     /// When the file cannot be read.
     pub(crate) fn rewind(&mut self) -> io::Result<()> {
         self.left = self.rows;
-        self.from.rewind()
+        self.read = 0;
+        match &mut self.from {
+            Some((file, _)) => {
+                self.buffer.clear();
+                file.rewind()
+            }
+            None => Ok(()),
+        }
     }
 
     /// The next recipient. Blocks.
@@ -189,26 +230,66 @@ impl SpoolReader {
             return Ok(None);
         }
         self.left -= 1;
-        let (mut length, mut offset, mut line) = ([0; 4], [0; 8], [0; 4]);
-        self.from.read_exact(&mut length)?;
-        self.from.read_exact(&mut offset)?;
-        self.from.read_exact(&mut line)?;
-        let at = Position {
-            offset: u64::from_le_bytes(offset),
-            line: u32::from_le_bytes(line),
-        };
-        let length = u32::from_le_bytes(length);
+        self.have(HEADER)?;
+        let (length, at) = header(self.rest()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.read += HEADER;
         if length == TOO_LARGE {
             return Ok(Some(SpooledRow { at, json: None }));
         }
-        self.row
-            .resize(usize::try_from(length).unwrap_or(ROW_MAX), 0);
-        self.from.read_exact(&mut self.row)?;
+        let length = usize::try_from(length).unwrap_or(ROW_MAX);
+        self.have(length)?;
+        let from = self.read;
+        self.read += length;
         Ok(Some(SpooledRow {
             at,
-            json: Some(&self.row),
+            json: self.buffer.get(from..self.read),
         }))
     }
+
+    fn rest(&self) -> &[u8] {
+        self.buffer.get(self.read..).unwrap_or_default()
+    }
+
+    /// Reads on if there are not so many bytes that were not asked for.
+    fn have(&mut self, bytes: usize) -> io::Result<()> {
+        if self.rest().len() >= bytes {
+            return Ok(());
+        }
+        // Rows end where pieces end.
+        let Some((file, decompressor)) = &mut self.from else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        let mut length = || {
+            let mut bytes = [0; 4];
+            file.read_exact(&mut bytes)?;
+            let length = usize::try_from(u32::from_le_bytes(bytes)).ok();
+            let fits = length.filter(|length| *length <= PIECE_MAX);
+            fits.ok_or(io::Error::from(io::ErrorKind::InvalidData))
+        };
+        let (packed, plain) = (length()?, length()?);
+        self.piece.resize(packed, 0);
+        file.read_exact(&mut self.piece)?;
+        self.buffer.clear();
+        self.buffer.reserve(plain);
+        decompressor.decompress_to_buffer(&self.piece, &mut self.buffer)?;
+        self.read = 0;
+        match self.buffer.len() >= bytes {
+            true => Ok(()),
+            false => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+/// Length and place, of the bytes before a row.
+fn header(bytes: &[u8]) -> Option<(u32, Position)> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let (offset, rest) = rest.split_first_chunk()?;
+    let line = rest.first_chunk()?;
+    let at = Position {
+        offset: u64::from_le_bytes(*offset),
+        line: u32::from_le_bytes(*line),
+    };
+    Some((u32::from_le_bytes(*length), at))
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ pub(super) async fn told(
     }
     let recipient = event.recipient.as_ref();
     let email = recipient.and_then(|of| of.email.parse::<EmailAddress>().ok());
-    let Some(email) = email.map(|email| email.normalised()) else {
+    let Some(email) = email.map(|email| email.normalised().into_owned()) else {
         return Ok(());
     };
     let story = store.address(&event.account, &email).await?;

@@ -152,7 +152,10 @@ impl ControlView {
         if both.new.people.is_empty() && both.old.people.is_empty() {
             return Permission::Go;
         }
-        let key = (item.batch.account.clone(), item.row.email.normalised());
+        let key = (
+            item.batch.account.clone(),
+            item.row.email.normalised().into_owned(),
+        );
         let entries = [&both.new, &both.old]
             .into_iter()
             .filter_map(|generation| generation.people.get(&key))

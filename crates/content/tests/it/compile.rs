@@ -1,7 +1,7 @@
 //! What is refused, and how it is said.
 
 use crate::common::{compile, html, row, spec};
-use content::{Content, ContentError, ContentSpec, RecipientError};
+use content::{Content, ContentError, ContentSpec, Glimpse, RecipientError};
 
 fn errors(spec: &ContentSpec) -> Vec<ContentError> {
     Content::compile(spec).err().unwrap_or_default()
@@ -217,6 +217,39 @@ fn defaults_of_the_batch_stand_in() {
     assert_eq!(content.check(&without), Ok(()));
 }
 
+fn glimpse(vars: &str, name: &str) -> Glimpse {
+    let vars: serde_json::Value = serde_json::from_str(vars).expect("JSON");
+    match vars.get(name) {
+        None => Glimpse::Absent,
+        Some(serde_json::Value::String(_)) => Glimpse::Text,
+        Some(_) => Glimpse::Other,
+    }
+}
+
+#[test]
+fn a_glimpse_is_enough_where_nothing_hangs_on_the_value() {
+    // What would be read here is no JSON.
+    let unread = row("{");
+    for (template, default, answer, ends_well) in [
+        ("{{ a }}", "", Glimpse::Other, true),
+        ("{{ a|upper }}", "", Glimpse::Text, true),
+        ("{{ a }}", "of the batch", Glimpse::Absent, true),
+        ("no variable", "", Glimpse::Unknown, true),
+        ("{{ a }}", "", Glimpse::Absent, false),
+        ("{{ a }}", "", Glimpse::Unknown, false),
+        ("{{ a|upper }}", "", Glimpse::Other, false),
+        ("{{ a.b }}", "", Glimpse::Other, false),
+        ("{% if a %}{% endif %}", "", Glimpse::Text, false),
+    ] {
+        let mut spec = html(template);
+        if !default.is_empty() {
+            spec.vars.insert("a".into(), default.into());
+        }
+        let checked = compile(&spec).check_by(&unread, |_| answer);
+        assert_eq!(checked.is_ok(), ends_well, "{template} {answer:?}");
+    }
+}
+
 /// The quick look at the variables and a whole rendering agree.
 #[test]
 fn the_check_and_the_rendering_agree() {
@@ -247,6 +280,8 @@ fn the_check_and_the_rendering_agree() {
                 .render(&row(vars), &crate::common::context())
                 .map(drop);
             assert_eq!(content.check(&row(vars)), rendered, "{template} {vars}");
+            let by_glimpse = content.check_by(&row(vars), |name| glimpse(vars, name));
+            assert_eq!(by_glimpse, rendered, "{template} {vars}");
         }
     }
 }

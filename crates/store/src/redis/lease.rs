@@ -694,7 +694,7 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
         let account = books.head(range.batch)?.account.clone();
         for of in range.refs() {
             if let Ok(row) = books.row((range.batch, of.lot), of.position) {
-                people.insert((account.clone(), row.email.normalised()));
+                people.insert((account.clone(), row.email.normalised().into_owned()));
             }
         }
     }
@@ -820,7 +820,7 @@ fn choose(
             continue;
         };
         let row = books.row(key, of.position)?;
-        let person = (head.account.clone(), row.email.normalised());
+        let person = (head.account.clone(), row.email.normalised().into_owned());
         let stopping = books
             .known
             .get(&person)

@@ -14,7 +14,7 @@ use super::commit::{Commit, Outcome, not_replicated, wait};
 use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{BatchRecord, Holder, Piece, Range, Version, new_version};
-use super::stage::{PackedLot, first_due, pack};
+use super::stage::{first_due, pack_all};
 use crate::{EndedPart, LotHashes, NewLot, NewPart, PartEnd, PartTurn, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, EventKind, LotNumber, Partition, Row, Timestamp, partition_hash};
@@ -255,10 +255,7 @@ impl Inner {
         now: Timestamp,
         ttl: Duration,
     ) -> Result<bool> {
-        let packing = move || lots.iter().map(pack).collect::<Result<Vec<PackedLot>>>();
-        let packed = tokio::task::spawn_blocking(packing)
-            .await
-            .map_err(|error| StoreError::Unavailable(error.to_string()))??;
+        let packed = pack_all(lots).await?;
         let before = self.standing_of(new.batch).await?;
         let Some((part, from, count, until)) = before.turn else {
             return Ok(false);

@@ -237,7 +237,7 @@ fn address_of(books: &Books<'_>, placed: &Placed) -> Option<(String, String)> {
     let (key, place) = (placed.key()?, placed.place?);
     let account = books.head(key.0).ok()?.account.clone();
     let row = books.row(key, place.position).ok()?;
-    Some((account, row.email.normalised()))
+    Some((account, row.email.normalised().into_owned()))
 }
 
 /// Moves windows and removes finished ranges.

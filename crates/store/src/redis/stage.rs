@@ -14,6 +14,7 @@ use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{BatchRecord, Holder, Kept, Piece, Range, lot_queue, new_version, write_lot};
 use super::server;
+use crate::form::Packer;
 use crate::transition::Cell;
 use crate::{Control, LOT_ROWS, NewBatch, NewLot, Result, StoreError, form};
 use ::redis::{Cmd, Pipeline};
@@ -51,7 +52,7 @@ pub(super) struct PackedLot {
     in_waves: bool,
 }
 
-pub(super) fn pack(lot: &NewLot) -> Result<PackedLot> {
+fn pack(lot: &NewLot, packer: &mut Packer) -> Result<PackedLot> {
     if lot.rows.is_empty() || lot.rows.len() > LOT_ROWS {
         return Err(StoreError::Refused(format!(
             "a lot of {} recipients",
@@ -68,7 +69,12 @@ pub(super) fn pack(lot: &NewLot) -> Result<PackedLot> {
         cells: Cell::fresh(lot.rows.len(), &lot.variants),
         in_waves: !lot.variants.is_empty(),
         indices: form::pack_u32s(lot.rows.iter().map(|row| row.index)),
-        bytes: write_lot(&lot.queue, overrides, &hashes, &form::pack_rows(&lot.rows)?),
+        bytes: write_lot(
+            &lot.queue,
+            overrides,
+            &hashes,
+            &packer.pack_rows(&lot.rows)?,
+        ),
     })
 }
 
@@ -77,13 +83,22 @@ pub(super) const fn first_due(in_waves: bool) -> i64 {
     if in_waves { crate::HELD_BACK } else { 0 }
 }
 
+/// Packs lots beside the threads that serve others.
+pub(super) async fn pack_all(lots: Vec<NewLot>) -> Result<Vec<PackedLot>> {
+    let packing = move || {
+        let mut packer = Packer::new()?;
+        let packed = lots.iter().map(|lot| pack(lot, &mut packer));
+        packed.collect::<Result<Vec<_>>>()
+    };
+    tokio::task::spawn_blocking(packing)
+        .await
+        .map_err(|error| StoreError::Unavailable(error.to_string()))?
+}
+
 impl Inner {
     /// Writes lots of a batch that is not committed.
     pub(super) async fn stage(&self, batch: BatchId, lots: Vec<NewLot>) -> Result<()> {
-        let packing = move || lots.iter().map(pack).collect::<Result<Vec<_>>>();
-        let packed = tokio::task::spawn_blocking(packing)
-            .await
-            .map_err(|error| StoreError::Unavailable(error.to_string()))??;
+        let packed = pack_all(lots).await?;
         let mut note = Cmd::new();
         note.arg("ZADD")
             .arg(keys::staged(HOME))

@@ -235,7 +235,7 @@ fn address_of(books: &Books<'_, '_>, lot: LotId, position: u16) -> Result<Option
     let row = found
         .as_ref()
         .and_then(|lot| lot.rows.get(usize::from(position)));
-    Ok(row.map(|row| row.email.normalised()))
+    Ok(row.map(|row| row.email.normalised().into_owned()))
 }
 
 fn apply_hit(books: &mut Books<'_, '_>, batch: &BatchRecord, seq: Seq, hit: Hit) -> Result<bool> {

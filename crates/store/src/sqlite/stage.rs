@@ -11,8 +11,9 @@ use super::calls;
 use super::ids::{self, BatchNo};
 use super::range::TRANSACTIONAL;
 use super::writer::{Step, Writer};
+use crate::form::Packer;
 use crate::{Control, LOT_ROWS, MIXED, NewBatch, NewLot, Result, StoreError, address_hash, form};
-use model::{BatchId, BatchState, Counters, EventKind, Timestamp};
+use model::{BatchId, BatchState, Counters, EventKind, Row, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::json;
 
@@ -31,14 +32,16 @@ pub(super) struct PackedLot {
     queue: Box<str>,
     count: u32,
     overrides: bool,
-    emails: Vec<String>,
+    hashes: Vec<u8>,
     indices: Vec<u8>,
     packed: Vec<u8>,
     variants: Vec<u8>,
 }
 
 /// Packs a lot; refuses one that breaks the rules of a lot.
-pub(super) fn pack(lot: NewLot) -> Result<PackedLot> {
+fn pack(lot: NewLot, packer: &mut Packer) -> Result<PackedLot> {
+    // Addresses are hashed without their account, which is known only at the commit.
+    let hash = |row: &Row| address_hash(&row.email.normalised());
     let count = u32::try_from(lot.rows.len()).unwrap_or(u32::MAX);
     if lot.rows.is_empty() || lot.rows.len() > LOT_ROWS {
         return Err(StoreError::Refused(format!("a lot of {count} recipients")));
@@ -47,9 +50,9 @@ pub(super) fn pack(lot: NewLot) -> Result<PackedLot> {
         number: lot.number,
         count,
         overrides: lot.rows.iter().any(|row| row.tracking.is_some()),
-        emails: lot.rows.iter().map(|row| row.email.normalised()).collect(),
+        hashes: form::pack_u32s(lot.rows.iter().map(hash)),
         indices: form::pack_u32s(lot.rows.iter().map(|row| row.index)),
-        packed: form::pack_rows(&lot.rows)?,
+        packed: packer.pack_rows(&lot.rows)?,
         variants: lot.variants,
         queue: lot.queue,
     })
@@ -57,7 +60,11 @@ pub(super) fn pack(lot: NewLot) -> Result<PackedLot> {
 
 /// Packs lots beside the threads that serve others.
 pub(super) async fn pack_all(lots: Vec<NewLot>) -> Result<Vec<PackedLot>> {
-    let pack = move || lots.into_iter().map(pack).collect::<Result<Vec<_>>>();
+    let pack = move || {
+        let mut packer = Packer::new()?;
+        let packed = lots.into_iter().map(|lot| pack(lot, &mut packer));
+        packed.collect::<Result<Vec<_>>>()
+    };
     let packed = tokio::task::spawn_blocking(pack);
     packed
         .await
@@ -84,11 +91,12 @@ pub(super) fn write_lots(
         }
         connection
             .prepare_cached("INSERT INTO lot (id, queue, count, overrides, hashes, packed) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
-            .execute(params![id, lot.queue, lot.count, lot.overrides, hashes(&lot.emails), lot.packed])?;
+            .execute(params![id, lot.queue, lot.count, lot.overrides, lot.hashes, lot.packed])?;
         connection
             .prepare_cached("INSERT INTO staged VALUES (?1, ?2)")?
             .execute(params![id, lot.indices])?;
-        let cells = crate::transition::Cell::fresh(lot.emails.len(), &lot.variants);
+        let count = usize::try_from(lot.count).unwrap_or(LOT_ROWS);
+        let cells = crate::transition::Cell::fresh(count, &lot.variants);
         connection
             .prepare_cached("INSERT INTO cell VALUES (?1, ?2)")?
             .execute(params![id, cells])?;
@@ -128,11 +136,6 @@ fn is_staged(connection: &Connection, id: ids::LotId, lot: &PackedLot) -> Result
             lot.number.0
         ))),
     }
-}
-
-/// Addresses are hashed without their account, which is known only at the commit.
-fn hashes(emails: &[String]) -> Vec<u8> {
-    form::pack_u32s(emails.iter().map(|email| address_hash(email)))
 }
 
 pub(super) fn staged_no(connection: &Connection, batch: BatchId) -> Result<BatchNo> {
