@@ -44,10 +44,6 @@ pub(crate) struct Rejection {
 
 /// What became of one recipient.
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly all are good, and none is kept"
-)]
 pub(crate) enum Parsed {
     /// Good as far as it can be judged alone, without the templates.
     Good(Row),

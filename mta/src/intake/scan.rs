@@ -19,20 +19,20 @@ const VARS_MAX: usize = 100;
 
 /// Where the fields stand; `null` is as if they were not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Plain<'j> {
-    pub(super) email: &'j str,
-    pub(super) name: Option<&'j str>,
-    pub(super) prospect_id: Option<&'j str>,
-    pub(super) time_zone: Option<&'j str>,
+pub(crate) struct Plain<'j> {
+    pub(crate) email: &'j str,
+    pub(crate) name: Option<&'j str>,
+    pub(crate) prospect_id: Option<&'j str>,
+    pub(crate) time_zone: Option<&'j str>,
     /// JSON of an object.
-    pub(super) vars: Option<&'j str>,
+    pub(crate) vars: Option<&'j str>,
     /// JSON of an object of at most [`METADATA_MAX`] bytes.
-    pub(super) metadata: Option<&'j str>,
+    pub(crate) metadata: Option<&'j str>,
 }
 
 /// What is known of the variables of the recipient that was looked at last.
 #[derive(Debug, Default)]
-pub(super) struct Vars {
+pub(crate) struct Vars {
     /// The names, one after the other.
     names: Vec<u8>,
     /// Where each ends, and what it is.
@@ -42,19 +42,19 @@ pub(super) struct Vars {
 
 impl Vars {
     /// Forgets the recipient before.
-    pub(super) fn forget(&mut self) {
+    pub(crate) fn forget(&mut self) {
         self.names.clear();
         self.entries.clear();
         self.known = false;
     }
 
     /// Whether the last look was enough.
-    pub(super) fn are_known(&self) -> bool {
+    pub(crate) fn are_known(&self) -> bool {
         self.known
     }
 
     /// What stands under this name.
-    pub(super) fn glimpse(&self, name: &str) -> Glimpse {
+    pub(crate) fn glimpse(&self, name: &str) -> Glimpse {
         let (name, mut from, mut found) = (name.as_bytes(), 0, Glimpse::Absent);
         for &(end, kind) in &self.entries {
             let other = self.names.get(from..end).unwrap_or_default();
@@ -79,7 +79,7 @@ impl Vars {
 }
 
 /// Looks at one recipient. `None`: it takes a closer look.
-pub(super) fn scan<'j>(json: &'j [u8], vars: &mut Vars) -> Option<Plain<'j>> {
+pub(crate) fn scan<'j>(json: &'j [u8], vars: &mut Vars) -> Option<Plain<'j>> {
     vars.forget();
     let mut cursor = Cursor {
         json: std::str::from_utf8(json).ok()?,
@@ -113,7 +113,7 @@ fn ends_among(bytes: u64) -> u64 {
 }
 
 /// Whether a text stands in JSON as it is.
-pub(super) fn is_plain(text: &str) -> bool {
+pub(crate) fn is_plain(text: &str) -> bool {
     !text.bytes().any(ends)
 }
 
