@@ -3,7 +3,7 @@
 //! For some seconds; `HIKYAKU_TEST_FULL=1`: for ten minutes.
 
 use crate::chaos::{full, role, sites, sum_of};
-use crate::harness::{TrackerProcess, newsletter, until};
+use crate::harness::{TrackerProcess, newsletter, shaping, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
@@ -42,10 +42,7 @@ async fn a_redis_that_is_away_costs_no_click_and_no_outcome() -> Result<()> {
     let mut redis = RedisServer::start(directory.path().to_owned(), &durable)?;
     let sink = Sink::keeping_messages().await?;
     // A sixth of the people are due in the seconds that the outage takes at least.
-    let shaping = format!(
-        "[default]\nconnections = 4\nmessages_per_connection = 200\nrate = \"40/s\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        sink.address()
-    );
+    let shaping = shaping(4, "40/s", sink.address());
     let sites = sites(1, &redis.url(), &shaping)?;
     let site = sites.first().context("a site")?;
     let node = site.start(role(site, "mta")).await?;

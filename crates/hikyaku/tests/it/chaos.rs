@@ -3,7 +3,7 @@
 //! `HIKYAKU_TEST_FULL=1` runs it with twenty times as many people; `HIKYAKU_TEST_PROGRAM` names another
 //! executable than the one that was built with the tests, such as an optimised one.
 
-use crate::harness::{Service, Site, TrackerProcess, newsletter, program, signal, until};
+use crate::harness::{Service, Site, TrackerProcess, newsletter, program, shaping, signal, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
@@ -129,10 +129,7 @@ async fn nodes_and_primaries_die_and_the_books_balance() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let mut servers = RedisSentinels::start(directory.path())?;
     let sink = Sink::start().await?;
-    let shaping = format!(
-        "[default]\nconnections = 12\nmessages_per_connection = 200\nrate = \"{rate}/s\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        sink.address()
-    );
+    let shaping = shaping(12, &format!("{rate}/s"), sink.address());
     let sites = sites(NODES, &servers.url(), &shaping)?;
     let mut nodes = start(&sites).await?;
     let mut trackers = vec![
@@ -202,10 +199,7 @@ async fn a_node_that_slept_starts_nothing() -> Result<()> {
     let redis = RedisServer::start(directory.path().to_owned(), &["--appendonly", "yes"])?;
     let temper = Temper::accepting();
     let peer = SmtpPeer::start(temper).await?;
-    let shaping = format!(
-        "[default]\nconnections = 4\nrate = \"40/s\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        peer.address()
-    );
+    let shaping = shaping(4, "40/s", peer.address());
     let sites = sites(2, &redis.url(), &shaping)?;
     let nodes = start(&sites).await?;
     let [Some(sleeper), Some(other)] = &nodes[..] else {
@@ -291,10 +285,7 @@ async fn send_at_a_rate(of_destination: &str, of_batch: Option<&str>) -> Result<
     let directory = tempfile::tempdir()?;
     let redis = RedisServer::start(directory.path().to_owned(), &["--appendonly", "yes"])?;
     let peer = SmtpPeer::start(Temper::accepting()).await?;
-    let shaping = format!(
-        "[default]\nconnections = 6\nrate = \"{of_destination}\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        peer.address()
-    );
+    let shaping = shaping(6, of_destination, peer.address());
     let sites = sites(NODES, &redis.url(), &shaping)?;
     let nodes = start(&sites).await?;
     let first = nodes[0].as_ref().context("a node")?;

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use hikyaku::client::Client;
 use serde_json::{Value, json};
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -48,6 +48,14 @@ pub(crate) async fn until<T>(
     bail!("{what} did not happen within {PATIENCE:?} (last error: {last:?})")
 }
 
+/// A shaping file with these limits and retries within a second; all mail goes to `smtp`
+/// (`host:port`).
+pub(crate) fn shaping(connections: usize, rate: &str, smtp: impl Display) -> String {
+    let limits =
+        format!("connections = {connections}\nmessages_per_connection = 200\nrate = \"{rate}\"");
+    format!("[default]\n{limits}\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{smtp}\"\n")
+}
+
 /// A folder with a configuration, in which a service can be started, killed and started again.
 pub(crate) struct Site {
     pub(crate) dir: TempDir,
@@ -60,8 +68,7 @@ impl Site {
     /// A site whose mail for any domain goes to `smtp` (`host:port`), without limits, retried
     /// within a second, signed with both algorithms.
     pub(crate) fn new(smtp: &str) -> Result<Self> {
-        let shaping = format!("{}[mx]\n\"*\" = \"{smtp}\"\n", Self::quick_shaping());
-        Self::with(&shaping, "")
+        Self::with(&shaping(8, "unlimited", smtp), "")
     }
 
     /// The same, but unsigned mail may leave and there is no key.

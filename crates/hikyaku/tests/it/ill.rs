@@ -1,7 +1,7 @@
 //! A Redis that is ill rather than gone: it does not answer, only reads, has no room, or is far away.
 
 use crate::chaos::{role, sites};
-use crate::harness::{Service, TrackerProcess, newsletter, signal, until};
+use crate::harness::{Service, TrackerProcess, newsletter, shaping, signal, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
@@ -51,10 +51,7 @@ async fn a_redis_that_is_ill_costs_time_and_nothing_else() -> Result<()> {
     let durable = ["--appendonly", "yes", "--appendfsync", "everysec"];
     let redis = RedisServer::start(directory.path().to_owned(), &durable)?;
     let sink = Sink::keeping_messages().await?;
-    let shaping = format!(
-        "[default]\nconnections = 4\nmessages_per_connection = 200\nrate = \"60/s\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        sink.address()
-    );
+    let shaping = shaping(4, "60/s", sink.address());
     let sites = sites(1, &redis.url(), &shaping)?;
     let site = sites.first().context("a site")?;
     let node = site.start(role(site, "mta")).await?;
@@ -118,10 +115,7 @@ async fn a_slow_redis_is_waited_for() -> Result<()> {
     )
     .await?;
     let sink = Sink::start().await?;
-    let shaping = format!(
-        "[default]\nconnections = 4\nmessages_per_connection = 200\nrate = \"unlimited\"\nretry = [\"1s\"]\n[mx]\n\"*\" = \"{}\"\n",
-        sink.address()
-    );
+    let shaping = shaping(4, "unlimited", sink.address());
     let sites = sites(1, &format!("redis://{}", far.address()), &shaping)?;
     let site = sites.first().context("a site")?;
     // Of a shorter one nothing is left: it counts from before it was asked for, and what is begun
