@@ -35,6 +35,8 @@ const OURS: [&str; 16] = [
 ];
 const OUR_PREFIXES: [&str; 3] = ["content-", "resent-", "arc-"];
 const UNSUBSCRIBE_FIELDS: [&str; 2] = ["list-unsubscribe", "list-unsubscribe-post"];
+/// Between the header and the body (RFC 5322 §2.1).
+const EMPTY_LINE: &[u8] = b"\r\n";
 const LONGEST_FIELD_NAME: usize = 60;
 /// In bytes: far beyond any name, and still a header that every server takes.
 const LONGEST_NAME: usize = 1000;
@@ -350,17 +352,25 @@ impl Message {
 
     /// The size on the wire, for SIZE (RFC 1870): before dot-stuffing, without the final dot.
     pub fn size(&self) -> usize {
-        self.signatures.len() + self.headers.len() + 2 + self.body.len()
+        self.signatures.len() + self.headers.len() + EMPTY_LINE.len() + self.body.len()
     }
 
     /// The whole message, in one piece.
-    pub fn into_bytes(mut self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.size());
-        out.append(&mut self.signatures);
-        out.append(&mut self.headers);
-        out.extend_from_slice(b"\r\n");
-        out.append(&mut self.body);
-        out
+    pub fn into_bytes(self) -> Vec<u8> {
+        let [mut head, body] = self.into_parts();
+        head.extend_from_slice(&body);
+        head
+    }
+
+    /// The header with the empty line, then the body: the message in two pieces, without a copy of
+    /// the larger.
+    pub fn into_parts(mut self) -> [Vec<u8>; 2] {
+        let mut head =
+            Vec::with_capacity(self.signatures.len() + self.headers.len() + EMPTY_LINE.len());
+        head.append(&mut self.signatures);
+        head.append(&mut self.headers);
+        head.extend_from_slice(EMPTY_LINE);
+        [head, self.body]
     }
 }
 

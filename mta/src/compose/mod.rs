@@ -106,8 +106,8 @@ impl Prepared {
         }
         signed.map_err(|error| error.to_string())?;
         let smtp_utf8 = !message.is_ascii();
-        let body = Body::new(vec![Bytes::from(message.into_bytes())])
-            .map_err(|error| error.to_string())?;
+        let parts = message.into_parts().map(Bytes::from);
+        let body = Body::new(parts.into()).map_err(|error| error.to_string())?;
         Ok((
             reverse_path(job.item.message(), &of.bounce_domain),
             body,

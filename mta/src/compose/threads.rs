@@ -3,7 +3,8 @@
 //! When much is waiting a thread takes several requests in one turn. All of them leave together at
 //! its end, over one task: if the thread itself gave each to its connection, each would wake a
 //! worker, which would take the processor from it before the next. When little is waiting it takes
-//! one, so that nothing waits for company.
+//! one, so that nothing waits for company. What is transactional goes first, and in turns of its
+//! own.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -16,11 +17,13 @@ use tokio::sync::{Notify, mpsc};
 use super::{Composed, Contents};
 use crate::queue::Event;
 use crate::queue::job::{Fate, Job, JobId, Returned};
+use model::Priority;
 
 /// Requests that wait for a thread; the queue hands out no more than its connections can take.
 const WAITING_MAX: usize = 4_096;
-/// Messages composed in one turn: with RSA some 12 ms.
-const TURN: usize = 32;
+/// Messages composed in one turn: with RSA some 50 ms. The more there are, the fewer times the
+/// threads take the processors from each other: 0.85 times for a message with 32, 0.60 with 128.
+const TURN: usize = 128;
 
 /// Turns that wait to be handed over; threads wait when it is full.
 const TURNS_MAX: usize = 64;
@@ -62,7 +65,8 @@ struct Desk {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    requests: VecDeque<Request>,
+    urgent: VecDeque<Request>,
+    bulk: VecDeque<Request>,
     /// Threads that sleep.
     idle: usize,
     closed: bool,
@@ -126,9 +130,14 @@ impl Composer {
     pub fn send(&self, requests: impl IntoIterator<Item = Request>) -> Vec<Request> {
         let mut requests = requests.into_iter();
         let mut waiting = self.desk.lock();
-        let room = WAITING_MAX.saturating_sub(waiting.requests.len());
-        waiting.requests.extend(requests.by_ref().take(room));
-        let wake = waiting.idle.min(waiting.requests.len());
+        let room = WAITING_MAX.saturating_sub(waiting.len());
+        for request in requests.by_ref().take(room) {
+            match request.job.item.batch.priority {
+                Priority::Transactional => waiting.urgent.push_back(request),
+                Priority::Bulk => waiting.bulk.push_back(request),
+            }
+        }
+        let wake = waiting.idle.min(waiting.len());
         drop(waiting);
         for _ in 0..wake {
             self.desk.arrived.notify_one();
@@ -153,8 +162,9 @@ impl Desk {
         loop {
             {
                 let mut waiting = self.lock();
-                if !waiting.requests.is_empty() {
-                    return Some(waiting.requests.drain(..).collect());
+                if waiting.len() > 0 {
+                    let Waiting { urgent, bulk, .. } = &mut *waiting;
+                    return Some(urgent.drain(..).chain(bulk.drain(..)).collect());
                 }
                 if waiting.closed {
                     return None;
@@ -167,7 +177,7 @@ impl Desk {
     /// The requests of the next turn, once there are any; none when there will be no more.
     fn take(&self) -> Option<Vec<Request>> {
         let mut waiting = self.lock();
-        while waiting.requests.is_empty() {
+        while waiting.len() == 0 {
             if waiting.closed {
                 return None;
             }
@@ -178,13 +188,21 @@ impl Desk {
                 .unwrap_or_else(PoisonError::into_inner);
             waiting.idle -= 1;
         }
+        let Waiting { urgent, bulk, .. } = &mut *waiting;
+        let next = if urgent.is_empty() { bulk } else { urgent };
         // Half of a fair share: the others are not left without work.
-        let share = waiting.requests.len() / (2 * self.threads);
-        Some(waiting.requests.drain(..share.clamp(1, TURN)).collect())
+        let share = next.len() / (2 * self.threads);
+        Some(next.drain(..share.clamp(1, TURN)).collect())
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting {
+    fn len(&self) -> usize {
+        self.urgent.len() + self.bulk.len()
     }
 }
 

@@ -1,6 +1,7 @@
 //! One connection that takes messages: the session's events, the journal's order, the deadlines.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use smtp::client::{BeginError, Event as Spoken, Interruption, Outcome};
 use smtp::{ClientSession, Reply, Stage, TxId};
 
 use tokio::sync::mpsc::error::TryRecvError;
+use tokio::time::Sleep;
 
 use super::dial::Established;
 use super::io::Wire;
@@ -93,6 +95,9 @@ struct Connection<'a> {
     /// When a permit is free.
     permit_at: Option<Instant>,
     deadline: Deadline,
+    /// Rings at the next moment to be looked at, or before: a timer is set a few times in a
+    /// connection's life, not for each reply.
+    alarm: Pin<Box<Sleep>>,
     _counted: OpenConnection,
 }
 
@@ -184,6 +189,7 @@ fn connection<'a>(
         delivered: false,
         quitting: false,
         permit_at: None,
+        alarm: Box::pin(tokio::time::sleep_until(deadline.at.into())),
         deadline,
         _counted: deliver.metrics.connection(&label),
     }
@@ -460,10 +466,10 @@ impl Connection<'_> {
         (!self.deliver.recorder.has_room()).then_some(Returned::JournalFull)
     }
 
-    async fn begin(&mut self, composed: Composed, behind: Option<Behind>, now: Instant) {
-        let recipient = [composed.job.item.row.email.as_str()];
+    async fn begin(&mut self, mut composed: Composed, behind: Option<Behind>, now: Instant) {
         let id = TxId(composed.job.id.0);
-        let body = composed.body.clone();
+        let body = std::mem::take(&mut composed.body);
+        let recipient = [composed.job.item.row.email.as_str()];
         let begun = self.session.begin(id, &composed.envelope(&recipient), body);
         let job = composed.job;
         match begun {
@@ -669,6 +675,9 @@ impl Connection<'_> {
         let deadline = self.deadline();
         let wake = self.permit_at.map_or(deadline, |at| at.min(deadline));
         let takes_job = self.wants_message();
+        if self.alarm.is_elapsed() || self.alarm.deadline() > wake.into() {
+            self.alarm.as_mut().reset(wake.into());
+        }
         tokio::select! {
             biased;
             turn = self.wire.turn(&mut self.session) => self.moved(turn),
@@ -677,7 +686,7 @@ impl Connection<'_> {
                 None => self.quit(),
             },
             () = self.plan.quit.cancelled(), if !self.quitting => self.quit(),
-            () = tokio::time::sleep_until(wake.into()) => {
+            () = self.alarm.as_mut() => {
                 if self.deliver.clock.instant() >= deadline {
                     self.late();
                 }

@@ -15,6 +15,9 @@ use crate::shaping::Destination;
 /// Destinations remembered; beyond, a tenth is forgotten, whichever.
 const DESTINATIONS_MAX: usize = 10_000;
 
+/// Why a message was not tried whose destination had no trouble: others, or a limit, held it.
+const NO_TURN: &str = "its time was over before its turn came";
+
 /// What went wrong last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Noted {
@@ -74,6 +77,23 @@ impl Troubles {
         self.note(destination, noted);
     }
 
+    /// Tells why a message whose time was over was not tried (again): what went wrong last at its
+    /// destination since it was released. Others stay as they are.
+    pub fn account_for(&self, attempt: &mut Attempt, released_at: Timestamp) {
+        let detail = &mut attempt.detail;
+        if detail.class != Some(Class::Expired) || !detail.reply.is_empty() {
+            return;
+        }
+        let noted = self.of(&Destination::named(&detail.destination));
+        match noted.filter(|noted| noted.at >= released_at) {
+            Some(noted) => {
+                detail.blame = noted.blame.or(detail.blame);
+                (detail.reply, detail.host) = (noted.reply, noted.host);
+            }
+            None => detail.reply = NO_TURN.into(),
+        }
+    }
+
     fn note(&self, destination: &Destination, noted: Noted) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= DESTINATIONS_MAX && !known.contains_key(destination) {
@@ -89,6 +109,8 @@ impl Troubles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::decide::{Finding, decide};
+    use crate::queue::fixtures::{item, policy};
 
     fn trouble(text: &str) -> Trouble {
         Trouble {
@@ -115,5 +137,37 @@ mod tests {
         let noted = troubles.of(&last).expect("noted");
         assert_eq!(&*noted.reply, "refused  there");
         assert_eq!(&*noted.host, "mx (192.0.2.1)");
+    }
+
+    #[test]
+    fn what_was_not_tried_in_time_says_what_went_wrong_meanwhile() {
+        let troubles = Troubles::default();
+        let (item, policy) = (item(1), policy());
+        let at = |seconds| Timestamp::from_millis(seconds * 1_000);
+        let expired = |released_at| {
+            let mut attempt = decide(Finding::TooLate(None), &item, &policy, at(100), 0.5);
+            troubles.account_for(&mut attempt, released_at);
+            (attempt.detail.reply, attempt.detail.blame)
+        };
+        let no_turn = (NO_TURN.into(), Some(Blame::Destination));
+        assert_eq!(expired(at(1)), no_turn);
+        let ours = Trouble {
+            blame: Blame::Us,
+            ..trouble("421 4.7.0 too fast")
+        };
+        troubles.unreachable(&policy.destination, &ours, at(50));
+        let told = ("421 4.7.0 too fast".into(), Some(Blame::Us));
+        assert_eq!(expired(at(50)), told);
+        assert_eq!(expired(at(51)), no_turn, "that was before it was there");
+        let mut tried = decide(
+            Finding::Unreachable(trouble("refused")),
+            &item,
+            &policy,
+            at(i64::MAX / 2_000),
+            0.5,
+        );
+        troubles.account_for(&mut tried, at(1));
+        assert_eq!(tried.detail.class, Some(Class::Expired));
+        assert_eq!(&*tried.detail.reply, "refused");
     }
 }

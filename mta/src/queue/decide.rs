@@ -288,6 +288,17 @@ mod tests {
         Finding::Refused(reply, reading)
     }
 
+    fn unreachable(class: Class, blame: Blame, is_final: bool) -> Finding {
+        Finding::Unreachable(Trouble {
+            class,
+            blame,
+            text: "x".into(),
+            reply: None,
+            host: "".into(),
+            is_final,
+        })
+    }
+
     const NOW: Timestamp = Timestamp::from_millis(1_000_000);
 
     #[test]
@@ -295,16 +306,6 @@ mod tests {
         let at = |millis| AttemptResult::TemporaryError {
             retry_at: Timestamp::from_millis(millis),
             ambiguous: false,
-        };
-        let unreachable = |class, blame, is_final| {
-            Finding::Unreachable(Trouble {
-                class,
-                blame,
-                text: "x".into(),
-                reply: None,
-                host: "".into(),
-                is_final,
-            })
         };
         let table = [
             (
@@ -357,16 +358,6 @@ mod tests {
     #[test]
     fn what_stops_further_mail_is_the_profiles_word() {
         use SuppressionReason::{Error, Inactive, InvalidAddress, Spam};
-        let unreachable = |class, blame, is_final| {
-            Finding::Unreachable(Trouble {
-                class,
-                blame,
-                text: "x".into(),
-                reply: None,
-                host: "".into(),
-                is_final,
-            })
-        };
         let table = [
             // unconfirmed
             (refused(451, "4.3.0 not now"), None, None),

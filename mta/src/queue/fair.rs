@@ -205,8 +205,12 @@ impl Turns {
 
     /// Whether nobody waits. What was withdrawn meanwhile counts until [`Turns::retain`].
     pub(super) fn is_empty(&self) -> bool {
-        let idle = |class: &Class| class.accounts.values().all(Account::is_idle);
-        idle(&self.urgent) && idle(&self.bulk)
+        self.urgent.is_idle() && self.bulk.is_idle()
+    }
+
+    /// Whether anybody waits with something transactional.
+    pub(super) fn has_urgent(&self) -> bool {
+        !self.urgent.is_idle()
     }
 
     /// Forgets at which domains anybody waits, not how far each is.
@@ -236,6 +240,10 @@ impl Turns {
 }
 
 impl Class {
+    fn is_idle(&self) -> bool {
+        self.accounts.values().all(Account::is_idle)
+    }
+
     /// Those that wait: their tags, account and batch.
     fn waiting(&self) -> impl Iterator<Item = ((u64, u64), &str, BatchId)> {
         self.accounts.iter().flat_map(|(name, account)| {

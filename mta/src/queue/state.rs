@@ -331,6 +331,10 @@ pub struct QueueState {
     dirty: HashSet<Destination>,
     /// Destinations that wait for a connection of the process to become free.
     starved: VecDeque<Destination>,
+    /// Connections that may have nothing to do; all that have not are here.
+    unused: BTreeSet<ConnId>,
+    /// Connections whose peers were slow at the last tick.
+    slow: usize,
     /// Domains that are left alone, or were lately, so that nothing is leased for them.
     held: HashMap<Box<str>, Hold>,
     /// The queue that was wanted last.
@@ -388,6 +392,8 @@ impl QueueState {
             resolving_new: 0,
             dirty: HashSet::new(),
             starved: VecDeque::new(),
+            unused: BTreeSet::new(),
+            slow: 0,
             held: HashMap::new(),
             sources_down: HashMap::new(),
             barred: HashMap::new(),
@@ -430,6 +436,7 @@ impl QueueState {
         self.tick_limits(now, &mut out);
         self.tick_holds(now.instant);
         self.tick_resolves(now.instant);
+        self.tick_conns(now.instant);
         let Self { paces, batches, .. } = self;
         paces.retain(|batch, pace| batches.contains_key(batch) || !pace.is_idle(now.instant));
         // What was withdrawn may have left lanes empty; one that is being looked up is kept.
@@ -530,9 +537,13 @@ impl QueueState {
 
     /// Gives everything that may have something to do its turn.
     fn settle(&mut self, now: Now, out: &mut Vec<Action>) {
-        for destination in std::mem::take(&mut self.dirty) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for destination in dirty.drain() {
             self.pump(&destination, now, out);
         }
+        // Its room is of use again; whoever got dirty meanwhile has it in the next turn.
+        dirty.extend(self.dirty.drain());
+        self.dirty = dirty;
         self.start_resolves(now.instant, out);
         self.ask_store(now, out);
         self.ask_shares(now, out);

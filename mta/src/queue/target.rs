@@ -55,6 +55,8 @@ pub(super) struct Dest {
     pub(super) pace: Pace,
     /// Why.
     pub(super) trouble: Option<Trouble>,
+    /// It waits for a connection of the process to become free.
+    pub(super) is_starved: bool,
 }
 
 /// A destination as one egress source sees it.
@@ -90,24 +92,6 @@ pub(super) struct Target {
     breaks: u32,
 }
 
-/// Which mail a connection may carry: to the hosts of its route, for domains that ask no more than
-/// it has to show.
-#[derive(Debug, Clone)]
-pub(super) struct Carrier {
-    /// Index of its source.
-    pub(super) source: usize,
-    route: Arc<Route>,
-    security: Arc<Security>,
-}
-
-impl Carrier {
-    /// Whether mail that goes by `route` may go over this connection, where the operator wants
-    /// `floor`.
-    pub(super) fn takes(&self, route: &Route, floor: TlsPolicy) -> bool {
-        self.route.key() == route.key() && self.security.satisfies(route.asked(), floor)
-    }
-}
-
 /// A connection as the queue sees it.
 #[derive(Debug)]
 pub(super) struct Conn {
@@ -129,13 +113,21 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    /// What it may carry; none until it is ready.
-    pub(super) fn carrier(&self) -> Option<Carrier> {
-        Some(Carrier {
-            source: self.source,
-            route: Arc::clone(&self.route),
-            security: Arc::clone(self.security.as_ref()?),
-        })
+    /// Whether mail that goes by `route` may go over it, where the operator wants `floor`: to the
+    /// hosts of its own route, for domains that ask no more than it has to show.
+    pub(super) fn takes(&self, route: &Route, floor: TlsPolicy) -> bool {
+        let shows = |security: &Arc<Security>| security.satisfies(route.asked(), floor);
+        self.security.as_ref().is_some_and(shows) && self.goes_by(route)
+    }
+
+    /// Whether it goes to the hosts of `route`.
+    pub(super) fn goes_by(&self, route: &Route) -> bool {
+        std::ptr::eq(&*self.route, route) || self.route.key() == route.key()
+    }
+
+    /// Whether it has nothing to do and could do something.
+    pub(super) fn is_unused(&self) -> bool {
+        self.is_ready() && !self.closing && self.in_flight == 0
     }
 
     /// Whether its peer has kept it waiting for long.
@@ -203,6 +195,7 @@ impl Dest {
             hold_until: None,
             pace: Pace::new(now),
             trouble: None,
+            is_starved: false,
         }
     }
 

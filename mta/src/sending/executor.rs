@@ -316,9 +316,13 @@ impl Executor {
                 }
             }
             Action::Record {
-                attempt,
+                mut attempt,
                 released_at,
-            } => self.parts.recorder.outcome(*attempt, released_at),
+            } => {
+                let troubles = &self.parts.troubles;
+                troubles.account_for(&mut attempt, released_at);
+                self.parts.recorder.outcome(*attempt, released_at);
+            }
             Action::Limits(limited) => self.show_limits(&limited),
             Action::Throttled(destination, reason) => {
                 let label = self.parts.metrics.destination(destination.as_str());

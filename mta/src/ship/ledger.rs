@@ -9,7 +9,8 @@ use store::{RangeRef, WINDOW};
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     ranges: HashMap<RangeRef, Entry>,
-    places: HashMap<(BatchId, Place), RangeRef>,
+    /// The range of a recipient, and which of its items that is.
+    places: HashMap<(BatchId, Place), (RangeRef, usize)>,
     /// Ranges of which somebody reported since the last shipment.
     moved: HashSet<RangeRef>,
 }
@@ -45,7 +46,10 @@ impl Ledger {
             .collect();
         items.sort_unstable();
         self.places
-            .extend(items.iter().map(|(_, place, _)| ((batch, *place), range)));
+            .extend(items.iter().enumerate().map(|(at, (_, place, _))| {
+                let known = (range, at);
+                ((batch, *place), known)
+            }));
         self.ranges.insert(
             range,
             Entry {
@@ -59,14 +63,12 @@ impl Ledger {
 
     /// Notes that a recipient has reported; the fact goes with the next shipment.
     pub(super) fn report(&mut self, batch: BatchId, place: Place) {
-        let Some(range) = self.places.get(&(batch, place)) else {
+        let Some((range, at)) = self.places.get(&(batch, place)) else {
             return;
         };
-        let Some(entry) = self.ranges.get_mut(range) else {
-            return;
-        };
-        if let Some(item) = entry.items.iter_mut().find(|(_, of, _)| *of == place) {
-            item.2 = true;
+        let entry = self.ranges.get_mut(range);
+        if let Some((.., reported)) = entry.and_then(|entry| entry.items.get_mut(*at)) {
+            *reported = true;
             self.moved.insert(*range);
         }
     }
@@ -123,7 +125,7 @@ impl Ledger {
         };
         for (_, place, _) in entry.items {
             let key = (entry.batch, place);
-            if self.places.get(&key) == Some(&range) {
+            if self.places.get(&key).is_some_and(|(of, _)| *of == range) {
                 self.places.remove(&key);
             }
         }

@@ -22,8 +22,10 @@ const RECORDS_MAX: usize = 8_000;
 const PACE: Duration = Duration::from_millis(20);
 /// Between shipments, unless the queue asks for one. A shipment costs a commit, and each lot that
 /// it touches its cells and a log entry, however few facts they have; what comes after a pause
-/// waits for nothing.
-const COMPANY: Duration = Duration::from_millis(250);
+/// waits for nothing. The longer the last took the longer is this, at least and at most so long.
+const COMPANY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(500));
+/// One part in so many of the time at most goes into shipments, as far as [`COMPANY`] lets it.
+const SHIPPING_PART: u32 = 40;
 /// Waits after the store did not answer.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Releases in one call.
@@ -99,6 +101,8 @@ pub struct Shipper {
     backoff: Duration,
     /// When the last shipment began.
     began: Option<Instant>,
+    /// How long after that the next waits for company.
+    company: Duration,
     /// The next is not to wait for company.
     hurry: bool,
     finishing: bool,
@@ -132,6 +136,7 @@ impl Shipper {
             releases: Vec::new(),
             backoff: BACKOFF.0,
             began: None,
+            company: COMPANY.0,
             hurry: false,
             finishing: false,
             store_is_up: true,
@@ -244,7 +249,7 @@ impl Shipper {
         loop {
             tokio::time::sleep(PACE).await;
             let now = self.deps.clock.instant();
-            if self.began.is_none_or(|began| now >= began + COMPANY)
+            if self.began.is_none_or(|began| now >= began + self.company)
                 || self.deps.journal.pending_records() >= RECORDS_MAX as u64
                 || self.hurry
                 || !self.deps.commands.is_empty()
@@ -334,6 +339,9 @@ impl Shipper {
             }
         };
         let took = self.deps.clock.instant().saturating_duration_since(started);
+        self.company = took
+            .saturating_mul(SHIPPING_PART)
+            .clamp(COMPANY.0, COMPANY.1);
         self.deps
             .metrics
             .store_seconds("ship")

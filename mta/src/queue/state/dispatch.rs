@@ -7,7 +7,7 @@ use crate::queue::control::Permission;
 use crate::queue::decide::expires_at;
 use crate::queue::fair::{Turn, Turns};
 use crate::queue::job::Item;
-use crate::queue::target::{Carrier, LEAD, Target};
+use crate::queue::target::{LEAD, Target};
 
 /// Domains of a destination that are looked at for one message.
 const SCAN_MAX: usize = 64;
@@ -15,7 +15,8 @@ const SCAN_MAX: usize = 64;
 /// A connection that can take a message.
 struct Seat {
     conn: ConnId,
-    carrier: Carrier,
+    /// Index of its source.
+    source: usize,
     /// Only a transactional one: the rate is used up, or it has enough of the others.
     urgent_only: bool,
     busy: usize,
@@ -40,6 +41,10 @@ impl QueueState {
         let Some(dest) = self.dests.get_mut(key).filter(|_| !seats.is_empty()) else {
             return false;
         };
+        // So it ends most of the time: they have enough, and nothing may go before that.
+        if seats.iter().all(|seat| seat.urgent_only) && !dest.turns.has_urgent() {
+            return false;
+        }
         // Out of its place meanwhile, so that everything else may change.
         let mut turns = std::mem::take(&mut dest.turns);
         let sent = self.serve_next(key, &seats, &mut turns, now, out);
@@ -98,7 +103,7 @@ impl QueueState {
         };
         let charge_max = self.charge_max(dest, &pool, now.instant);
         let fits = |seat: &&Seat| {
-            pool.weight(seat.carrier.source).is_some()
+            pool.weight(seat.source).is_some()
                 && (is_urgent || !seat.urgent_only && seat.charge <= charge_max)
         };
         let seats: Vec<_> = seats.iter().filter(fits).collect();
@@ -186,12 +191,9 @@ impl QueueState {
                 let Some(conn) = self.conns.get(id).filter(|conn| conn.has_urgent_room(max)) else {
                     continue;
                 };
-                let Some(carrier) = conn.carrier() else {
-                    continue;
-                };
                 seats.push(Seat {
                     conn: *id,
-                    carrier,
+                    source: conn.source,
                     urgent_only: !is_due || !conn.has_room(max),
                     busy: conn.in_flight,
                     charge: target.charge,
@@ -221,6 +223,7 @@ impl QueueState {
                 ranges,
                 batches,
                 dests,
+                conns,
                 ..
             } = self;
             let lane = lanes.get_mut(name)?;
@@ -230,8 +233,11 @@ impl QueueState {
             else {
                 return None;
             };
-            let floor = dests.get(key)?.policy.limits.tls;
-            let leads_there = |seat: &&&Seat| seat.carrier.takes(route, floor);
+            let policy = &dests.get(key)?.policy;
+            let leads_there = |seat: &&&Seat| {
+                let conn = conns.get(&seat.conn);
+                conn.is_some_and(|conn| conn.takes(route, policy.limits.tls))
+            };
             let conn = seats
                 .iter()
                 .find(leads_there)
@@ -242,9 +248,7 @@ impl QueueState {
                 .get(&waiting.item.range)
                 .map_or(now.instant, |range| range.leased_at);
             match self.view.permission(&waiting.item, leased_at) {
-                Permission::Go
-                    if now.wall >= expires_at(&waiting.item, &self.policy_of(&waiting)) =>
-                {
+                Permission::Go if now.wall >= expires_at(&waiting.item, policy) => {
                     self.end_waiting(&waiting, Finding::TooLate(None), now, out);
                 }
                 // The store keeps it until the window opens again.
@@ -285,6 +289,7 @@ impl QueueState {
         };
         conn.in_flight += 1;
         conn.sent += 1;
+        self.unused.remove(&id);
         range.waiting = range.waiting.saturating_sub(1);
         range.out += 1;
         let batch = waiting.item.batch.id;
@@ -347,11 +352,20 @@ impl QueueState {
             if !allowed {
                 continue;
             }
+            // Nothing could be changed for whoever is in need, so nobody looks for that: with all
+            // connections at work this is each time something was delivered.
+            let is_full = target.conns.len() >= limit;
+            if match is_full {
+                true => !dest.turns.has_urgent() && !self.has_unused(target),
+                false => dest.is_starved && !self.has_connection_free() && self.unused.is_empty(),
+            } {
+                continue;
+            }
             let Some((route, is_urgent)) = self.route_in_need(dest, target.source, now.instant)
             else {
                 continue;
             };
-            if target.conns.len() >= limit {
+            if is_full {
                 let floor = dest.policy.limits.tls;
                 if let Some(id) = self.dispensable(target, &route, (floor, is_urgent)) {
                     self.close(id, out);
@@ -359,12 +373,8 @@ impl QueueState {
                 }
                 continue;
             }
-            if !self.has_connection_free(now.instant) {
-                if !self.starved.contains(key) {
-                    self.starved.push_back(key.clone());
-                }
-                self.close_any_idle(out);
-                return;
+            if !self.has_connection_free() {
+                return self.starve(key, out);
             }
             return self.open(key.clone(), at, route, now, out);
         }
@@ -420,13 +430,30 @@ impl QueueState {
 
     /// Whether the process may have another connection. Those of whose peers nothing was heard for
     /// a while have room of their own: however many tarpits there are, others are served.
-    fn has_connection_free(&self, now: Instant) -> bool {
+    fn has_connection_free(&self) -> bool {
         let all = self.conns.len();
-        if all < CONNECTIONS_MAX {
-            return true;
+        all < CONNECTIONS_MAX
+            || all < CONNECTIONS_ALL_MAX && all.saturating_sub(self.slow) < CONNECTIONS_MAX
+    }
+
+    /// Counts the connections whose peers are slow.
+    pub(super) fn tick_conns(&mut self, now: Instant) {
+        self.slow = self.conns.values().filter(|conn| conn.is_slow(now)).count();
+    }
+
+    fn has_unused(&self, target: &Target) -> bool {
+        let mut conns = target.conns.iter().filter_map(|id| self.conns.get(id));
+        conns.any(Conn::is_unused)
+    }
+
+    /// A destination waits for a connection of the process; one without work makes room.
+    fn starve(&mut self, key: &Destination, out: &mut Vec<Action>) {
+        if let Some(dest) = self.dests.get_mut(key)
+            && !std::mem::replace(&mut dest.is_starved, true)
+        {
+            self.starved.push_back(key.clone());
         }
-        let slow = self.conns.values().filter(|conn| conn.is_slow(now)).count();
-        all < CONNECTIONS_ALL_MAX && all - slow < CONNECTIONS_MAX
+        self.close_any_idle(out);
     }
 
     /// A connection of a source that makes way for one that can carry what none of them can: one
@@ -441,9 +468,9 @@ impl QueueState {
             let of_target = target.conns.iter();
             of_target.filter_map(|id| Some((*id, self.conns.get(id)?)))
         };
-        let serves = |conn: &Conn| match conn.carrier() {
-            Some(carrier) => carrier.takes(route, floor),
-            None => conn.route.key() == route.key(),
+        let serves = |conn: &Conn| match conn.is_ready() {
+            true => conn.takes(route, floor),
+            false => conn.goes_by(route),
         };
         if conns().any(|(_, conn)| conn.closing || serves(conn)) {
             return None;
@@ -476,9 +503,8 @@ impl QueueState {
                 of_target.filter_map(move |id| Some((self.conns.get(id)?, max)))
             });
             conns.any(|(conn, max)| {
-                let takes = |carrier: Carrier| carrier.takes(route, dest.policy.limits.tls);
                 conn.has_room(max)
-                    && conn.carrier().is_some_and(takes)
+                    && conn.takes(route, dest.policy.limits.tls)
                     && pool.weight(conn.source).is_some()
             })
         };
@@ -521,11 +547,7 @@ impl QueueState {
             return;
         };
         for id in dest.targets.iter().flat_map(|target| &target.conns) {
-            if let Some(conn) = self.conns.get_mut(id)
-                && conn.is_ready()
-                && !conn.closing
-                && conn.in_flight == 0
-            {
+            if let Some(conn) = self.conns.get_mut(id).filter(|conn| conn.is_unused()) {
                 conn.closing = true;
                 out.push(Action::Close(*id));
             }
@@ -533,19 +555,19 @@ impl QueueState {
     }
 
     fn close_any_idle(&mut self, out: &mut Vec<Action>) {
-        let has_lanes = |dests: &HashMap<Destination, Dest>, of: &Destination| {
-            dests.get(of).is_some_and(|dest| !dest.turns.is_empty())
+        let Self {
+            conns,
+            dests,
+            unused,
+            ..
+        } = self;
+        let is_idle = |conn: &Conn| {
+            let dest = dests.get(&conn.destination);
+            conn.is_unused() && dest.is_none_or(|dest| dest.turns.is_empty())
         };
-        let Self { conns, dests, .. } = self;
-        let idle = conns.iter_mut().find(|(_, conn)| {
-            conn.is_ready()
-                && !conn.closing
-                && conn.in_flight == 0
-                && !has_lanes(dests, &conn.destination)
-        });
-        if let Some((id, conn)) = idle {
-            conn.closing = true;
-            out.push(Action::Close(*id));
+        let idle = unused.iter().find(|id| conns.get(id).is_some_and(is_idle));
+        if let Some(id) = idle.copied() {
+            self.close(id, out);
         }
     }
 
@@ -561,6 +583,7 @@ impl QueueState {
         };
         conn.security = Some(security);
         conn.heard_at = now;
+        self.unused.insert(id);
         let (key, source) = (conn.destination.clone(), conn.source);
         self.lift_hold(&key, now, out);
         self.source_works(source);
@@ -577,6 +600,7 @@ impl QueueState {
         let Some(conn) = self.conns.remove(&id) else {
             return;
         };
+        self.unused.remove(&id);
         let key = conn.destination.clone();
         let dest = self.dests.get_mut(&key);
         let has_others = dest.as_ref().is_some_and(|dest| dest.targets.len() > 1);
@@ -594,6 +618,9 @@ impl QueueState {
         }
         self.dirty.insert(key);
         if let Some(next) = self.starved.pop_front() {
+            if let Some(dest) = self.dests.get_mut(&next) {
+                dest.is_starved = false;
+            }
             self.dirty.insert(next);
         }
     }
@@ -670,6 +697,9 @@ impl QueueState {
         };
         conn.heard_at = now.instant;
         conn.in_flight = conn.in_flight.saturating_sub(1);
+        if conn.in_flight == 0 {
+            self.unused.insert(id);
+        }
         if !matches!(fate, Fate::Recorded { .. }) {
             // It was not begun, so the connection does not count it either.
             conn.sent = conn.sent.saturating_sub(1);
@@ -681,7 +711,7 @@ impl QueueState {
             target.out = target.out.saturating_sub(1);
             let spent = conn.sent >= target.in_force.messages_per_connection;
             // By its own count it ends itself; a limit that fell meanwhile it does not know.
-            if spent && conn.is_ready() && !conn.closing && conn.in_flight == 0 {
+            if spent && conn.is_unused() {
                 conn.closing = true;
                 out.push(Action::Close(id));
             }

@@ -123,7 +123,7 @@ impl QueueState {
                 .filter(|until| *until > now.instant)
                 .map(|until| wall(now, until)),
             failures: dest.failures(),
-            starved: self.starved.contains(key),
+            starved: dest.is_starved,
             pace: dest.pace.per_second(now.instant),
             sources,
             limits: self.limit_sights(key, now),
