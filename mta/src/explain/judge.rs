@@ -384,7 +384,7 @@ fn in_turn(facts: &MessageFacts, node: &NodeFacts, is_due: bool) -> Vec<Constrai
                 Some(Block::Lease) => found.push(lease()),
                 None => {}
             }
-            found.extend(flow(&facts.destination, node.now));
+            found.extend(in_flow(&facts.destination, node.now));
             if found.is_empty() {
                 let detail = match ahead {
                     0 => "it is next for its domain".to_owned(),
@@ -572,6 +572,54 @@ fn noted(trouble: &Noted) -> Source {
 }
 
 /// What sets the pace of mail that may leave.
+fn in_flow(destination: &DestinationFacts, now: Timestamp) -> Vec<Constraint> {
+    let flow = flow(destination, now);
+    let limits = [
+        Kind::ProcessConnections,
+        Kind::WarmUp,
+        Kind::Rate,
+        Kind::Connections,
+    ];
+    let is_limit = |flow: &Constraint| limits.contains(&flow.kind);
+    // It ends no sooner than what they share: alone, the batch would have all of that.
+    let end = flow.as_ref().map_or(End::Flowing, |flow| flow.end);
+    let others = shared(destination, end).filter(|_| flow.as_ref().is_none_or(is_limit));
+    others.into_iter().chain(flow).collect()
+}
+
+/// Others that wait for the same destination.
+fn shared(destination: &DestinationFacts, end: End) -> Option<Constraint> {
+    let view = destination.view.as_ref().filter(|view| view.waiting > 0)?;
+    let share = view.share?;
+    let others = match (share.batches.saturating_sub(1), share.behind_urgent) {
+        (0, false) => return None,
+        (0, true) => "what is transactional goes first".to_owned(),
+        (others, urgent) => {
+            let batches = if others == 1 { "batch" } else { "batches" };
+            let accounts = match share.accounts {
+                1 => "of its account".to_owned(),
+                accounts => format!("({accounts} accounts in all)"),
+            };
+            let first = if urgent {
+                ", behind what is transactional"
+            } else {
+                ""
+            };
+            let part = 100.0 * share.part;
+            format!(
+                "{others} other {batches} {accounts} wait for the destination, so it has {part:.0} % of the turns{first}"
+            )
+        }
+    };
+    Some(Constraint::new(
+        Kind::Shared,
+        end,
+        Some(Source::Service),
+        others,
+    ))
+}
+
+/// The limit that what waits for the destination meets.
 fn flow(destination: &DestinationFacts, now: Timestamp) -> Option<Constraint> {
     let view = destination.view.as_ref().filter(|view| view.waiting > 0)?;
     if view.starved {
@@ -749,7 +797,7 @@ pub(crate) fn group(destination: &DestinationFacts, stock: &Stock, node: &NodeFa
     chain.extend(stops(destination, node.now));
     let present = recipients.due + recipients.leased + recipients.in_flight;
     if present > 0 {
-        chain.extend(flow(destination, node.now));
+        chain.extend(in_flow(destination, node.now));
     } else {
         chain.extend(absent(stock));
     }
@@ -759,7 +807,9 @@ pub(crate) fn group(destination: &DestinationFacts, stock: &Stock, node: &NodeFa
         _ => state_of(&chain, destination),
     };
     let work = (present > 0).then_some(present);
-    let (eta, eta_basis) = eta(destination, work, stock, &chain, node.now);
+    let view = destination.view.as_ref();
+    let part = view.and_then(|view| view.share).map_or(1.0, |of| of.part);
+    let (eta, eta_basis) = eta((destination, part), work, stock, &chain, node.now);
     let next_at = chain.first().and_then(|first| first.until);
     Group {
         state,
@@ -833,7 +883,7 @@ impl Recipients {
 fn state_of(chain: &[Constraint], destination: &DestinationFacts) -> State {
     let held = chain.iter().any(|of| {
         // A permit that comes within seconds is the pace, not a stop.
-        of.end != End::Flowing && !matches!(of.kind, Kind::Rate | Kind::Window)
+        of.end != End::Flowing && !matches!(of.kind, Kind::Rate | Kind::Shared | Kind::Window)
     });
     let busy = destination
         .view
@@ -877,9 +927,9 @@ pub(crate) fn throughput(destination: &DestinationFacts) -> Option<(f64, String)
     })
 }
 
-/// When `work` recipients and those put off are done.
+/// When `work` recipients and those put off are done, with this part of a destination's turns.
 fn eta(
-    destination: &DestinationFacts,
+    (destination, part): (&DestinationFacts, f64),
     work: Option<u64>,
     stock: &Stock,
     chain: &[Constraint],
@@ -893,9 +943,13 @@ fn eta(
     if stock.stopped > 0 || (work.is_none() && stock.later == 0) {
         return (None, None);
     }
-    let Some((per_second, basis)) = throughput(destination) else {
+    let Some((whole, mut basis)) = throughput(destination) else {
         return (None, None);
     };
+    if part < 1.0 {
+        basis += &format!(", {:.0} % of it", 100.0 * part);
+    }
+    let per_second = part * whole;
     let now_done = work.and_then(|work| after(start, work, per_second));
     let later_done = stock
         .next_due
@@ -932,8 +986,13 @@ fn message_eta(
     let retry_only = facts.next_attempt_at.is_some_and(|at| at > node.now);
     let stock = Stock::default();
     let work = if retry_only { 1 } else { ahead };
-    (explanation.eta, explanation.eta_basis) =
-        eta(&facts.destination, Some(work), &stock, chain, node.now);
+    (explanation.eta, explanation.eta_basis) = eta(
+        (&facts.destination, 1.0),
+        Some(work),
+        &stock,
+        chain,
+        node.now,
+    );
 }
 
 /// The binding constraint and its end out of the whole chain.
@@ -947,7 +1006,7 @@ fn settle(explanation: &mut Explanation, chain: Vec<Constraint>) {
         }
         if matches!(binding.end, End::ByHand | End::Sometime | End::At(_))
             && explanation.state == State::Moving
-            && !matches!(binding.kind, Kind::Rate | Kind::Window)
+            && !matches!(binding.kind, Kind::Rate | Kind::Shared | Kind::Window)
         {
             explanation.state = State::Waiting;
         }

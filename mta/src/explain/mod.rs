@@ -214,6 +214,8 @@ pub(crate) enum Kind {
     ProcessConnections,
     /// Sessions broke; the next connection waits.
     Reconnect,
+    /// Others wait for the same destination, and each gets its turns.
+    Shared,
     /// The sources are new to the destination, and the budget of the day is spread over it.
     WarmUp,
     /// The rate of the destination.

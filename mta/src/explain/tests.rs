@@ -13,7 +13,8 @@ use super::troubles::Noted;
 use super::*;
 use crate::queue::fixtures::policy;
 use crate::queue::snapshot::{
-    BatchView, Block, Blocked, ContentView, DestinationView, ProcessView, SourceView, Whereabouts,
+    BatchView, Block, Blocked, ContentView, DestinationView, ProcessView, Share, SourceView,
+    Whereabouts,
 };
 
 const NOW: Timestamp = Timestamp::from_millis(1_000_000_000);
@@ -78,6 +79,7 @@ fn busy() -> DestinationView {
         pace: 4.9,
         sources: vec![source()],
         limits: Vec::new(),
+        share: None,
     }
 }
 
@@ -343,6 +345,56 @@ fn where_a_message_is_says_what_holds_it() {
         });
         assert_eq!((found.0, found.1), (State::Waiting, Some(kind)));
     }
+}
+
+#[test]
+fn others_that_wait_for_the_same_destination_hold_a_batch() {
+    let among = |batches, behind_urgent| {
+        let share = Share {
+            batches,
+            accounts: 2,
+            part: 0.25,
+            behind_urgent,
+        };
+        with(|_, view| {
+            view.sources[0].next_permit_at = at(3);
+            view.share = Some(share);
+        })
+    };
+    let stock = || Stock {
+        due: 10,
+        ..Stock::default()
+    };
+    let told_of = |destination| {
+        let facts = batch(BatchState::InProgress, vec![(destination, stock())]);
+        of_batch(&facts, &node())
+    };
+    let shared = told_of(among(4, false));
+    let binding = (State::Moving, Some(Kind::Shared), Some(at(3)));
+    assert_eq!(told(&shared), binding);
+    let parts = shared.destinations.iter();
+    let kinds: Vec<_> = parts
+        .map(|of| of.constraint.as_ref().map(|of| of.kind))
+        .collect();
+    assert_eq!(kinds, [Some(Kind::Shared)]);
+    let detail = shared.constraint.map(|of| of.detail).unwrap_or_default();
+    assert!(
+        detail.contains("3 other batches") && detail.contains("25 %"),
+        "{detail}"
+    );
+    // 5/s, of which a quarter is its own.
+    assert_eq!(shared.eta, Some(at(3 + 8)));
+    let basis = shared.eta_basis.unwrap_or_default();
+    assert!(basis.contains("25 %"), "{basis}");
+    let found = judged(|of| (of.place, of.destination) = (waits(3, None), among(2, false)));
+    assert_eq!(found, binding);
+    assert_eq!(
+        told(&told_of(among(1, true))),
+        binding,
+        "what is transactional"
+    );
+    let alone = told(&told_of(among(1, false)));
+    assert_eq!(alone, (State::Moving, Some(Kind::Rate), Some(at(3))));
 }
 
 #[test]

@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use model::{BatchId, Priority};
 
+use super::snapshot::Share;
+
 /// What a turn costs at weight 1.
 const COST: u64 = 1 << 20;
 /// Turns that somebody who could not go may catch up with. A batch whose window was full for a
@@ -208,6 +210,25 @@ impl Turns {
         self.urgent.is_idle() && self.bulk.is_idle()
     }
 
+    /// What of the turns a batch gets; none when it does not wait.
+    pub(super) fn share_of(&self, batch: BatchId) -> Option<Share> {
+        let is_in = |class: &&Class| class.waiting().any(|(.., id)| id == batch);
+        let class = [&self.urgent, &self.bulk].into_iter().find(is_in)?;
+        let waiting = |account: &Account| account.waiting().count();
+        let busy = || class.accounts.values().filter(|account| !account.is_idle());
+        let own = busy().find(|account| account.waiting().any(|(id, _)| *id == batch))?;
+        let weights: u64 = busy().map(|account| u64::from(account.weight)).sum();
+        let batches = waiting(own);
+        #[expect(clippy::cast_precision_loss, reason = "few, and for people")]
+        let part = f64::from(own.weight) / weights.max(1) as f64 / batches.max(1) as f64;
+        Some(Share {
+            batches: busy().map(waiting).sum(),
+            accounts: busy().count(),
+            part,
+            behind_urgent: std::ptr::eq(class, &raw const self.bulk) && self.has_urgent(),
+        })
+    }
+
     /// Whether anybody waits with something transactional.
     pub(super) fn has_urgent(&self) -> bool {
         !self.urgent.is_idle()
@@ -247,16 +268,18 @@ impl Class {
     /// Those that wait: their tags, account and batch.
     fn waiting(&self) -> impl Iterator<Item = ((u64, u64), &str, BatchId)> {
         self.accounts.iter().flat_map(|(name, account)| {
-            let waiting = account
-                .batches
-                .iter()
-                .filter(|(_, batch)| !batch.domains.is_empty());
+            let waiting = account.waiting();
             waiting.map(|(id, batch)| ((account.tag, batch.tag), &**name, *id))
         })
     }
 }
 
 impl Account {
+    fn waiting(&self) -> impl Iterator<Item = (&BatchId, &Batch)> {
+        let all = self.batches.iter();
+        all.filter(|(_, batch)| !batch.domains.is_empty())
+    }
+
     fn is_idle(&self) -> bool {
         self.batches.values().all(|batch| batch.domains.is_empty())
     }
@@ -300,6 +323,27 @@ mod tests {
         let got = shares(&mut turns, 800);
         let near = |batch, wanted: usize| got[&id(batch)].abs_diff(wanted) <= 2;
         assert!(near(1, 600) && near(2, 100) && near(3, 100), "{got:?}");
+    }
+
+    #[test]
+    fn what_is_told_of_a_share_is_what_it_gets() {
+        let mut turns = Turns::default();
+        turns.add(Priority::Bulk, ("a", 3), id(1), X);
+        turns.add(Priority::Bulk, ("b", 1), id(2), X);
+        turns.add(Priority::Bulk, ("b", 1), id(3), X);
+        let got = shares(&mut turns, 800);
+        for batch in [1, 2, 3] {
+            let told = turns.share_of(id(batch)).expect("it waits");
+            assert_eq!((told.batches, told.accounts), (3, 2));
+            assert!(!told.behind_urgent);
+            let turns = (told.part * 800.0).round() as usize;
+            assert!(got[&id(batch)].abs_diff(turns) <= 2, "{batch}: {told:?}");
+        }
+        assert_eq!(turns.share_of(id(4)), None);
+        turns.add(Priority::Transactional, ("b", 1), id(4), X);
+        let urgent = turns.share_of(id(4)).expect("it waits");
+        assert_eq!((urgent.batches, urgent.part), (1, 1.0));
+        assert!(!urgent.behind_urgent && turns.share_of(id(1)).is_some_and(|of| of.behind_urgent));
     }
 
     #[test]

@@ -93,6 +93,21 @@ pub struct DestinationView {
     pub sources: Vec<SourceView>,
     /// Its limits, of each source.
     pub limits: Vec<LimitSight>,
+    /// What of it the batch that was asked about gets; none when nothing of that waits here.
+    pub share: Option<Share>,
+}
+
+/// How a batch shares a destination with all else that waits there.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    /// Batches of its priority with something waiting, itself among them.
+    pub batches: usize,
+    /// Their accounts.
+    pub accounts: usize,
+    /// Its part of their turns, as long as all of them wait: from 0 to 1.
+    pub part: f64,
+    /// Something transactional goes before all of them.
+    pub behind_urgent: bool,
 }
 
 /// A limit as it stands.

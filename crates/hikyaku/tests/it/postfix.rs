@@ -16,10 +16,6 @@ pub(crate) struct Postfix {
 }
 
 impl Postfix {
-    async fn start() -> Result<Self> {
-        Self::make(&[], "", None).await
-    }
-
     /// Where it listens.
     pub(crate) fn port(&self) -> u16 {
         self.port
@@ -166,7 +162,18 @@ pub(crate) fn dkim_records(site: &Site) -> Result<Vec<(String, String)>> {
 
 #[tokio::test]
 async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()> {
-    let postfix = Postfix::start().await?;
+    takes_a_batch("").await
+}
+
+/// DATA instead of BDAT, and content that needs no more than seven bits: the same batch, and
+/// signatures that hold.
+#[tokio::test]
+async fn a_real_postfix_without_8bitmime_and_chunking_takes_the_same() -> Result<()> {
+    takes_a_batch("smtpd_discard_ehlo_keywords = 8bitmime, chunking\n").await
+}
+
+async fn takes_a_batch(more: &str) -> Result<()> {
+    let postfix = Postfix::with(more, None).await?;
     let site = Site::new(&format!("127.0.0.1:{}", postfix.port))?;
     let service = site.up().await?;
     let names = [
@@ -200,6 +207,7 @@ async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()>
         let message = std::fs::read(path)?;
         let (envelope, message) = split_delivery_headers(&message)?;
         assert!(envelope.contains("Delivered-To: user"), "{envelope}");
+        assert!(message.is_ascii(), "{}", path.display());
         verify_with_dkimpy(&message, &records).with_context(|| path.display().to_string())?;
     }
     verify_with_opendkim(&messages, &records)?;

@@ -40,7 +40,17 @@ impl QueueState {
                 vec![destination.clone()]
             }
         };
-        let view = |key: &Destination| Some(self.view_of(key, self.dests.get(key)?, now));
+        let batch = match scope {
+            Scope::Batch(batch, _) => Some(*batch),
+            Scope::Message(message, ..) => Some(message.batch),
+            Scope::Busiest(_) | Scope::Named(_) | Scope::Domain(..) => None,
+        };
+        let view = |key: &Destination| {
+            let dest = self.dests.get(key)?;
+            let share = batch.and_then(|batch| dest.turns.share_of(batch));
+            let view = self.view_of(key, dest, now);
+            Some(DestinationView { share, ..view })
+        };
         snapshot.destinations = shown.iter().filter_map(view).collect();
         snapshot
     }
@@ -127,6 +137,7 @@ impl QueueState {
             pace: dest.pace.per_second(now.instant),
             sources,
             limits: self.limit_sights(key, now),
+            share: None,
         }
     }
 
