@@ -212,8 +212,11 @@ impl Turns {
 
     /// What of the turns a batch gets; none when it does not wait.
     pub(super) fn share_of(&self, batch: BatchId) -> Option<Share> {
-        let is_in = |class: &&Class| class.waiting().any(|(.., id)| id == batch);
-        let class = [&self.urgent, &self.bulk].into_iter().find(is_in)?;
+        let is_urgent = self.urgent.waiting().any(|(.., id)| id == batch);
+        let class = match is_urgent {
+            true => &self.urgent,
+            false => &self.bulk,
+        };
         let waiting = |account: &Account| account.waiting().count();
         let busy = || class.accounts.values().filter(|account| !account.is_idle());
         let own = busy().find(|account| account.waiting().any(|(id, _)| *id == batch))?;
@@ -225,7 +228,7 @@ impl Turns {
             batches: busy().map(waiting).sum(),
             accounts: busy().count(),
             part,
-            behind_urgent: std::ptr::eq(class, &raw const self.bulk) && self.has_urgent(),
+            behind_urgent: !is_urgent && self.has_urgent(),
         })
     }
 
@@ -336,8 +339,11 @@ mod tests {
             let told = turns.share_of(id(batch)).expect("it waits");
             assert_eq!((told.batches, told.accounts), (3, 2));
             assert!(!told.behind_urgent);
-            let turns = (told.part * 800.0).round() as usize;
-            assert!(got[&id(batch)].abs_diff(turns) <= 2, "{batch}: {told:?}");
+            let turns = u32::try_from(got[&id(batch)]).expect("800 at most");
+            assert!(
+                (told.part * 800.0 - f64::from(turns)).abs() <= 2.0,
+                "{batch}: {told:?}"
+            );
         }
         assert_eq!(turns.share_of(id(4)), None);
         turns.add(Priority::Transactional, ("b", 1), id(4), X);
