@@ -448,7 +448,8 @@ impl Inner {
         for (number, piece) in (first / MAP_CHUNK..).zip(places.chunks(chunk)) {
             let arguments = [number.to_string().into_bytes(), piece.to_vec()];
             let keys = [keys::of_batch(batch, "map")];
-            self.script(&self.scripts.patch, HOME, &keys, &arguments, false)
+            // On a Cluster the map may stand on a shard that nothing else waits for.
+            self.script(&self.scripts.patch, HOME, &keys, &arguments, true)
                 .await?;
         }
         Ok(())
