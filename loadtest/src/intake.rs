@@ -5,10 +5,11 @@
 //! this process on one thread, right after.
 
 use crate::batch::Shape;
+use crate::bench::Bench;
 use crate::client::Accepted;
 use crate::format::{Table, bytes, count, per, per_second, rate};
 use crate::process;
-use crate::site::{self, Dkim, Setup, Site};
+use crate::site::{Dkim, Setup, Site};
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use service::clock::{Clock as _, SystemClock};
@@ -16,7 +17,6 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// Measure acceptance: one call with all recipients in each form, beside bare parsing of its bytes
@@ -28,16 +28,9 @@ pub struct Args {
     /// How: a run for each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["json", "ndjson", "csv"])]
     pub form: Vec<Form>,
-    /// Make the service's folder in here: on a real disk, or syncs cost nothing [default: the
-    /// system's place for temporary files]
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
-    /// Print the table as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// How recipients are submitted.
@@ -95,7 +88,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         let run = measure(args, *form).await;
         runs.push(run.with_context(|| format!("the run with {}", form.name()))?);
     }
-    writeln!(out, "\n{}", table(&runs).render(args.markdown))?;
+    writeln!(out, "\n{}", table(&runs).render(args.bench.markdown))?;
     Ok(())
 }
 
@@ -113,11 +106,8 @@ async fn measure(args: &Args, form: Form) -> Result<Run> {
         dns: None,
         connections: 1,
         messages_per_connection: 1,
-        dir: args.dir.clone().unwrap_or_else(std::env::temp_dir),
-        program: match &args.program {
-            Some(program) => program.clone(),
-            None => site::beside_us("hikyaku")?,
-        },
+        dir: args.bench.dir(),
+        program: args.bench.program()?,
     };
     let body = args.shape.written(form)?;
     let site = Site::start(&setup, None).await?;

@@ -5,17 +5,17 @@
 //! is when the sink of the quiet ones has everything; the others are not waited for.
 
 use crate::batch::{BESIDE, Shape};
+use crate::bench::Bench;
 use crate::counterpart::Counterpart;
 use crate::format::{Table, count, per, rate};
 use crate::process::{self, Usage};
 use crate::sink::Manner;
-use crate::site::{self, Dkim, Setup, Site};
+use crate::site::{Dkim, Setup, Site};
 use crate::source;
 use anyhow::{Context as _, Result, ensure};
 use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 use testkit::smtp_peer::{SmtpPeer, Temper};
 
@@ -41,19 +41,12 @@ pub struct Args {
     /// Messages on each connection
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub messages_per_connection: u32,
-    /// Make the service's folder in here: on a real disk, or syncs cost nothing [default: the
-    /// system's place for temporary files]
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
     /// Give up a run after so long, as "10m"
     #[arg(long, default_value = "10m", value_parser = model::units::parse_duration)]
     pub timeout: Duration,
-    /// Print the table as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// What one run showed of the quiet domains.
@@ -87,7 +80,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         )?;
         rounds.push((alone, beside));
     }
-    writeln!(out, "\n{}", table(&rounds).render(args.markdown))?;
+    writeln!(out, "\n{}", table(&rounds).render(args.bench.markdown))?;
     Ok(())
 }
 
@@ -155,11 +148,8 @@ impl Args {
             dns: None,
             connections: self.connections,
             messages_per_connection: self.messages_per_connection,
-            dir: self.dir.clone().unwrap_or_else(std::env::temp_dir),
-            program: match &self.program {
-                Some(program) => program.clone(),
-                None => site::beside_us("hikyaku")?,
-            },
+            dir: self.bench.dir(),
+            program: self.bench.program()?,
         })
     }
 }

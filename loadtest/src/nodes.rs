@@ -5,18 +5,18 @@
 //! measured.
 
 use crate::batch::Shape;
+use crate::bench::Bench;
 use crate::client::Client;
 use crate::counterpart::Counterpart;
 use crate::format::{Table, count, float, per, per_second, rate};
 use crate::process;
 use crate::redis::{Redis, Used};
 use crate::sink::Manner;
-use crate::site::{self, Dkim, Setup, Site};
+use crate::site::{Dkim, Setup, Site};
 use crate::source::{self, POLL};
 use anyhow::{Context as _, Result, bail, ensure};
 use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Of the recipients, this part is delivered before the measurement, and as much after it: nodes
@@ -42,19 +42,12 @@ pub struct Args {
     #[command(flatten)]
     /// What the sink is like: a round trip of 200 ms to it is what an answer after 200 ms is
     pub manner: Manner,
-    /// Make the folders of service and Redis in here [default: the system's place for temporary
-    /// files]
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
     /// Give up a run after so long, as "30m"
     #[arg(long, default_value = "30m", value_parser = model::units::parse_duration)]
     pub timeout: Duration,
-    /// Print the table as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// What one run showed, between its margins.
@@ -87,12 +80,12 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         writeln!(out, "{} messages in {:.1?}", count(run.messages), run.took)?;
         runs.push(run);
     }
-    writeln!(out, "\n{}", table(&runs).render(args.markdown))?;
+    writeln!(out, "\n{}", table(&runs).render(args.bench.markdown))?;
     Ok(())
 }
 
 async fn measure(args: &Args, nodes: u32) -> Result<Run> {
-    let dir = args.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let dir = args.bench.dir();
     let folder = tempfile::tempdir_in(&dir)?;
     let redis = Redis::start(folder.path())?;
     let sink = Counterpart::sink(&args.manner).await?;
@@ -111,10 +104,7 @@ async fn measure(args: &Args, nodes: u32) -> Result<Run> {
         connections: args.connections * nodes,
         messages_per_connection: args.messages_per_connection,
         dir,
-        program: match &args.program {
-            Some(program) => program.clone(),
-            None => site::beside_us("hikyaku")?,
-        },
+        program: args.bench.program()?,
     };
     let mut sites: Vec<Site> = Vec::new();
     for _ in 0..nodes {

@@ -4,14 +4,14 @@
 //! take all there is. Both wait in the same store.
 
 use crate::batch::Shape;
+use crate::bench::Bench;
 use crate::counterpart::Counterpart;
 use crate::format::{Table, bytes, count, per, per_second, rate};
 use crate::process::{self, Usage};
-use crate::site::{self, Dkim, Setup, Site};
+use crate::site::{Dkim, Setup, Site};
 use crate::source::{self, Report};
 use anyhow::{Context as _, Result};
 use std::io::Write;
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// Measure with much queued: for each number, `hikyaku up`, so many recipients that wait, a batch
@@ -33,19 +33,12 @@ pub struct Args {
     /// Messages on each connection
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub messages_per_connection: u32,
-    /// Make the service's folder in here: on a real disk, or syncs cost nothing [default: the
-    /// system's place for temporary files]
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
     /// Give up a run after so long, as "30m"
     #[arg(long, default_value = "30m", value_parser = model::units::parse_duration)]
     pub timeout: Duration,
-    /// Print the tables as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// What one run showed.
@@ -80,7 +73,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         let run = run.with_context(|| format!("not done within {:?}", args.timeout))?;
         runs.push(run.with_context(|| format!("the run with {} queued", count(*queued)))?);
     }
-    writeln!(out, "\n{}", table(&runs).render(args.markdown))?;
+    writeln!(out, "\n{}", table(&runs).render(args.bench.markdown))?;
     Ok(())
 }
 
@@ -99,11 +92,8 @@ async fn measure(args: &Args, queued: u64, out: &mut (dyn Write + Send)) -> Resu
         dns: None,
         connections: args.connections,
         messages_per_connection: args.messages_per_connection,
-        dir: args.dir.clone().unwrap_or_else(std::env::temp_dir),
-        program: match &args.program {
-            Some(program) => program.clone(),
-            None => site::beside_us("hikyaku")?,
-        },
+        dir: args.bench.dir(),
+        program: args.bench.program()?,
     };
     let mut site = Site::start(&setup, None).await?;
     let measured = phases(args, queued, &mut site, out).await;

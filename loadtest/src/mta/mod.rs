@@ -10,6 +10,7 @@ mod report;
 pub use peer::Peer;
 
 use crate::batch::Shape;
+use crate::bench::Bench;
 use crate::counterpart::Counterpart;
 use crate::format::count;
 use crate::process::{self, Guarded, Usage};
@@ -73,19 +74,12 @@ pub struct Args {
     /// Profile each delivery with `perf record` into this folder, and keep the logs there
     #[arg(long)]
     pub profile_dir: Option<PathBuf>,
-    /// Make the service's folder in here: on a real disk, or syncs cost nothing [default: the
-    /// system's place for temporary files]
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
     /// Give up a run after so long, as "30m"
     #[arg(long, default_value = "30m", value_parser = model::units::parse_duration)]
     pub timeout: Duration,
-    /// Print the tables as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// Where the service keeps what it must not lose.
@@ -147,11 +141,8 @@ impl Args {
             dns: dns.map(DnsServer::addr),
             connections: self.connections,
             messages_per_connection: self.messages_per_connection,
-            dir: self.dir(),
-            program: match &self.program {
-                Some(program) => program.clone(),
-                None => site::beside_us("hikyaku")?,
-            },
+            dir: self.bench.dir(),
+            program: self.bench.program()?,
         })
     }
 
@@ -167,10 +158,6 @@ impl Args {
         let server = DnsServer::start(zone).await;
         Ok(Some(server.context("cannot serve DNS")?))
     }
-
-    fn dir(&self) -> PathBuf {
-        self.dir.clone().unwrap_or_else(std::env::temp_dir)
-    }
 }
 
 /// Measures and prints the report.
@@ -179,11 +166,11 @@ impl Args {
 /// When anything is not delivered, or does not start or end well.
 pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     writeln!(out, "{}", process::machine())?;
-    let filesystem = site::filesystem(&args.dir());
+    let filesystem = site::filesystem(&args.bench.dir());
     writeln!(
         out,
         "store and journal in {} ({filesystem})",
-        args.dir().display()
+        args.bench.dir().display()
     )?;
     if let Some(dir) = &args.profile_dir {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -201,23 +188,31 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         }
     }
     if !runs.is_empty() {
-        writeln!(out, "\n{}", report::summary(&runs).render(args.markdown))?;
+        writeln!(
+            out,
+            "\n{}",
+            report::summary(&runs).render(args.bench.markdown)
+        )?;
     }
     if runs.iter().any(|run| run.redis.is_some()) {
-        writeln!(out, "\n{}", report::stores(&runs).render(args.markdown))?;
+        writeln!(
+            out,
+            "\n{}",
+            report::stores(&runs).render(args.bench.markdown)
+        )?;
     }
     if let Some(recipients) = args.postfix {
         let peers = beside(args, recipients, out).await?;
         writeln!(
             out,
             "\n{}",
-            peer::table(&runs, &peers).render(args.markdown)
+            peer::table(&runs, &peers).render(args.bench.markdown)
         )?;
     }
     for run in &runs {
         let name = report::name(run.dkim, run.engine);
         writeln!(out, "CPU by thread during delivery, {name}\n")?;
-        writeln!(out, "{}", report::threads(run).render(args.markdown))?;
+        writeln!(out, "{}", report::threads(run).render(args.bench.markdown))?;
     }
     if args.strace {
         let calls = tokio::time::timeout(args.timeout, system_calls(args, out));
@@ -229,7 +224,11 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
             "\nsystem calls per message, intake included, {}\n",
             Dkim::None.name()
         )?;
-        writeln!(out, "{}", strace::table(&calls, 15).render(args.markdown))?;
+        writeln!(
+            out,
+            "{}",
+            strace::table(&calls, 15).render(args.bench.markdown)
+        )?;
     }
     Ok(())
 }
@@ -262,7 +261,7 @@ async fn measure(
     let before = bare_signature(dkim).await?;
     let sink = Counterpart::sink(&args.manner).await?;
     let dns = args.name_server().await?;
-    let folder = tempfile::tempdir_in(args.dir())?;
+    let folder = tempfile::tempdir_in(args.bench.dir())?;
     let redis = match engine {
         Engine::Sqlite => None,
         Engine::Redis => Some(Redis::start(folder.path())?),

@@ -6,11 +6,12 @@ mod nginx;
 mod report;
 
 use crate::batch::Shape;
+use crate::bench::Bench;
 use crate::counterpart::Counterpart;
 use crate::format::{count, per_second, rate};
 use crate::load::{self, Answered, Plan};
 use crate::process;
-use crate::site::{self, Dkim, Setup, Site};
+use crate::site::{Dkim, Setup, Site};
 use crate::{local, source};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
@@ -85,12 +86,6 @@ pub struct Args {
     /// Recipients whose links are used
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub recipients: u32,
-    /// Make the service's folder in here: on a real disk, or syncs cost nothing
-    #[arg(long)]
-    pub dir: Option<PathBuf>,
-    /// The executable [default: hikyaku, beside this one]
-    #[arg(long)]
-    pub program: Option<PathBuf>,
     /// Ask nginx, too (Debian: nginx-light)
     #[arg(long)]
     pub nginx: bool,
@@ -101,9 +96,9 @@ pub struct Args {
     /// With --store-away: let it come back to so many hits while half the load goes on
     #[arg(long, requires = "store_away", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000_000))]
     pub backlog: u64,
-    /// Print the table as Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    /// Where and with what
+    pub bench: Bench,
 }
 
 /// What is measured.
@@ -149,7 +144,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     let requests = requests(args, &target)?;
     let bare = Counterpart::start("bare").await?;
     let nginx = match args.nginx {
-        true => Some(Nginx::start(&dir(args)).await?),
+        true => Some(Nginx::start(&args.bench.dir()).await?),
         false => None,
     };
     let plan = |address, status, pace| Plan {
@@ -168,7 +163,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
     let memory = target.pid.map(process::memory).transpose()?;
     let servers = beside_each_other(args, &target, &bare, nginx.as_ref(), &plan).await?;
     let half = servers.tracker.per_second() / 2.0;
-    let table = servers.table().render(args.markdown);
+    let table = servers.table().render(args.bench.markdown);
     writeln!(
         out,
         "\n{table}\nHalf load: {} requests per second",
@@ -279,7 +274,7 @@ async fn backlog(
         out,
         "
 {}",
-        drain.table().render(args.markdown)
+        drain.table().render(args.bench.markdown)
     )?;
     Ok(())
 }
@@ -301,7 +296,7 @@ fn running(args: &Args, address: SocketAddr) -> Result<Target> {
 async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
     let sink = Counterpart::start("sink").await?;
     let redis = match args.store_away {
-        true => Some(Away::start(&dir(args))?),
+        true => Some(Away::start(&args.bench.dir())?),
         false => None,
     };
     let setup = Setup {
@@ -316,11 +311,8 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
         dns: None,
         connections: 8,
         messages_per_connection: 1000,
-        dir: dir(args),
-        program: match &args.program {
-            Some(program) => program.clone(),
-            None => site::beside_us("hikyaku")?,
-        },
+        dir: args.bench.dir(),
+        program: args.bench.program()?,
     };
     let site = Site::start(&setup, None).await?;
     let shape = Shape {
@@ -356,10 +348,6 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
         site: Some(site),
         redis,
     })
-}
-
-fn dir(args: &Args) -> PathBuf {
-    args.dir.clone().unwrap_or_else(std::env::temp_dir)
 }
 
 impl Away {
