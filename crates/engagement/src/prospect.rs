@@ -2,12 +2,16 @@
 //!
 //! A [`Prospect`] is made of events, each applied once however often it is told: the timeline
 //! remembers which. Only what a person did counts; a hit that turns out to be a machine's is taken
-//! back. Bounded: the newest 100 things, the newest 50 campaigns, the days that may count.
+//! back. Bounded: the newest 100 things, the newest 50 campaigns, the days that may count. How it
+//! is stored says [`stored`].
 
-use crate::identity::{read, write};
-use model::{DeliveryStatus, EventKind, Timestamp, VisitorId};
+mod stored;
+
+use model::{DeliveryStatus, EventKind, MessageId, Timestamp, VisitorId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use uuid::Uuid;
 
 const TIMELINE: usize = 100;
 const CAMPAIGNS: usize = 50;
@@ -52,10 +56,10 @@ pub struct Day {
 }
 
 /// What there is of a person in one campaign.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InCampaign {
     /// Its name; empty: none.
-    pub name: Box<str>,
+    pub name: Arc<str>,
     /// Opened by a person, or by what cannot be told.
     pub opened: bool,
     /// Clicked by a person.
@@ -65,20 +69,20 @@ pub struct InCampaign {
 }
 
 /// One thing that happened.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The event.
-    pub event_id: Box<str>,
+    pub event_id: Uuid,
     /// Its type, by code: [`Entry::kind`] reads it.
     pub code: u8,
     /// When.
     pub at: Timestamp,
     /// In which campaign; empty: in none.
-    pub campaign: Box<str>,
-    /// The message; empty: none.
-    pub message_id: Box<str>,
+    pub campaign: Arc<str>,
+    /// The message.
+    pub message: Option<MessageId>,
     /// The link or the page, at most 200 bytes; empty: none.
-    pub url: Box<str>,
+    pub url: Arc<str>,
     /// The visitor, for a page.
     pub visitor: Option<VisitorId>,
     /// Whether it counts as done by the person.
@@ -87,14 +91,14 @@ pub struct Entry {
 
 impl Entry {
     /// A thing of this type.
-    pub fn new(event_id: &str, kind: EventKind, at: Timestamp) -> Self {
+    pub fn new(event_id: Uuid, kind: EventKind, at: Timestamp) -> Self {
         Self {
-            event_id: event_id.into(),
+            event_id,
             code: kind.code(),
             at,
-            campaign: "".into(),
-            message_id: "".into(),
-            url: "".into(),
+            campaign: Arc::default(),
+            message: None,
+            url: Arc::default(),
             visitor: None,
             human: false,
         }
@@ -107,18 +111,18 @@ impl Entry {
 }
 
 /// A browser of the person.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     /// The visitor.
     pub visitor: VisitorId,
     /// By which binding.
-    pub binding: Box<str>,
+    pub binding: Uuid,
     /// Since when.
     pub since: Timestamp,
 }
 
 /// A person, as far as an account knows.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Prospect {
     /// The newest address.
     pub email: Box<str>,
@@ -137,7 +141,7 @@ pub struct Prospect {
     /// The newest last.
     pub timeline: Vec<Entry>,
     /// Which browser clicked first in which message, the newest last.
-    pub first_clicks: Vec<(Box<str>, VisitorId)>,
+    pub first_clicks: Vec<(MessageId, VisitorId)>,
 }
 
 fn day_of(at: Timestamp) -> u32 {
@@ -158,10 +162,10 @@ fn slot(day: &mut Day, kind: EventKind) -> Option<&mut u16> {
 
 impl Prospect {
     /// Whether an event is in the timeline.
-    pub fn knows(&self, event_id: &str) -> bool {
-        self.timeline
-            .iter()
-            .any(|entry| *entry.event_id == *event_id)
+    pub fn knows(&self, event_id: Uuid) -> bool {
+        // What is asked for is mostly new, and else mostly not old.
+        let mut newest = self.timeline.iter().rev();
+        newest.any(|entry| entry.event_id == event_id)
     }
 
     /// Applies an event, unless it was applied before. Whether it was new.
@@ -169,7 +173,7 @@ impl Prospect {
         let Some(kind) = entry.kind() else {
             return false;
         };
-        if self.knows(&entry.event_id) {
+        if self.knows(entry.event_id) {
             return false;
         }
         if entry.human {
@@ -212,14 +216,14 @@ impl Prospect {
     }
 
     /// What there is of a campaign, which becomes the newest.
-    fn campaign(&mut self, name: &str) -> &mut InCampaign {
-        let at = self.campaigns.iter().position(|of| *of.name == *name);
+    fn campaign(&mut self, name: &Arc<str>) -> &mut InCampaign {
+        let at = self.campaigns.iter().position(|of| of.name == *name);
         let known = at.map(|at| self.campaigns.remove(at));
         if self.campaigns.len() >= CAMPAIGNS {
             self.campaigns.remove(0);
         }
         let of = known.unwrap_or_else(|| InCampaign {
-            name: name.into(),
+            name: name.clone(),
             opened: false,
             clicked: false,
             replied: false,
@@ -230,7 +234,7 @@ impl Prospect {
     }
 
     /// Mail of a campaign ended so.
-    pub fn mailed(&mut self, campaign: &str, status: DeliveryStatus, at: Timestamp) {
+    pub fn mailed(&mut self, campaign: &Arc<str>, status: DeliveryStatus, at: Timestamp) {
         self.campaign(campaign);
         self.delivery = Some(status.code());
         if status == DeliveryStatus::Ok {
@@ -244,25 +248,28 @@ impl Prospect {
         known.unwrap_or(DeliveryStatus::Unconfirmed)
     }
 
-    /// Takes back, or gives back, that a person did something.
-    pub fn revise(&mut self, event_id: &str, human: bool) {
+    /// Takes back, or gives back, that a person did something. Whether anything changed.
+    pub fn revise(&mut self, event_id: Uuid, human: bool) -> bool {
         let found = self
             .timeline
             .iter_mut()
-            .find(|entry| *entry.event_id == *event_id && entry.human != human);
-        let Some(entry) = found else { return };
+            .find(|entry| entry.event_id == event_id && entry.human != human);
+        let Some(entry) = found else { return false };
         entry.human = human;
         let entry = entry.clone();
-        let Some(kind) = entry.kind() else { return };
+        let Some(kind) = entry.kind() else {
+            return true;
+        };
         if human {
             self.did(kind, &entry);
-            return;
+            return true;
         }
         let day = self.days.entry(day_of(entry.at)).or_default();
         if let Some(count) = slot(day, kind) {
             *count = count.saturating_sub(1);
         }
         self.recount(&entry.campaign);
+        true
     }
 
     /// Finds anew what was made of the entries: when the person last did something, and what in a
@@ -297,8 +304,8 @@ impl Prospect {
     }
 
     /// A browser is no longer the person's: the pages that came by it go with it.
-    pub fn unbind(&mut self, binding: &str, visitor: VisitorId) -> Vec<Entry> {
-        self.visitors.retain(|known| *known.binding != *binding);
+    pub fn unbind(&mut self, binding: Uuid, visitor: VisitorId) -> Vec<Entry> {
+        self.visitors.retain(|known| known.binding != binding);
         self.take_back(|entry| entry.visitor == Some(visitor))
     }
 
@@ -326,12 +333,12 @@ impl Prospect {
     }
 
     /// Notes which browser clicked in a message; the one that clicked first, if it was another.
-    pub fn clicked_before(&mut self, message_id: &str, visitor: VisitorId) -> Option<VisitorId> {
-        let first = self.first_clicks.iter().find(|(id, _)| **id == *message_id);
+    pub fn clicked_before(&mut self, message: MessageId, visitor: VisitorId) -> Option<VisitorId> {
+        let first = self.first_clicks.iter().find(|(id, _)| *id == message);
         if let Some((_, first)) = first {
             return Some(*first).filter(|first| *first != visitor);
         }
-        self.first_clicks.push((message_id.into(), visitor));
+        self.first_clicks.push((message, visitor));
         if self.first_clicks.len() > CAMPAIGNS {
             self.first_clicks.remove(0);
         }
@@ -358,12 +365,12 @@ impl Prospect {
 
     /// As it is stored.
     pub fn to_bytes(&self) -> Vec<u8> {
-        write(self)
+        stored::write(self)
     }
 
-    /// Reads what is stored; `None` when it is of another form.
+    /// Reads what is stored, by an older version too; `None` when it is of another form.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        read(bytes)
+        stored::read(bytes)
     }
 }
 
@@ -380,11 +387,26 @@ mod tests {
         Timestamp::from_millis(day * DAY + millis)
     }
 
-    fn entry(id: &str, kind: EventKind, at: Timestamp) -> Entry {
+    /// An id out of a short name.
+    fn id(name: &str) -> Uuid {
+        let bytes = name
+            .bytes()
+            .fold(0, |all, byte| all << 8 | u128::from(byte));
+        Uuid::from_u128(bytes)
+    }
+
+    fn entry(name: &str, kind: EventKind, at: Timestamp) -> Entry {
         Entry {
             campaign: "spring".into(),
             human: true,
-            ..Entry::new(id, kind, at)
+            ..Entry::new(id(name), kind, at)
+        }
+    }
+
+    fn message(index: u32) -> MessageId {
+        MessageId {
+            batch: model::BatchId::from_bytes([0xee; 16]),
+            index,
         }
     }
 
@@ -416,15 +438,15 @@ mod tests {
         let mut person = Prospect::default();
         person.apply(entry("o", EventKind::EmailOpened, at(9, 1)));
         person.apply(entry("c", EventKind::EmailClicked, at(10, 5)));
-        person.revise("c", false);
-        person.revise("c", false);
+        person.revise(id("c"), false);
+        person.revise(id("c"), false);
         assert_eq!(person.score(&points(), at(10, 9)), u64::from(points().open));
         assert_eq!(person.last_human_at, Some(at(9, 1)));
         assert_eq!(
             (person.campaigns[0].opened, person.campaigns[0].clicked),
             (true, false)
         );
-        person.revise("c", true);
+        person.revise(id("c"), true);
         assert!(person.campaigns[0].clicked);
         assert_eq!(person.last_human_at, Some(at(10, 5)));
     }
@@ -434,7 +456,7 @@ mod tests {
         let (mut person, visitor) = (Prospect::default(), VisitorId::from_bytes([4; 16]));
         person.bind(Seen {
             visitor,
-            binding: "b".into(),
+            binding: id("b"),
             since: at(9, 0),
         });
         person.apply(entry("c", EventKind::EmailClicked, at(9, 0)));
@@ -442,7 +464,7 @@ mod tests {
             visitor: Some(visitor),
             ..entry("p", EventKind::PageViewed, at(9, 1))
         });
-        let gone = person.unbind("b", visitor);
+        let gone = person.unbind(id("b"), visitor);
         assert_eq!(gone.len(), 1);
         assert!(person.visitors.is_empty());
         assert_eq!(person.score(&points(), at(9, 9)), u64::from(points().click));
@@ -454,9 +476,9 @@ mod tests {
         let (mut person, v) = (Prospect::default(), |byte| {
             VisitorId::from_bytes([byte; 16])
         });
-        assert_eq!(person.clicked_before("m", v(1)), None);
-        assert_eq!(person.clicked_before("m", v(1)), None);
-        assert_eq!(person.clicked_before("m", v(2)), Some(v(1)));
+        assert_eq!(person.clicked_before(message(1), v(1)), None);
+        assert_eq!(person.clicked_before(message(1), v(1)), None);
+        assert_eq!(person.clicked_before(message(1), v(2)), Some(v(1)));
     }
 
     #[test]
@@ -467,9 +489,10 @@ mod tests {
             person.apply(Entry {
                 url: long.as_str().into(),
                 campaign: format!("{number}{}", "c".repeat(120)).into(),
-                message_id: "01JD0000000000000000000000.4294967295".into(),
+                message: Some(message(u32::MAX - u32::try_from(number).expect("small"))),
+                visitor: Some(VisitorId::from_bytes([0xff; 16])),
                 ..entry(
-                    &format!("0199aa57-1f3e-7700-8000-{number:012}"),
+                    &format!("{number:012}"),
                     EventKind::EmailClicked,
                     at(number, 1),
                 )

@@ -19,19 +19,23 @@
 use crate::rules::{Rules, is_private};
 use model::{Actor, FactId, HitKind, MessageId, Timestamp, Verdict};
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// Messages remembered.
 const MESSAGES: usize = 200_000;
-/// Hits remembered per message.
+/// Hits remembered per message …
 const HITS: usize = 64;
+/// … and in all.
+const ALL_HITS: usize = 200_000;
 /// How long a message without hits is remembered; one with hits, as long as `same_client` says.
 const QUIET: Duration = Duration::from_secs(120);
 /// Clients remembered for `many_recipients`.
 const CLIENTS: usize = 50_000;
 
 /// Network and user agent.
-type Client = (Box<str>, Box<str>);
+type Client = (Arc<str>, Arc<str>);
 
 /// One hit, as its event tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +43,7 @@ pub struct Trace {
     /// Its fact.
     pub id: FactId,
     /// Its event.
-    pub event_id: Box<str>,
+    pub event_id: Uuid,
     /// On which message.
     pub message: MessageId,
     /// An open or a click.
@@ -51,9 +55,9 @@ pub struct Trace {
     /// Which link, for a click.
     pub link: Option<u16>,
     /// The client's.
-    pub user_agent: Box<str>,
+    pub user_agent: Arc<str>,
     /// The client's, truncated.
-    pub network: Box<str>,
+    pub network: Arc<str>,
     /// The verdict so far: on the request by itself, or of an earlier judge.
     pub verdict: Verdict,
 }
@@ -97,6 +101,8 @@ struct Mail {
 pub struct Judge {
     settle: Duration,
     mails: HashMap<MessageId, Mail>,
+    /// How many hits these have in all.
+    hits: usize,
     /// When messages were touched, oldest first.
     touched: VecDeque<(Timestamp, MessageId)>,
     /// Hits that wait, oldest first.
@@ -111,6 +117,7 @@ impl Judge {
         Self {
             settle,
             mails: HashMap::new(),
+            hits: 0,
             touched: VecDeque::new(),
             waiting: VecDeque::new(),
             clients: HashMap::new(),
@@ -146,7 +153,8 @@ impl Judge {
     pub fn hit(&mut self, trace: Trace, settled: bool) {
         let (message, recorded_at) = (trace.message, trace.recorded_at);
         let mail = self.touch(message, recorded_at);
-        if mail.hits.len() >= HITS
+        let before = mail.hits.len();
+        if before >= HITS
             && let Some(old) = mail.hits.iter().position(|kept| kept.settled)
         {
             mail.hits.remove(old);
@@ -158,6 +166,7 @@ impl Judge {
                 reason: None,
             });
         }
+        self.hits += mail.hits.len() - before;
         if !settled {
             self.waiting.push_back(trace);
         }
@@ -177,14 +186,20 @@ impl Judge {
     /// The verdicts on hits whose time has come, and what they revise: message by message, in the
     /// order in which the first hit of each came.
     pub fn due(&mut self, rules: &Rules, now: Timestamp) -> Vec<Judged> {
-        let mut order = Vec::new();
+        self.some_due(rules, now, usize::MAX)
+    }
+
+    /// The same for the first `most` of these hits; whoever gets as many asks again.
+    pub fn some_due(&mut self, rules: &Rules, now: Timestamp, most: usize) -> Vec<Judged> {
+        let (mut order, mut count) = (Vec::new(), 0);
         let mut due: HashMap<MessageId, Vec<Trace>> = HashMap::new();
         let settle = self.settle;
         let is_due = |of: &&mut Trace| of.recorded_at + settle <= now;
-        while self.waiting.front_mut().filter(is_due).is_some() {
+        while count < most && self.waiting.front_mut().filter(is_due).is_some() {
             let Some(trace) = self.waiting.pop_front() else {
                 break;
             };
+            count += 1;
             let message = trace.message;
             let of = due.entry(message).or_insert_with(|| {
                 order.push(message);
@@ -217,13 +232,14 @@ impl Judge {
         traces: Vec<Trace>,
         judged: &mut Vec<Judged>,
     ) {
-        let due: HashSet<FactId> = traces.iter().map(|trace| trace.id).collect();
+        let due: Due = traces.iter().map(|trace| trace.id).collect();
         // More than is remembered, or forgotten: judged by itself.
         let known = self.mails.get(&message).map(|mail| mail.hits.as_slice());
-        let known: HashSet<FactId> = known
+        let known: Due = known
             .unwrap_or_default()
             .iter()
             .map(|kept| kept.trace.id)
+            .filter(|id| due.contains(id))
             .collect();
         let alone = traces.into_iter().filter(|of| !known.contains(&of.id));
         judged.extend(alone.map(|trace| Judged {
@@ -270,7 +286,7 @@ impl Judge {
     fn forget(&mut self, rules: &Rules, now: Timestamp) {
         let long = rules.behaviour.same_client + self.settle;
         while let Some(&(at, message)) = self.touched.front() {
-            let crowded = self.mails.len() > MESSAGES;
+            let crowded = self.mails.len() > MESSAGES || self.hits > ALL_HITS;
             if at + QUIET > now && !crowded {
                 break;
             }
@@ -286,13 +302,30 @@ impl Judge {
                 if crowded {
                     break;
                 }
-            } else {
-                self.mails.remove(&message);
+            } else if let Some(mail) = self.mails.remove(&message) {
+                self.hits -= mail.hits.len();
             }
         }
         if self.clients.len() > CLIENTS {
             self.clients.clear();
         }
+    }
+}
+
+/// The names of hits that are judged now.
+struct Due(Vec<FactId>);
+
+impl Due {
+    fn contains(&self, id: &FactId) -> bool {
+        self.0.binary_search(id).is_ok()
+    }
+}
+
+impl FromIterator<FactId> for Due {
+    fn from_iter<I: IntoIterator<Item = FactId>>(ids: I) -> Self {
+        let mut ids: Vec<FactId> = ids.into_iter().collect();
+        ids.sort_unstable();
+        Self(ids)
     }
 }
 
@@ -357,9 +390,14 @@ fn read_together(rules: &Rules, mail: &mut Mail) {
             .collect();
         seen.len() >= usize::from(links)
     });
-    let mut burst = crowded(&clicks, 2, behaviour.same_moment);
-    burst.extend(crowded(&clicks, behaviour.burst_links, behaviour.burst));
-    let ordered = in_order(&clicks, behaviour.order_links, behaviour.order);
+    let first = clicks.first().map(|(_, link)| *link);
+    let (mut burst, mut ordered) = (HashSet::new(), HashSet::new());
+    // Most people follow one link of a message, however often.
+    if clicks.iter().any(|(_, link)| Some(*link) != first) {
+        burst = crowded(&clicks, 2, behaviour.same_moment);
+        burst.extend(crowded(&clicks, behaviour.burst_links, behaviour.burst));
+        ordered = in_order(&clicks, behaviour.order_links, behaviour.order);
+    }
     for kept in &mut mail.hits {
         let trace = &kept.trace;
         let reason = if early(trace.at) {
@@ -379,7 +417,7 @@ fn read_together(rules: &Rules, mail: &mut Mail) {
         };
         kept.reason = kept.reason.or(reason);
     }
-    let machines: Vec<(Timestamp, Box<str>, Box<str>)> = mail
+    let machines: Vec<(Timestamp, Arc<str>, Arc<str>)> = mail
         .hits
         .iter()
         .filter(|kept| kept.reason.is_some() && is_public(&kept.trace.network))
@@ -490,7 +528,7 @@ mod tests {
                 journal: JournalId::from_bytes([2; 16]),
                 seq,
             },
-            event_id: seq.to_string().into(),
+            event_id: Uuid::from_u128(seq.into()),
             message: message(index),
             kind: HitKind::Click,
             at: at(millis),
@@ -560,6 +598,7 @@ mod tests {
         judge.due(&Rules::shipped(), at(2_000_000));
         judge.due(&Rules::shipped(), at(4_000_000));
         assert!(judge.mails.is_empty());
+        assert_eq!(judge.hits, 0);
     }
 
     proptest! {

@@ -8,10 +8,10 @@
 //! is not written, so rows without it stay what they were, and a program that does not know the
 //! variant refuses the rows that have it.
 
-use crate::form::{LogBlock, LogEntry, UNPACKED_MAX};
+use crate::form::{BriefEntry, BriefFact, BriefLog, LogBlock, LogEntry, UNPACKED_MAX};
 use model::{
     Attempt, AttemptDetail, AttemptResult, BatchId, EmailAddress, Fact, JournalId, LotNumber,
-    MessageId, Place, Row, SuppressionReason, Timestamp, TrackingMode,
+    MessageId, Place, Row, Seq, SuppressionReason, Timestamp, TrackingMode,
 };
 use serde::{Deserialize, Serialize};
 
@@ -346,6 +346,26 @@ impl AttemptColumns {
         u32::try_from(which).unwrap_or(u32::MAX)
     }
 
+    /// When each was, and when its final dot was sent; `None` when the columns do not fit together.
+    fn times(self) -> Option<Vec<BriefFact>> {
+        let mut times = Vec::with_capacity(self.which.len());
+        let mut at = self.at.numbers();
+        let mut dot = self.dot.into_iter();
+        for which in self.which {
+            let common = self.common.get(usize::try_from(which).ok()?)?;
+            let at = at.next()?;
+            let dot_at = match common.dotted {
+                true => Some(Timestamp::from_millis(at.wrapping_sub(dot.next()?))),
+                false => None,
+            };
+            times.push(BriefFact::Attempt {
+                at: Timestamp::from_millis(at),
+                dot_at,
+            });
+        }
+        Some(times)
+    }
+
     /// `None` when the columns do not fit together.
     fn attempts(self) -> Option<Vec<Attempt>> {
         let mut attempts = Vec::with_capacity(self.which.len());
@@ -430,26 +450,59 @@ impl LogColumns {
 
     /// `None` when the columns do not fit together.
     pub(crate) fn block(self) -> Option<LogBlock> {
-        let mut attempts = self.attempts.attempts()?.into_iter();
+        let journal = self.journal;
+        let attempts = |of: AttemptColumns| {
+            let attempts = of.attempts()?.into_iter();
+            Some(attempts.map(|attempt| Fact::Attempt(Box::new(attempt))))
+        };
+        let entries = self.joined(attempts, |fact| fact)?;
+        let entries = entries.map(|(position, seq, fact)| LogEntry {
+            position,
+            seq,
+            fact,
+        });
+        Some(LogBlock {
+            journal,
+            entries: entries.collect(),
+        })
+    }
+
+    /// The same with little of the attempts.
+    pub(crate) fn brief(self) -> Option<BriefLog> {
+        let journal = self.journal;
+        let times = |of: AttemptColumns| of.times().map(Vec::into_iter);
+        let entries = self.joined(times, BriefFact::Other)?;
+        let entries = entries.map(|(position, seq, fact)| BriefEntry {
+            position,
+            seq,
+            fact,
+        });
+        Some(BriefLog {
+            journal,
+            entries: entries.collect(),
+        })
+    }
+
+    /// Attempts and other facts in their order, with their positions and sequences.
+    fn joined<T, A: Iterator<Item = T>>(
+        self,
+        attempts: impl FnOnce(AttemptColumns) -> Option<A>,
+        other: impl Fn(Fact) -> T,
+    ) -> Option<impl Iterator<Item = (u16, Seq, T)>> {
+        let mut attempts = attempts(self.attempts)?;
         let mut others = self.others.into_iter().peekable();
         let mut seq = self.seq.numbers();
         let mut entries = Vec::with_capacity(self.position.0.len());
         for (position, number) in self.position.numbers().zip(0_u32..) {
             let fact = match others.next_if(|(before, _)| *before == number) {
-                Some((_, fact)) => fact,
-                None => Fact::Attempt(Box::new(attempts.next()?)),
+                Some((_, fact)) => other(fact),
+                None => attempts.next()?,
             };
-            entries.push(LogEntry {
-                position: u16::try_from(position).ok()?,
-                seq: seq.next()?.cast_unsigned(),
-                fact,
-            });
+            let position = u16::try_from(position).ok()?;
+            entries.push((position, seq.next()?.cast_unsigned(), fact));
         }
         let whole = others.next().is_none() && attempts.next().is_none();
-        whole.then_some(LogBlock {
-            journal: self.journal,
-            entries,
-        })
+        whole.then(|| entries.into_iter())
     }
 }
 
@@ -630,7 +683,8 @@ mod tests {
         #[test]
         fn facts_read_back(block in any_block()) {
             let packed = Packer::new().unwrap().pack_log(&block).unwrap();
-            prop_assert_eq!(form::unpack_log(&packed).unwrap(), block);
+            prop_assert_eq!(form::unpack_log(&packed).unwrap(), block.clone());
+            prop_assert_eq!(form::unpack_log_brief(&packed).unwrap(), form::BriefLog::from(block));
         }
 
         #[test]
@@ -674,6 +728,7 @@ mod tests {
             for form in [bytes.clone(), [&head[..], &bytes].concat()] {
                 let _read = form::unpack_rows(&form);
                 let _read = form::unpack_log(&form);
+                let _read = form::unpack_log_brief(&form);
             }
         }
     }

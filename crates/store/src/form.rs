@@ -5,9 +5,10 @@
 
 use crate::columns::{LogColumns, RowColumns};
 use crate::{Result, StoreError};
-use model::{EmailAddress, Fact, JournalId, LotNumber, Row, Seq, TrackingMode};
+use model::{EmailAddress, Fact, JournalId, LotNumber, Row, Seq, Timestamp, TrackingMode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 
 /// What a stored form may grow to when it is unpacked: 500 rows of what intake lets through.
 pub(crate) const UNPACKED_MAX: u32 = 256 << 20;
@@ -95,12 +96,28 @@ pub(crate) fn unpack<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T
                 return Err(damaged("its length"));
             }
             let length = usize::try_from(length).map_err(|_| damaged("its length"))?;
-            let plain =
-                zstd::bulk::decompress(body, length).map_err(|_| damaged("its compression"))?;
+            let plain = decompress(body, length)?;
             read(&plain)
         }
         _ => Err(damaged("its head")),
     }
+}
+
+thread_local! {
+    /// A context is expensive to make, and a page of events unpacks hundreds of logs.
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+        const { RefCell::new(None) };
+}
+
+fn decompress(body: &[u8], length: usize) -> Result<Vec<u8>> {
+    let plain = DECOMPRESSOR.with_borrow_mut(|kept| {
+        let made = match kept.take() {
+            Some(made) => made,
+            None => zstd::bulk::Decompressor::new()?,
+        };
+        kept.insert(made).decompress(body, length)
+    });
+    plain.map_err(|_| damaged("its compression"))
 }
 
 /// A row in form 1, which ended before its time zone.
@@ -152,6 +169,15 @@ pub(crate) fn unpack_log(bytes: &[u8]) -> Result<LogBlock> {
     }
     let columns: LogColumns = unpack(version::LOG, bytes)?;
     columns.block().ok_or_else(|| damaged("its columns"))
+}
+
+/// Reads [`Packer::pack_log`] without what attempts have to say beside their times.
+pub(crate) fn unpack_log_brief(bytes: &[u8]) -> Result<BriefLog> {
+    if bytes.first() == Some(&version::LOG_BY_FACT) {
+        return Ok(unpack::<LogBlock>(version::LOG_BY_FACT, bytes)?.into());
+    }
+    let columns: LogColumns = unpack(version::LOG, bytes)?;
+    columns.brief().ok_or_else(|| damaged("its columns"))
 }
 
 /// A reference to a recipient, with the attempts that it had when it was filed.
@@ -220,6 +246,57 @@ pub(crate) struct LogEntry {
     pub(crate) position: u16,
     pub(crate) seq: Seq,
     pub(crate) fact: Fact,
+}
+
+/// A [`LogBlock`] of which only some is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BriefLog {
+    pub(crate) journal: JournalId,
+    pub(crate) entries: Vec<BriefEntry>,
+}
+
+/// One fact in a [`BriefLog`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BriefEntry {
+    pub(crate) position: u16,
+    pub(crate) seq: Seq,
+    pub(crate) fact: BriefFact,
+}
+
+/// A fact, of an attempt only when it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum BriefFact {
+    Attempt {
+        at: Timestamp,
+        dot_at: Option<Timestamp>,
+    },
+    Other(Fact),
+}
+
+impl From<Fact> for BriefFact {
+    fn from(fact: Fact) -> Self {
+        match fact {
+            Fact::Attempt(of) => Self::Attempt {
+                at: of.at,
+                dot_at: of.dot_at,
+            },
+            other => Self::Other(other),
+        }
+    }
+}
+
+impl From<LogBlock> for BriefLog {
+    fn from(block: LogBlock) -> Self {
+        let entries = block.entries.into_iter().map(|of| BriefEntry {
+            position: of.position,
+            seq: of.seq,
+            fact: of.fact.into(),
+        });
+        Self {
+            journal: block.journal,
+            entries: entries.collect(),
+        }
+    }
 }
 
 /// Events of one step, in order.

@@ -14,7 +14,7 @@ use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
     reason = "every type of the trait passes through here"
 )]
 use crate::types::*;
-use crate::{EventPage, Piece, Result, Store};
+use crate::{EventPage, Piece, Result, SignPage, Store};
 
 /// What stands in front of a store: a network that fails, a watch that measures.
 ///
@@ -360,6 +360,10 @@ impl<L: Layer> Store for L {
         around(self, "message", self.inner().message(message)).await
     }
 
+    async fn messages(&self, messages: Vec<MessageId>) -> Result<Vec<MessageStory>> {
+        around(self, "messages", self.inner().messages(messages)).await
+    }
+
     async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
         around(self, "address", self.inner().address(account, email)).await
     }
@@ -370,6 +374,10 @@ impl<L: Layer> Store for L {
 
     async fn events(&self, query: EventQuery) -> Result<EventPage> {
         around(self, "events", self.inner().events(query)).await
+    }
+
+    async fn signs(&self, query: EventQuery) -> Result<SignPage> {
+        around(self, "signs", self.inner().signs(query)).await
     }
 
     async fn event_cursor(&self, at: Timestamp) -> Result<String> {

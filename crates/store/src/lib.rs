@@ -30,6 +30,7 @@ mod layer;
 mod recent;
 pub mod redis;
 mod signing;
+mod signs;
 pub mod sqlite;
 mod tell;
 pub mod transition;
@@ -39,6 +40,7 @@ pub use backup::Piece;
 pub use clock::clock_offset;
 pub use layer::Layer;
 pub use signing::{SIGNING_KEY_TOLD, signing_keys, tell_signing_key};
+pub use signs::{Happened, HitSign, MailSign, Sign, SignPage};
 pub use types::*;
 
 use async_trait::async_trait;
@@ -367,6 +369,10 @@ pub trait Store: Send + Sync + 'static {
     /// One message with all its facts, oldest first.
     async fn message(&self, message: model::MessageId) -> Result<Option<MessageStory>>;
 
+    /// The stories of those of these messages that are there, in no order: each lot's facts are read
+    /// once for all of its messages. At most some thousand at a time.
+    async fn messages(&self, messages: Vec<model::MessageId>) -> Result<Vec<MessageStory>>;
+
     /// What is known of an address in an account: its newest messages (at most 100).
     async fn address(&self, account: &str, email: &str) -> Result<AddressStory>;
 
@@ -376,6 +382,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Events after a cursor, oldest first. A cursor that is none of this store's is refused.
     async fn events(&self, query: EventQuery) -> Result<EventPage>;
+
+    /// The same as signs: what is read of events by whoever follows people. A page may be of up to
+    /// [`SIGNS`] of them.
+    async fn signs(&self, query: EventQuery) -> Result<SignPage>;
 
     /// The cursor after which the first event is the oldest kept that was recorded at or after `at`;
     /// the end of the stream when there is none. By the clock that the store records by: where that

@@ -37,6 +37,11 @@ impl Told {
     }
 }
 
+/// The id of a fact's event.
+pub(crate) fn id_of_fact(of: FactId, kind: EventKind, at: Timestamp) -> uuid::Uuid {
+    event_id(at, &identity_of(of, kind))
+}
+
 /// What the id of a fact's event is made of.
 fn identity_of(id: FactId, kind: EventKind) -> String {
     format!("{} fact {} {kind}", id.journal, id.seq)
@@ -177,7 +182,7 @@ fn event_id(at: Timestamp, identity: &str) -> uuid::Uuid {
 }
 
 /// What the caller gave: the recipient's fields over the batch's.
-fn metadata_of(head: &BatchHead, row: &Row) -> Value {
+pub(crate) fn metadata_of(head: &BatchHead, row: &Row) -> Value {
     let own: Option<Value> = row
         .metadata
         .as_deref()

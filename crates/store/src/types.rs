@@ -935,9 +935,12 @@ pub struct EventQuery {
     pub kinds: Vec<EventKind>,
     /// Only of this batch.
     pub batch: Option<BatchId>,
-    /// At most (1 to 1,000).
+    /// At most (1 to 1,000; of signs, to [`SIGNS`]).
     pub limit: u32,
 }
+
+/// Signs in a page, at most.
+pub const SIGNS: u32 = 10_000;
 
 /// A page of a list and the cursor after it, when there may be more.
 #[derive(Debug, Clone, PartialEq, Eq)]

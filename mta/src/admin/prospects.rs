@@ -95,7 +95,7 @@ impl From<&Entry> for EntryView {
             r#type: entry.kind(),
             at: entry.at,
             campaign: some(&entry.campaign),
-            message_id: some(&entry.message_id),
+            message_id: entry.message.map(|id| id.to_string()),
             url: some(&entry.url),
             visitor: entry.visitor,
             human: entry.human,

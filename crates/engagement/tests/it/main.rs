@@ -127,7 +127,7 @@ fn judge(corpus: &Corpus, case: &Case, rules: &Rules) -> Vec<(String, Actor)> {
                         journal: JournalId::from_bytes([1; 16]),
                         seq,
                     },
-                    event_id: seq.to_string().into(),
+                    event_id: uuid::Uuid::from_u128(seq.into()),
                     message: *message,
                     kind,
                     at: at(*millis),

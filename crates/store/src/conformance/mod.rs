@@ -126,6 +126,7 @@ macro_rules! conformance_tests {
             events_are_told_once_each_and_never_change
             events_of_a_recipient_keep_their_order
             events_say_what_the_contract_says
+            signs_are_read_of_events
             recipients_are_paged_and_filtered
             a_message_tells_its_story
             an_address_is_found_in_its_account

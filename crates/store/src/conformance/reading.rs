@@ -2,7 +2,9 @@
 
 use super::Fixture;
 use super::support::*;
-use crate::{BatchQuery, EventQuery, RecipientQuery, Result, Store, Suppression, SuppressionQuery};
+use crate::{
+    BatchQuery, EventQuery, RecipientQuery, Result, Sign, Store, Suppression, SuppressionQuery,
+};
 use model::{
     Actor, AttemptResult, BatchId, BatchState, Blame, Class, EnhancedCode, Event, EventKind,
     HitKind, MessageId, RuleRef, Status, SuppressionReason, Timestamp,
@@ -228,6 +230,75 @@ pub async fn events_say_what_the_contract_says(fixture: &dyn Fixture) -> Result<
     assert_eq!(events[3].data, data);
     let hit = events[3].data["hit"].as_str().expect("its fact");
     assert!(hit.parse::<model::FactId>().is_ok(), "{hit}");
+    Ok(())
+}
+
+/// Signs are what is read of the same events, whatever the page size; stories of many messages are
+/// those of each.
+pub async fn signs_are_read_of_events(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    let batch = Spec::new(1, people(40, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let leased = node.lease(&*store, T0, "x.example", 40).await?;
+    let mut facts = outcomes(&leased, AttemptResult::Delivered, T0 + secs(1));
+    facts.extend(
+        [(3, HitKind::Click), (3, HitKind::Open), (9, HitKind::Click)]
+            .map(|(index, kind)| hit(batch, index, kind, Actor::Human, T0 + secs(2))),
+    );
+    node.report(&*store, facts, T0 + secs(3)).await?;
+    let hits = [3, 4].map(|index| hit(batch, index, HitKind::Click, Actor::Unknown, T0));
+    node.report(&*store, hits.into(), T0 + secs(4)).await?;
+    let every = [
+        vec![],
+        vec![EventKind::EmailDelivered],
+        vec![EventKind::EmailClicked, EventKind::BatchAccepted],
+    ];
+    for (kinds, limit) in every
+        .into_iter()
+        .flat_map(|of| [(of.clone(), 7), (of, 5_000)])
+    {
+        let query = EventQuery {
+            kinds,
+            limit,
+            ..EventQuery::default()
+        };
+        let events = events_of(&*store, query.clone()).await?;
+        let expected: Vec<Sign> = events.into_iter().map(Sign::of).collect();
+        let (mut signs, mut after) = (Vec::new(), None);
+        loop {
+            let page = store
+                .signs(EventQuery {
+                    after: after.clone(),
+                    ..query.clone()
+                })
+                .await?;
+            let ended = page.signs.is_empty();
+            signs.extend(page.signs);
+            after = Some(page.next);
+            if ended {
+                break;
+            }
+        }
+        assert_eq!(signs, expected, "{:?}", query.kinds);
+        let of_mail = |sign: &&Sign| matches!(sign, Sign::Mail(_));
+        assert!(signs.iter().filter(of_mail).count() >= 4);
+    }
+    let beyond = EventQuery {
+        after: Some("e1-7777777777777777".into()),
+        ..EventQuery::default()
+    };
+    assert!(store.signs(beyond).await.is_err());
+    let message = |index| MessageId { batch, index };
+    let some = vec![message(9), message(3), message(77), message(4)];
+    let mut stories = store.messages(some.clone()).await?;
+    stories.sort_by_key(|story| story.recipient.row.index);
+    let mut each = Vec::new();
+    for index in [3, 4, 9] {
+        each.extend(store.message(message(index)).await?);
+    }
+    assert_eq!((stories.len(), &stories), (3, &each));
     Ok(())
 }
 

@@ -8,14 +8,15 @@ use super::Inner;
 use super::keys;
 use super::link::answer;
 use crate::{
-    Control, ControlCursor, ControlPage, EventPage, EventQuery, FeedPlace, Result, StoreError,
+    Control, ControlCursor, ControlPage, EventPage, EventQuery, FeedPlace, Happened, Result, SIGNS,
+    Sign, SignPage, StoreError,
 };
 use ::redis::{Cmd, Pipeline, Value};
 use futures_util::future::try_join_all;
-use model::{Event, Partition, Timestamp};
+use model::{Event, EventKind, HitKind, Partition, Timestamp};
 use std::collections::VecDeque;
 
-/// Items of one page of the control feed.
+/// Items of one page of the control feed, events read at once.
 const PAGE: usize = 1_000;
 /// Events looked through for one page: a filter that finds little answers with a cursor.
 const SEARCHED: usize = 50_000;
@@ -61,14 +62,15 @@ pub(super) fn field(fields: &Fields, name: &[u8]) -> Vec<u8> {
 }
 
 /// What was read ahead of a partition's events.
-struct Ahead {
+struct Ahead<T> {
     partition: Partition,
     /// The number of the last event told.
     told: u64,
     /// The number of the last event read.
     read: u64,
     ended: bool,
-    events: VecDeque<Event>,
+    /// With their numbers.
+    events: VecDeque<(u64, T)>,
 }
 
 impl Inner {
@@ -168,6 +170,29 @@ impl Inner {
 
     /// Events after a cursor.
     pub(super) async fn event_page(&self, query: &EventQuery) -> Result<EventPage> {
+        let read = |json: &[u8]| {
+            let event: serde_json::Result<Event> = serde_json::from_slice(json);
+            event.map_err(|error| StoreError::Damaged(format!("an event: {error}")))
+        };
+        let (events, next) = self.gather(query, PAGE, read, wanted).await?;
+        Ok(EventPage { events, next })
+    }
+
+    /// Events after a cursor, as signs.
+    pub(super) async fn sign_page(&self, query: &EventQuery) -> Result<SignPage> {
+        let most = usize::try_from(SIGNS).unwrap_or(PAGE);
+        let (signs, next) = self.gather(query, most, Sign::read, wanted_sign).await?;
+        Ok(SignPage { signs, next })
+    }
+
+    /// What is read of the events after a cursor, at most `most`, and the cursor after it.
+    async fn gather<T>(
+        &self,
+        query: &EventQuery,
+        most: usize,
+        read: impl Fn(&[u8]) -> Result<T> + Copy,
+        wanted: impl Fn(&EventQuery, &T) -> bool,
+    ) -> Result<(Vec<T>, String)> {
         let newest = self.newest(keys::event_counter).await?;
         let after = match query.after.as_deref() {
             None => vec![0; usize::from(self.partitions)],
@@ -186,43 +211,41 @@ impl Inner {
             && self.home(batch).await?.is_none()
         {
             // Should it come to be, its events will come after this moment.
-            return Ok(EventPage {
-                events: Vec::new(),
-                next: write_cursor(&newest),
-            });
+            return Ok((Vec::new(), write_cursor(&newest)));
         }
-        let of = |(p, after): (Partition, u64)| Ahead {
+        // Nothing is asked of a partition that has nothing new.
+        let of = |((p, after), newest): ((Partition, u64), u64)| Ahead {
             partition: p,
             told: after,
             read: after,
-            ended: false,
+            ended: after == newest,
             events: VecDeque::new(),
         };
-        let mut parts: Vec<Ahead> = self.all_partitions().zip(after).map(of).collect();
-        let limit = usize::try_from(query.limit.clamp(1, 1_000)).unwrap_or(1);
-        let (mut events, mut searched) = (Vec::new(), 0);
-        while events.len() < limit && searched < SEARCHED {
-            let empty = |part: &&mut Ahead| part.events.is_empty() && !part.ended;
+        let places = self.all_partitions().zip(after).zip(newest);
+        let mut parts: Vec<Ahead<T>> = places.map(of).collect();
+        let limit = usize::try_from(query.limit).unwrap_or(most).clamp(1, most);
+        let (mut found, mut searched) = (Vec::new(), 0);
+        while found.len() < limit && searched < SEARCHED {
+            let empty = |part: &&mut Ahead<T>| part.events.is_empty() && !part.ended;
             let fill = parts.iter_mut().filter(empty);
-            try_join_all(fill.map(|part| self.read_ahead(part, limit))).await?;
-            let first = |part: &&mut Ahead| part.events.front().map_or(u64::MAX, |event| event.seq);
+            let left = limit - found.len();
+            try_join_all(fill.map(|part| self.read_ahead(part, left, read))).await?;
+            let first =
+                |part: &&mut Ahead<T>| part.events.front().map_or(u64::MAX, |(number, _)| *number);
             let Some(part) = parts.iter_mut().min_by_key(first) else {
                 break;
             };
-            let Some(event) = part.events.pop_front() else {
+            let Some((number, event)) = part.events.pop_front() else {
                 break;
             };
-            part.told = event.seq;
+            part.told = number;
             searched += 1;
             if wanted(query, &event) {
-                events.push(event);
+                found.push(event);
             }
         }
         let told: Vec<u64> = parts.iter().map(|part| part.told).collect();
-        Ok(EventPage {
-            events,
-            next: write_cursor(&told),
-        })
+        Ok((found, write_cursor(&told)))
     }
 
     /// The cursor before the first event that was recorded at or after `at`.
@@ -235,8 +258,13 @@ impl Inner {
         Ok(write_cursor(&places))
     }
 
-    async fn read_ahead(&self, part: &mut Ahead, limit: usize) -> Result<()> {
-        let count = limit.clamp(64, 1_000);
+    async fn read_ahead<T>(
+        &self,
+        part: &mut Ahead<T>,
+        limit: usize,
+        read: impl Fn(&[u8]) -> Result<T>,
+    ) -> Result<()> {
+        let count = limit.clamp(64, PAGE);
         let mut range = Cmd::new();
         range
             .arg("XRANGE")
@@ -252,9 +280,8 @@ impl Inner {
                 continue;
             };
             part.read = number;
-            let event = serde_json::from_slice(&field(&fields, b"e"))
-                .map_err(|error| StoreError::Damaged(format!("event {number}: {error}")))?;
-            part.events.push_back(event);
+            part.events
+                .push_back((number, read(&field(&fields, b"e"))?));
         }
         Ok(())
     }
@@ -290,6 +317,22 @@ fn wanted(query: &EventQuery, event: &Event) -> bool {
         && query
             .batch
             .is_none_or(|batch| event.batch_id == Some(batch))
+}
+
+fn wanted_sign(query: &EventQuery, sign: &Sign) -> bool {
+    let of = match sign {
+        Sign::Other(event) => return wanted(query, event),
+        Sign::Mail(of) => of,
+    };
+    let kind = match &of.what {
+        Happened::Delivered { .. } => EventKind::EmailDelivered,
+        Happened::Hit(of) if of.hit.kind == HitKind::Click => EventKind::EmailClicked,
+        Happened::Hit(_) => EventKind::EmailOpened,
+    };
+    let account = |wanted: &String| **wanted == *of.account;
+    query.account.as_ref().is_none_or(account)
+        && (query.kinds.is_empty() || query.kinds.contains(&kind))
+        && query.batch.is_none_or(|batch| of.message.batch == batch)
 }
 
 #[cfg(test)]

@@ -41,8 +41,8 @@ use crate::{
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
     NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
-    Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped, Store, StoreError,
-    Suppression, SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
+    Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped, SignPage, Store,
+    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
@@ -498,6 +498,10 @@ impl Store for RedisStore {
         self.inner.message(message).await
     }
 
+    async fn messages(&self, messages: Vec<MessageId>) -> Result<Vec<MessageStory>> {
+        self.inner.messages(&messages).await
+    }
+
     async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
         self.inner.address(account, email).await
     }
@@ -508,6 +512,10 @@ impl Store for RedisStore {
 
     async fn events(&self, query: EventQuery) -> Result<EventPage> {
         self.inner.event_page(&query).await
+    }
+
+    async fn signs(&self, query: EventQuery) -> Result<SignPage> {
+        self.inner.sign_page(&query).await
     }
 
     async fn event_cursor(&self, at: Timestamp) -> Result<String> {

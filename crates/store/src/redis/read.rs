@@ -372,29 +372,43 @@ impl Inner {
 
     /// One message with all its facts.
     pub(super) async fn message(&self, message: MessageId) -> Result<Option<MessageStory>> {
-        let Some(record) = self.with_rows(message.batch).await? else {
-            return Ok(None);
-        };
-        let Some(place) = self.place_of(message.batch, message.index).await? else {
-            return Ok(None);
-        };
-        let key = (message.batch, place.lot);
-        let only = BTreeSet::from([key]);
-        let cell = cell_at(&self.cells_of(&only).await?, key, place.position)?;
-        let head = self.known_head(message.batch).await?;
-        let row = row_at(&self.lots(&only).await?, key, place.position)?;
-        let mut facts = self
-            .facts_of(key, &HashSet::from([place.position]))
-            .await?
-            .remove(&place.position)
-            .unwrap_or_default();
-        facts.sort();
-        Ok(Some(MessageStory {
-            recipient: describe::describe(row, cell, record.released, &head, &facts),
-            batch: head,
-            attempts: facts.attempts,
-            hits: facts.hits,
-        }))
+        Ok(self.messages(&[message]).await?.pop())
+    }
+
+    /// Messages with all their facts, lot by lot.
+    pub(super) async fn messages(&self, messages: &[MessageId]) -> Result<Vec<MessageStory>> {
+        let mut by_lot: BTreeMap<LotKey, HashSet<u16>> = BTreeMap::new();
+        for message in messages {
+            if let Some(place) = self.place_of(message.batch, message.index).await? {
+                let key = (message.batch, place.lot);
+                by_lot.entry(key).or_default().insert(place.position);
+            }
+        }
+        let mut stories = Vec::new();
+        for (key, positions) in by_lot {
+            let Some(record) = self.with_rows(key.0).await? else {
+                continue;
+            };
+            let head = self.known_head(key.0).await?;
+            let only = BTreeSet::from([key]);
+            let (cells, rows) = (self.cells_of(&only).await?, self.lots(&only).await?);
+            let mut all = self.facts_of(key, &positions).await?;
+            for position in positions {
+                let (cell, row) = (
+                    cell_at(&cells, key, position)?,
+                    row_at(&rows, key, position)?,
+                );
+                let mut facts = all.remove(&position).unwrap_or_default();
+                facts.sort();
+                stories.push(MessageStory {
+                    recipient: describe::describe(row, cell, record.released, &head, &facts),
+                    batch: head.clone(),
+                    attempts: facts.attempts,
+                    hits: facts.hits,
+                });
+            }
+        }
+        Ok(stories)
     }
 
     /// What is known of an address. There is no record per recipient to look up: the lots of its

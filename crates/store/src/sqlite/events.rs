@@ -7,11 +7,14 @@ use super::feeds::{self, Feed};
 use super::ids::{self, LotId};
 use super::readers::Reading;
 use super::record::{By, record};
-use crate::form::{self, EventBlock, LogBlock, StoredEvent, version};
+use crate::form::{self, BriefFact, BriefLog, EventBlock, LogBlock, StoredEvent, version};
 use crate::tell::{self, Told};
 use crate::transition::Cell;
-use crate::{BatchHead, EventPage, EventQuery, Result, StoreError};
-use model::{About, Event, EventKind, Timestamp};
+use crate::{
+    BatchHead, EventPage, EventQuery, Happened, HitSign, MailSign, Result, SIGNS, Sign, SignPage,
+    StoreError,
+};
+use model::{About, Event, EventKind, Fact, FactId, Hit, MessageId, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,11 +72,36 @@ struct Telling<'a> {
     reading: &'a Reading<'a>,
     query: &'a EventQuery,
     batch: Option<i64>,
+    /// Logs of the step that is told.
     logs: HashMap<i64, Arc<LogBlock>>,
+    /// The same, read in brief.
+    brief: HashMap<i64, Option<BriefLog>>,
+    /// Account and campaign of batches.
+    origins: HashMap<i64, Origin>,
 }
+
+/// Whose mail it is.
+type Origin = (Arc<str>, Option<Arc<str>>);
 
 /// Events after a cursor.
 pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPage> {
+    let (events, next) = gather(reading, query, 1_000, Telling::tell)?;
+    Ok(EventPage { events, next })
+}
+
+/// Events after a cursor, as signs.
+pub(super) fn signs(reading: &Reading<'_>, query: &EventQuery) -> Result<SignPage> {
+    let (signs, next) = gather(reading, query, SIGNS, Telling::sign)?;
+    Ok(SignPage { signs, next })
+}
+
+/// What is told of the events after a cursor, at most `most`, and the cursor after it.
+fn gather<'a, T>(
+    reading: &'a Reading<'a>,
+    query: &'a EventQuery,
+    most: u32,
+    tell: impl Fn(&mut Telling<'a>, i64, Timestamp, &StoredEvent) -> Result<Option<T>>,
+) -> Result<(Vec<T>, String)> {
     let after = query.after.as_deref().map_or(Ok(0), read_cursor)?;
     let end = end(reading.connection)?;
     if after > end {
@@ -86,15 +114,10 @@ pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPag
         Some(id) => match record(reading.connection, By::Id(id.to_bytes()))? {
             Some(batch) => Some(batch.no),
             // Should it come to be, its events will come after this moment.
-            None => {
-                return Ok(EventPage {
-                    events: Vec::new(),
-                    next: write_cursor(end),
-                });
-            }
+            None => return Ok((Vec::new(), write_cursor(end))),
         },
     };
-    let limit = usize::try_from(query.limit.clamp(1, 1_000)).unwrap_or(1);
+    let limit = usize::try_from(query.limit.clamp(1, most)).unwrap_or(1);
     let mask = query
         .kinds
         .iter()
@@ -109,30 +132,29 @@ pub(super) fn page(reading: &Reading<'_>, query: &EventQuery) -> Result<EventPag
         query,
         batch,
         logs: HashMap::new(),
+        brief: HashMap::new(),
+        origins: HashMap::new(),
     };
-    let mut events = Vec::new();
+    let mut told = Vec::new();
     while let Some(block) = blocks.next()? {
         let id: i64 = block.get(0)?;
         let recorded_at = ids::time(block.get(1)?);
         let packed: Vec<u8> = block.get(2)?;
         let stored: EventBlock = form::unpack(version::EVENTS, &packed)?;
+        // A log is of one step, and so is a block.
+        telling.logs.clear();
+        telling.brief.clear();
         for (seq, event) in (id << ORDINAL_BITS..).zip(&stored.events) {
             if seq <= after {
                 continue;
             }
-            if events.len() >= limit {
-                return Ok(EventPage {
-                    events,
-                    next: write_cursor(seq - 1),
-                });
+            if told.len() >= limit {
+                return Ok((told, write_cursor(seq - 1)));
             }
-            events.extend(telling.tell(seq, recorded_at, event)?);
+            told.extend(tell(&mut telling, seq, recorded_at, event)?);
         }
     }
-    Ok(EventPage {
-        events,
-        next: write_cursor(end),
-    })
+    Ok((told, write_cursor(end)))
 }
 
 impl Telling<'_> {
@@ -228,6 +250,104 @@ impl Telling<'_> {
         }
     }
 
+    /// What is read of the event, if the query wants it.
+    fn sign(
+        &mut self,
+        seq: i64,
+        recorded_at: Timestamp,
+        stored: &StoredEvent,
+    ) -> Result<Option<Sign>> {
+        if let StoredEvent::Fact {
+            kind,
+            lot,
+            log,
+            entry,
+        } = stored
+            && let Some(kind) = EventKind::from_code(*kind)
+            && matches!(
+                kind,
+                EventKind::EmailDelivered | EventKind::EmailOpened | EventKind::EmailClicked
+            )
+        {
+            if !self.query.kinds.is_empty() && !self.query.kinds.contains(&kind) {
+                return Ok(None);
+            }
+            let mail = self.mail(kind, recorded_at, (*lot, *log, *entry))?;
+            return Ok(mail.map(|mail| Sign::Mail(Box::new(mail))));
+        }
+        let event = self.tell(seq, recorded_at, stored)?;
+        Ok(event.map(Sign::of))
+    }
+
+    /// A delivery or a hit, as it stands in a lot's log.
+    fn mail(
+        &mut self,
+        kind: EventKind,
+        recorded_at: Timestamp,
+        (lot, log, entry): (LotId, i64, u32),
+    ) -> Result<Option<MailSign>> {
+        let batch = ids::split(lot).0;
+        let Some(head) = self.wanted(batch)? else {
+            return Ok(None);
+        };
+        if !self.brief.contains_key(&log) {
+            let packed = self.packed_log(log)?;
+            let read = packed.map(|packed| form::unpack_log_brief(&packed));
+            self.brief.insert(log, read.transpose()?);
+        }
+        let at = usize::try_from(entry).unwrap_or(usize::MAX);
+        let block = self.brief.get_mut(&log).and_then(Option::as_mut);
+        let Some((journal, entry)) =
+            block.and_then(|of| Some((of.journal, of.entries.get_mut(at)?)))
+        else {
+            return Ok(None);
+        };
+        let (seq, position) = (entry.seq, entry.position);
+        let id = FactId { journal, seq };
+        let found = self.reading.cache.lot(self.reading.connection, lot)?;
+        let row = found
+            .as_ref()
+            .and_then(|of| of.rows.get(usize::from(position)));
+        let Some(row) = row else { return Ok(None) };
+        let (at, what) = match &entry.fact {
+            BriefFact::Attempt { at, dot_at } => (*at, Happened::Delivered { dot_at: *dot_at }),
+            BriefFact::Other(Fact::Hit(hit)) => {
+                let hit = Hit::clone(hit);
+                let variant = self.variant(&head, lot, position)?;
+                let of = HitSign {
+                    id,
+                    variant: head.variant_name(variant).map(Into::into),
+                    metadata: tell::metadata_of(&head, row),
+                    hit,
+                };
+                (of.hit.at, Happened::Hit(Box::new(of)))
+            }
+            BriefFact::Other(_) => return Ok(None),
+        };
+        let (account, campaign) = self
+            .origins
+            .entry(batch)
+            .or_insert_with(|| {
+                let campaign = head.campaign.as_deref().map(Arc::from);
+                (head.account.as_str().into(), campaign)
+            })
+            .clone();
+        Ok(Some(MailSign {
+            event_id: tell::id_of_fact(id, kind, at),
+            at,
+            recorded_at,
+            account,
+            campaign,
+            message: MessageId {
+                batch: head.id,
+                index: row.index,
+            },
+            email: row.email.to_string().into(),
+            prospect_id: row.prospect_id.clone(),
+            what,
+        }))
+    }
+
     /// The event of an entry of a lot's log.
     fn of_fact(
         &mut self,
@@ -285,19 +405,19 @@ impl Telling<'_> {
         if let Some(block) = self.logs.get(&id) {
             return Ok(Some(block.clone()));
         }
-        let packed: Option<Vec<u8>> = self
-            .reading
-            .connection
-            .prepare_cached("SELECT data FROM lot_log WHERE id=?1")?
-            .query_row([id], |row| row.get(0))
-            .optional()?;
-        // Retired with its batch, or erased with the person: there is nothing left to tell.
-        let Some(packed) = packed else {
+        let Some(packed) = self.packed_log(id)? else {
             return Ok(None);
         };
         let block: Arc<LogBlock> = Arc::new(form::unpack_log(&packed)?);
         self.logs.insert(id, block.clone());
         Ok(Some(block))
+    }
+
+    /// None: retired with its batch, or erased with the person. There is nothing left to tell.
+    fn packed_log(&self, id: i64) -> Result<Option<Vec<u8>>> {
+        let sql = "SELECT data FROM lot_log WHERE id=?1";
+        let mut sql = self.reading.connection.prepare_cached(sql)?;
+        Ok(sql.query_row([id], |row| row.get(0)).optional()?)
     }
 
     /// The number of a recipient's variant, which its cell says.

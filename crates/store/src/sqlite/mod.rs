@@ -40,7 +40,7 @@ use crate::{
     ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
     EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
     NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
-    Release, Result, Retire, Retired, Shipment, Shipped, Store, StoreError, Suppression,
+    Release, Result, Retire, Retired, Shipment, Shipped, SignPage, Store, StoreError, Suppression,
     SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
 };
 use async_trait::async_trait;
@@ -565,6 +565,12 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn messages(&self, messages: Vec<MessageId>) -> Result<Vec<MessageStory>> {
+        self.readers
+            .read(move |reading| story::messages(reading, &messages))
+            .await
+    }
+
     async fn address(&self, account: &str, email: &str) -> Result<AddressStory> {
         let (account, email) = (account.to_owned(), email.to_owned());
         self.readers
@@ -581,6 +587,12 @@ impl Store for SqliteStore {
     async fn events(&self, query: EventQuery) -> Result<EventPage> {
         self.readers
             .read(move |reading| events::page(reading, &query))
+            .await
+    }
+
+    async fn signs(&self, query: EventQuery) -> Result<SignPage> {
+        self.readers
+            .read(move |reading| events::signs(reading, &query))
             .await
     }
 

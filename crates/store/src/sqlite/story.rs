@@ -16,8 +16,9 @@ use crate::{
     AddressStory, BatchHead, MIXED, MessageStory, Page, RecipientQuery, RecipientRow, Result,
     StoreError, address_hash,
 };
-use model::{FactId, MessageId, Place};
+use model::{BatchId, FactId, MessageId, Place};
 use rusqlite::{OptionalExtension as _, params};
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -134,10 +135,8 @@ impl Gathering<'_> {
     fn want(&mut self, place: Place) -> Result<Option<Found>> {
         let lot = ids::lot_id(self.batch.no, place.lot);
         let cells = match self.cells.entry(lot) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(free) => {
-                free.insert(cells_of(self.reading, lot)?)
-            }
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(free) => free.insert(cells_of(self.reading, lot)?),
         };
         let cell = cell_at(cells, lot, place.position)?;
         let (batch, query) = (self.batch, self.query);
@@ -223,29 +222,68 @@ fn chunk(reading: &Reading<'_>, batch: BatchNo, index: u32) -> Result<Option<Vec
 
 /// One message with all its facts.
 pub(super) fn message(reading: &Reading<'_>, message: MessageId) -> Result<Option<MessageStory>> {
-    let Some(batch) = record(reading.connection, By::Id(message.batch.to_bytes()))? else {
-        return Ok(None);
-    };
-    let Some(place) = place_of(reading.connection, batch.no, message.index)? else {
-        return Ok(None);
-    };
-    let id = ids::lot_id(batch.no, place.lot);
-    let cell = cell_at(&cells_of(reading, id)?, id, place.position)?;
+    Ok(messages(reading, &[message])?.pop())
+}
+
+/// Messages with all their facts, lot by lot.
+pub(super) fn messages(reading: &Reading<'_>, messages: &[MessageId]) -> Result<Vec<MessageStory>> {
+    let mut batches: HashMap<BatchId, Option<BatchRecord>> = HashMap::new();
+    let mut by_lot: BTreeMap<LotId, (BatchId, HashSet<u16>)> = BTreeMap::new();
+    for message in messages {
+        let batch = match batches.entry(message.batch) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(free) => {
+                let id = By::Id(message.batch.to_bytes());
+                free.insert(record(reading.connection, id)?)
+            }
+        };
+        let Some(batch) = batch else { continue };
+        if let Some(place) = place_of(reading.connection, batch.no, message.index)? {
+            let id = ids::lot_id(batch.no, place.lot);
+            let of = by_lot.entry(id).or_insert((batch.id, HashSet::new()));
+            of.1.insert(place.position);
+        }
+    }
+    let mut stories = Vec::new();
+    for (id, (batch, positions)) in by_lot {
+        if let Some(Some(batch)) = batches.get(&batch) {
+            stories_of(reading, batch, id, &positions, &mut stories)?;
+        }
+    }
+    Ok(stories)
+}
+
+/// Adds the stories of some recipients of a lot.
+fn stories_of(
+    reading: &Reading<'_>,
+    batch: &BatchRecord,
+    id: LotId,
+    positions: &HashSet<u16>,
+    stories: &mut Vec<MessageStory>,
+) -> Result<()> {
     let head: Arc<BatchHead> = reading.cache.head(reading.connection, batch.no)?;
-    let lot = reading.cache.lot(reading.connection, id)?;
-    let row = lot.and_then(|lot| lot.rows.get(usize::from(place.position)).cloned());
-    let row =
-        row.ok_or_else(|| StoreError::Damaged(format!("lot {id} has no row {}", place.position)))?;
-    let mut facts = facts_of(reading, id, &HashSet::from([place.position]))?
-        .remove(&place.position)
-        .unwrap_or_default();
-    facts.sort();
-    Ok(Some(MessageStory {
-        recipient: describe(row, cell, batch.released, &head, &facts),
-        batch: head,
-        attempts: facts.attempts,
-        hits: facts.hits,
-    }))
+    let (cells, lot) = (
+        cells_of(reading, id)?,
+        reading.cache.lot(reading.connection, id)?,
+    );
+    let mut all = facts_of(reading, id, positions)?;
+    for position in positions {
+        let cell = cell_at(&cells, id, *position)?;
+        let row = lot
+            .as_ref()
+            .and_then(|of| of.rows.get(usize::from(*position)));
+        let row =
+            row.ok_or_else(|| StoreError::Damaged(format!("lot {id} has no row {position}")))?;
+        let mut facts = all.remove(position).unwrap_or_default();
+        facts.sort();
+        stories.push(MessageStory {
+            recipient: describe(row.clone(), cell, batch.released, &head, &facts),
+            batch: head.clone(),
+            attempts: facts.attempts,
+            hits: facts.hits,
+        });
+    }
+    Ok(())
 }
 
 /// What is known of an address. There is no record per recipient to look up: the lots of its

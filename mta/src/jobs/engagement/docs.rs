@@ -2,11 +2,12 @@
 //!
 //! Owns their names, and the working set of one step. Must not decide what changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use ::engagement::identity::{Binding, Browser};
 use ::engagement::prospect::Prospect;
-use model::{Event, EventRecipient, Timestamp, VisitorId};
+use model::{EventRecipient, Timestamp, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
 
 /// Kinds of note; the account follows.
@@ -25,9 +26,14 @@ pub(crate) fn kind_of(kind: &str, account: &str) -> String {
 
 /// How a person is named: by the caller's name, else by the address.
 pub(crate) fn person_of(recipient: &EventRecipient) -> Box<str> {
-    match recipient.prospect_id.as_deref() {
+    person_named(recipient.prospect_id.as_deref(), &recipient.email)
+}
+
+/// The same, of the caller's name and the address.
+pub(super) fn person_named(prospect_id: Option<&str>, email: &str) -> Box<str> {
+    match prospect_id {
         Some(id) if !id.is_empty() => id.into(),
-        Some(_) | None => normalised(&recipient.email),
+        Some(_) | None => normalised(email),
     }
 }
 
@@ -37,22 +43,120 @@ pub(super) fn normalised(email: &str) -> Box<str> {
     address.map_or_else(|_| email.into(), |of| of.normalised().into())
 }
 
-type Key = (Box<str>, Box<str>);
-
 /// A document and whether it was changed.
 struct Doc<T> {
     value: T,
     dirty: bool,
 }
 
+impl<T: Default> Default for Doc<T> {
+    fn default() -> Self {
+        Self {
+            value: T::default(),
+            dirty: false,
+        }
+    }
+}
+
+/// Documents of one kind, by account and name.
+struct Shelf<T> {
+    kind: &'static str,
+    accounts: BTreeMap<Arc<str>, HashMap<Box<str>, Doc<T>>>,
+}
+
+impl<T: Default> Shelf<T> {
+    fn new(kind: &'static str) -> Self {
+        Self {
+            kind,
+            accounts: BTreeMap::new(),
+        }
+    }
+
+    fn find(&mut self, account: &str, key: &str) -> Option<&mut Doc<T>> {
+        self.accounts.get_mut(account)?.get_mut(key)
+    }
+
+    fn put(&mut self, account: &str, key: Box<str>, value: T) {
+        let of = self.accounts.entry(account.into()).or_default();
+        let dirty = false;
+        of.insert(key, Doc { value, dirty });
+    }
+
+    /// Reads those of an account that are not there yet; what nothing is known of is new.
+    async fn fetch(
+        &mut self,
+        (store, now): (&dyn Store, Timestamp),
+        account: &str,
+        keys: BTreeSet<Box<str>>,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<(), StoreError> {
+        let known = self.accounts.entry(account.into()).or_default();
+        let unknown = keys.into_iter().filter(|key| !known.contains_key(key));
+        let keys: Vec<Box<str>> = unknown.collect();
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let kind = kind_of(self.kind, account);
+        let found = store.notes_by_key(&kind, keys.clone(), now).await?;
+        for key in keys {
+            known.entry(key).or_default();
+        }
+        for note in found {
+            if let (Some(value), Some(doc)) = (read(&note.value), known.get_mut(&note.key)) {
+                doc.value = value;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_clean(&self) -> bool {
+        let docs = self.accounts.values().flat_map(HashMap::values);
+        docs.into_iter().all(|doc| !doc.dirty)
+    }
+
+    /// What was changed, in order of account and key.
+    fn changed(self) -> impl Iterator<Item = (Box<str>, Box<str>, T)> {
+        self.accounts.into_iter().flat_map(move |(account, docs)| {
+            let kind: Box<str> = kind_of(self.kind, &account).into();
+            let dirty = docs.into_iter().filter(|(_, doc)| doc.dirty);
+            let mut dirty: Vec<_> = dirty
+                .map(|(key, doc)| (kind.clone(), key, doc.value))
+                .collect();
+            // Neighbours stand on the same page.
+            dirty.sort_by(|(_, a, _), (_, b, _)| a.cmp(b));
+            dirty
+        })
+    }
+}
+
+/// What is to be read of an account, before it is asked for one by one.
+#[derive(Default)]
+pub(super) struct Wanted {
+    pub(super) people: BTreeSet<Box<str>>,
+    pub(super) browsers: BTreeSet<Box<str>>,
+    pub(super) bindings: BTreeSet<Box<str>>,
+}
+
+/// What belongs to one browser, and is written in one step: whose it was, the bindings that say
+/// so, what is told of them.
+#[derive(Default)]
+struct OfBrowser {
+    notes: Vec<Note>,
+    news: Vec<Announcement>,
+}
+
 /// The working set of one step.
 pub(super) struct Docs<'a> {
     store: &'a dyn Store,
     pub(super) now: Timestamp,
-    prospects: BTreeMap<Key, Doc<Prospect>>,
-    browsers: BTreeMap<Key, Doc<Browser>>,
+    prospects: Shelf<Prospect>,
+    browsers: Shelf<Browser>,
+    /// Bindings as they are; none: there is none of this name.
+    bindings: Shelf<Option<Binding>>,
+    /// In the order in which they were changed first.
+    of_browsers: Vec<OfBrowser>,
+    places: HashMap<VisitorId, usize>,
     notes: Vec<Note>,
-    news: Vec<Announcement>,
 }
 
 impl<'a> Docs<'a> {
@@ -60,70 +164,72 @@ impl<'a> Docs<'a> {
         Self {
             store,
             now,
-            prospects: BTreeMap::new(),
-            browsers: BTreeMap::new(),
+            prospects: Shelf::new(PROSPECTS),
+            browsers: Shelf::new(BROWSERS),
+            bindings: Shelf::new(BINDINGS),
+            of_browsers: Vec::new(),
+            places: HashMap::new(),
             notes: Vec::new(),
-            news: Vec::new(),
         }
     }
 
-    /// Reads the prospects of events at once.
-    pub(super) async fn prefetch(&mut self, events: &[Event]) -> Result<(), StoreError> {
-        let mut wanted: BTreeMap<Box<str>, Vec<Box<str>>> = BTreeMap::new();
-        for event in events {
-            if let Some(recipient) = &event.recipient {
-                let keys = wanted.entry(event.account.as_str().into()).or_default();
-                keys.push(person_of(recipient));
-            }
-        }
-        for (account, mut keys) in wanted {
-            keys.sort_unstable();
-            keys.dedup();
-            let kind = kind_of(PROSPECTS, &account);
-            let found = self
-                .store
-                .notes_by_key(&kind, keys.clone(), self.now)
+    /// Reads what will be needed at once.
+    pub(super) async fn prefetch(
+        &mut self,
+        wanted: BTreeMap<Arc<str>, Wanted>,
+    ) -> Result<(), StoreError> {
+        let from = (self.store, self.now);
+        for (account, of) in wanted {
+            let read = Prospect::from_bytes;
+            self.prospects
+                .fetch(from, &account, of.people, read)
                 .await?;
-            for key in keys {
-                self.prospects.entry((account.clone(), key)).or_insert(Doc {
-                    value: Prospect::default(),
-                    dirty: false,
-                });
-            }
-            for note in found {
-                let read = Prospect::from_bytes(&note.value);
-                let at = (account.clone(), note.key);
-                if let (Some(value), Some(doc)) = (read, self.prospects.get_mut(&at)) {
-                    doc.value = value;
-                }
-            }
+            let read = Browser::from_bytes;
+            self.browsers
+                .fetch(from, &account, of.browsers, read)
+                .await?;
+            let read = |bytes: &[u8]| Some(Binding::from_bytes(bytes));
+            self.bindings
+                .fetch(from, &account, of.bindings, read)
+                .await?;
         }
         Ok(())
     }
 
-    /// A person, to be changed; one that nothing is known of is new.
+    /// A person; one that nothing is known of is new.
+    async fn person(&mut self, account: &str, key: &str) -> Result<&mut Doc<Prospect>, StoreError> {
+        if self.prospects.find(account, key).is_none() {
+            let kind = kind_of(PROSPECTS, account);
+            let found = self.store.note(&kind, key, self.now).await?;
+            let value = found.and_then(|note| Prospect::from_bytes(&note.value));
+            self.prospects
+                .put(account, key.into(), value.unwrap_or_default());
+        }
+        let found = self.prospects.find(account, key);
+        found.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
+    }
+
+    /// A person, to be changed.
     pub(super) async fn prospect(
         &mut self,
         account: &str,
         key: &str,
     ) -> Result<&mut Prospect, StoreError> {
-        let at: Key = (account.into(), key.into());
-        if !self.prospects.contains_key(&at) {
-            let kind = kind_of(PROSPECTS, account);
-            let found = self.store.note(&kind, key, self.now).await?;
-            let value = found.and_then(|note| Prospect::from_bytes(&note.value));
-            let doc = Doc {
-                value: value.unwrap_or_default(),
-                dirty: false,
-            };
-            self.prospects.insert(at.clone(), doc);
-        }
-        let doc = self.prospects.entry(at).or_insert(Doc {
-            value: Prospect::default(),
-            dirty: false,
-        });
+        let doc = self.person(account, key).await?;
         doc.dirty = true;
         Ok(&mut doc.value)
+    }
+
+    /// Changes a person, unless there is nothing to change: `change` says.
+    pub(super) async fn change(
+        &mut self,
+        account: &str,
+        key: &str,
+        change: impl FnOnce(&mut Prospect) -> bool,
+    ) -> Result<(), StoreError> {
+        let doc = self.person(account, key).await?;
+        doc.dirty |= change(&mut doc.value);
+        Ok(())
     }
 
     /// A browser, to be changed.
@@ -132,49 +238,46 @@ impl<'a> Docs<'a> {
         account: &str,
         cookie: VisitorId,
     ) -> Result<&mut Browser, StoreError> {
-        let at: Key = (account.into(), cookie.to_string().into());
-        if !self.browsers.contains_key(&at) {
+        let key: Box<str> = cookie.to_string().into();
+        if self.browsers.find(account, &key).is_none() {
             let kind = kind_of(BROWSERS, account);
-            let found = self.store.note(&kind, &at.1, self.now).await?;
+            let found = self.store.note(&kind, &key, self.now).await?;
             let value = found.and_then(|note| Browser::from_bytes(&note.value));
-            let doc = Doc {
-                value: value.unwrap_or_default(),
-                dirty: false,
-            };
-            self.browsers.insert(at.clone(), doc);
+            self.browsers
+                .put(account, key.clone(), value.unwrap_or_default());
         }
-        let doc = self.browsers.entry(at).or_insert(Doc {
-            value: Browser::default(),
-            dirty: false,
-        });
+        let doc = self.browsers.find(account, &key);
+        let doc = doc.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))?;
         doc.dirty = true;
         Ok(&mut doc.value)
     }
 
     /// A binding; `None` when there is none of this name.
     pub(super) async fn binding(
-        &self,
+        &mut self,
         account: &str,
         id: &str,
     ) -> Result<Option<Binding>, StoreError> {
-        let kind = kind_of(BINDINGS, account);
-        let written = self.notes.iter().rev();
-        let mut written = written.filter(|note| *note.kind == *kind && *note.key == *id);
-        if let Some(note) = written.next() {
-            return Ok(Binding::from_bytes(&note.value));
+        if let Some(doc) = self.bindings.find(account, id) {
+            return Ok(doc.value.clone());
         }
+        let kind = kind_of(BINDINGS, account);
         let found = self.store.note(&kind, id, self.now).await?;
-        Ok(found.and_then(|note| Binding::from_bytes(&note.value)))
+        let binding = found.and_then(|note| Binding::from_bytes(&note.value));
+        self.bindings.put(account, id.into(), binding.clone());
+        Ok(binding)
     }
 
     /// Writes a binding.
     pub(super) fn set_binding(&mut self, account: &str, id: &str, binding: &Binding) {
-        self.notes.push(Note {
+        let note = Note {
             kind: kind_of(BINDINGS, account).into(),
             key: id.into(),
             value: binding.to_bytes().into(),
             expires_at: None,
-        });
+        };
+        self.of_browser(binding.cookie).notes.push(note);
+        self.bindings.put(account, id.into(), Some(binding.clone()));
     }
 
     /// Writes a note.
@@ -182,51 +285,74 @@ impl<'a> Docs<'a> {
         self.notes.push(note);
     }
 
-    /// Tells something.
-    pub(super) fn tell(&mut self, news: Announcement) {
-        self.news.push(news);
+    /// Tells something about a browser.
+    pub(super) fn tell(&mut self, cookie: VisitorId, news: Announcement) {
+        self.of_browser(cookie).news.push(news);
+    }
+
+    fn of_browser(&mut self, cookie: VisitorId) -> &mut OfBrowser {
+        let of_browsers = &mut self.of_browsers;
+        let at = *self.places.entry(cookie).or_insert_with(|| {
+            of_browsers.push(OfBrowser::default());
+            of_browsers.len() - 1
+        });
+        &mut of_browsers[at]
     }
 
     /// Whether there is nothing to write.
     pub(super) fn is_clean(&self) -> bool {
         self.notes.is_empty()
-            && self.news.is_empty()
-            && self.prospects.values().all(|doc| !doc.dirty)
-            && self.browsers.values().all(|doc| !doc.dirty)
+            && self.of_browsers.is_empty()
+            && self.prospects.is_clean()
+            && self.browsers.is_clean()
     }
 
-    /// Writes everything that changed, mostly in one step. In more than one the checkpoint and
-    /// what is told come last: what was written before them is known when it is made again.
-    pub(super) async fn write(self) -> Result<(), StoreError> {
+    /// Writes everything that changed: people first, which know what was applied to them; then
+    /// browsers, each in one step with its bindings and what is told of them; the checkpoint last. So
+    /// what is made again after a crash finds a browser either as it was, or with all that it led to.
+    pub(super) async fn write(mut self) -> Result<(), StoreError> {
+        let (store, now) = (self.store, self.now);
         let mut notes = Vec::new();
-        for ((account, key), doc) in self.prospects {
-            if doc.dirty {
-                notes.push(Note {
-                    kind: kind_of(PROSPECTS, &account).into(),
-                    key,
-                    value: doc.value.to_bytes().into(),
-                    expires_at: None,
-                });
+        for (kind, key, person) in self.prospects.changed() {
+            notes.push(Note {
+                kind,
+                key,
+                value: person.to_bytes().into(),
+                expires_at: None,
+            });
+            if notes.len() >= STEP {
+                store.put_notes(std::mem::take(&mut notes), now).await?;
             }
         }
-        for ((account, key), doc) in self.browsers {
-            if doc.dirty {
-                notes.push(Note {
-                    kind: kind_of(BROWSERS, &account).into(),
-                    key,
-                    value: doc.value.to_bytes().into(),
-                    expires_at: Some(self.now + BROWSER_KEPT),
-                });
+        let mut alone = Vec::new();
+        for (kind, key, browser) in self.browsers.changed() {
+            let place = key.parse().ok().and_then(|id| self.places.get(&id));
+            let of = place.and_then(|at| self.of_browsers.get_mut(*at));
+            let to = of.map_or(&mut alone, |of| &mut of.notes);
+            to.push(Note {
+                kind,
+                key,
+                value: browser.to_bytes().into(),
+                expires_at: Some(now + BROWSER_KEPT),
+            });
+        }
+        let mut news = Vec::new();
+        let alone = alone.into_iter().map(|note| OfBrowser {
+            notes: vec![note],
+            news: Vec::new(),
+        });
+        for of in self.of_browsers.into_iter().chain(alone) {
+            notes.extend(of.notes);
+            news.extend(of.news);
+            if notes.len() >= STEP {
+                let (notes, news) = (std::mem::take(&mut notes), std::mem::take(&mut news));
+                store.derive(notes, news, now).await?;
             }
         }
         notes.extend(self.notes);
-        if notes.is_empty() && self.news.is_empty() {
+        if notes.is_empty() && news.is_empty() {
             return Ok(());
         }
-        let last = notes.split_off(notes.len().saturating_sub(STEP));
-        for chunk in notes.chunks(STEP) {
-            self.store.put_notes(chunk.to_vec(), self.now).await?;
-        }
-        self.store.derive(last, self.news, self.now).await
+        store.derive(notes, news, now).await
     }
 }

@@ -67,8 +67,9 @@ impl Forgetting<'_> {
             return Ok(());
         }
         for seen in &person.visitors {
-            if let Some(binding) = self.docs.binding(self.account, &seen.binding).await? {
-                self.unbind(&seen.binding, &binding).await?;
+            let id = seen.binding.to_string();
+            if let Some(binding) = self.docs.binding(self.account, &id).await? {
+                self.unbind(&id, &binding).await?;
             }
         }
         self.remove(PROSPECTS, &note.key);

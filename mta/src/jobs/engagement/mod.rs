@@ -10,6 +10,7 @@
 
 mod docs;
 mod forget;
+mod hit;
 mod links;
 mod people;
 mod revise;
@@ -20,13 +21,15 @@ use std::time::{Duration, Instant};
 
 use crate::jobs::{JobLease, mailboxes};
 use ::engagement::Rules;
-use ::engagement::settle::{Judge, Judged, Trace};
+use ::engagement::settle::{Judge, Judged};
 use arc_swap::ArcSwap;
-use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq, Timestamp, Verdict};
+use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq};
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use service::tasks::Shutdown;
-use store::{CURSOR, EventQuery, FeedPlace, Note, Store, StoreError};
+use store::{CURSOR, EventQuery, FeedPlace, Happened, Note, Sign, SignPage, Store, StoreError};
+
+use hit::{Hit, Words};
 
 pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of};
 pub(crate) use forget::forget;
@@ -42,12 +45,18 @@ pub(crate) const RECLASSIFY: &str = "reclassify";
 const LEASE: Duration = Duration::from_secs(45);
 /// Between tries to get the job, and after the store failed.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Between turns: hits and deliveries come in numbers, and each turn is a step of the store.
+/// Between turns: hits and deliveries come in numbers, and each turn is a step of the store …
 const BREATH: Duration = Duration::from_millis(200);
+/// … and between those that were full: a person's note is written once a turn.
+const LONG_BREATH: Duration = Duration::from_secs(1);
+/// A turn of so many events is full.
+const FULL: usize = 200;
 /// A checkpoint is written so often when nothing else is.
 const CHECKPOINT: Duration = Duration::from_secs(5);
 /// Events read at once.
-const PAGE: u32 = 500;
+const PAGE: u32 = 5_000;
+/// Hits judged at once: so many people are held in memory.
+const DUE: usize = 10_000;
 /// Hits that wait; beyond, nothing more is read.
 const WAITING: usize = 50_000;
 
@@ -127,6 +136,7 @@ struct Worker<'a> {
     of: &'a Engagement,
     judge: Judge,
     links: links::Links,
+    words: Words,
     /// Through where events were read.
     cursor: Option<String>,
     /// What was written last.
@@ -135,8 +145,10 @@ struct Worker<'a> {
     /// Pages with hits that wait, by number.
     pages: BTreeMap<u64, Open>,
     page: u64,
-    /// Events of the hits that wait, and their page.
-    events: HashMap<FactId, (u64, Event)>,
+    /// The hits that wait, and their page.
+    hits: HashMap<FactId, (u64, Hit)>,
+    /// Events and verdicts of the last turn.
+    busy: usize,
     /// The journal of this tenure's verdicts.
     journal: JournalId,
     seq: Seq,
@@ -145,10 +157,10 @@ struct Worker<'a> {
 /// What a turn has to write.
 #[derive(Default)]
 struct Work {
-    /// Other events, in order.
-    told: Vec<Event>,
+    /// What is no hit, in order.
+    told: Vec<Sign>,
     /// Hits with their verdicts, in order.
-    judged: Vec<(Judged, Option<Event>)>,
+    judged: Vec<(Judged, Option<Hit>)>,
 }
 
 impl<'a> Worker<'a> {
@@ -161,19 +173,22 @@ impl<'a> Worker<'a> {
             of,
             judge: Judge::new(of.settle),
             links: links::Links::default(),
+            words: Words::default(),
             checkpoint: cursor.clone(),
             cursor,
             written: of.clock.instant(),
             pages: BTreeMap::new(),
             page: 0,
-            events: HashMap::new(),
+            hits: HashMap::new(),
+            busy: 0,
             journal: JournalId::new(now, fastrand::u128(..)),
             seq: 0,
         })
     }
 
     /// Reads what is new, judges what is due, writes what follows.
-    async fn turn(&mut self, held: &JobLease) -> Result<(), StoreError> {
+    async fn turn(&mut self, held: &mut JobLease) -> Result<(), StoreError> {
+        self.busy = 0;
         loop {
             let mut work = Work::default();
             let mut caught_up = true;
@@ -182,33 +197,42 @@ impl<'a> Worker<'a> {
                 let Some(page) = self.next_page().await? else {
                     return Ok(());
                 };
-                caught_up = page.events.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
-                let behind = page.events.last().filter(|_| !caught_up);
-                let lag = behind.map_or(0.0, |last| now.since(last.recorded_at).as_secs_f64());
+                caught_up = page.signs.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
+                let behind = page.signs.last().filter(|_| !caught_up);
+                let lag = behind.map_or(0.0, |last| now.since(last.recorded_at()).as_secs_f64());
                 self.of.metrics.engagement_lag_seconds.set(lag);
                 if let Some(last) = behind {
                     // Who lags behind has not seen all the company that a hit had.
-                    now = now.min(last.recorded_at);
+                    now = now.min(last.recorded_at());
                 }
-                self.learn(&page.events).await?;
-                self.take(page.events, &mut work);
+                self.busy += page.signs.len();
+                self.learn(&page.signs).await?;
+                self.take(page.signs, &mut work);
                 self.cursor = Some(page.next);
             }
-            for judged in self.judge.due(&self.of.rules.load(), now) {
-                let event = self.close(&judged.trace.id);
-                work.judged.push((judged, event));
+            loop {
+                let judged = self.judge.some_due(&self.of.rules.load(), now, DUE);
+                let count = judged.len();
+                self.busy += count;
+                for judged in judged {
+                    let hit = self.close(&judged.trace.id);
+                    work.judged.push((judged, hit));
+                }
+                self.write(std::mem::take(&mut work), held).await?;
+                if count < DUE {
+                    break;
+                }
+                held.holds()?;
             }
-            self.write(work, held).await?;
-            if caught_up {
+            if caught_up || held.keep().await?.is_none() {
                 return Ok(());
             }
-            held.holds()?;
         }
     }
 
     /// The events after the cursor. None: it was one of another store, from which this one was
     /// filled, and what came from there was judged there; from now on it is one of this store.
-    async fn next_page(&mut self) -> Result<Option<store::EventPage>, StoreError> {
+    async fn next_page(&mut self) -> Result<Option<SignPage>, StoreError> {
         match self.read(self.cursor.clone()).await {
             Err(StoreError::Refused(why)) => {
                 tracing::warn!(%why, "engagement goes on from now: its cursor is not of this store");
@@ -220,7 +244,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    async fn read(&self, after: Option<String>) -> Result<store::EventPage, StoreError> {
+    async fn read(&self, after: Option<String>) -> Result<SignPage, StoreError> {
         let query = EventQuery {
             after,
             account: None,
@@ -228,32 +252,40 @@ impl<'a> Worker<'a> {
             batch: None,
             limit: PAGE,
         };
-        self.of.store.events(query).await
+        self.of.store.signs(query).await
     }
 
     /// Finds out how many links the mails have that are clicked in.
-    async fn learn(&mut self, events: &[Event]) -> Result<(), StoreError> {
-        let clicked = events
-            .iter()
-            .filter(|of| of.kind == EventKind::EmailClicked);
-        for batch in clicked.filter_map(|event| event.batch_id) {
-            self.links.learn(&*self.of.store, batch).await?;
+    async fn learn(&mut self, signs: &[Sign]) -> Result<(), StoreError> {
+        for sign in signs {
+            if let Sign::Mail(mail) = sign
+                && let Happened::Hit(of) = &mail.what
+                && of.hit.kind == HitKind::Click
+            {
+                self.links
+                    .learn(&*self.of.store, mail.message.batch)
+                    .await?;
+            }
         }
         Ok(())
     }
 
     /// Shows events to the judge; hits wait, everything else is work at once.
-    fn take(&mut self, events: Vec<Event>, work: &mut Work) {
+    fn take(&mut self, signs: Vec<Sign>, work: &mut Work) {
         let before = self.cursor.clone();
         self.page += 1;
         let mut waiting = 0;
-        for event in events {
-            match show(&mut self.judge, &self.links, &event) {
-                Some(id) => {
-                    waiting += 1;
-                    self.events.insert(id, (self.page, event));
-                }
-                None => work.told.push(event),
+        for sign in signs {
+            show(&mut self.judge, &self.links, &mut self.words, &sign);
+            match sign {
+                Sign::Mail(mail) => match Hit::of(*mail, &mut self.words) {
+                    Ok((id, hit)) => {
+                        waiting += 1;
+                        self.hits.insert(id, (self.page, hit));
+                    }
+                    Err(mail) => work.told.push(Sign::Mail(mail)),
+                },
+                other => work.told.push(other),
             }
         }
         if waiting > 0 {
@@ -261,16 +293,16 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// A hit waits no longer: its event.
-    fn close(&mut self, id: &FactId) -> Option<Event> {
-        let (page, event) = self.events.remove(id)?;
+    /// A hit waits no longer.
+    fn close(&mut self, id: &FactId) -> Option<Hit> {
+        let (page, hit) = self.hits.remove(id)?;
         if let Some(open) = self.pages.get_mut(&page) {
             open.waiting -= 1;
             if open.waiting == 0 {
                 self.pages.remove(&page);
             }
         }
-        Some(event)
+        Some(hit)
     }
 
     /// Ships verdicts that changed, then writes what is made of events with the checkpoint.
@@ -280,14 +312,16 @@ impl<'a> Worker<'a> {
         held.holds()?;
         let now = self.of.clock.now();
         let mut docs = docs::Docs::new(&*self.of.store, now);
-        docs.prefetch(&work.told).await?;
-        for event in &work.told {
-            people::told(&mut docs, event).await?;
-            mailboxes::told(&*self.of.store, event, now).await?;
+        docs.prefetch(people::wanted(&work, &revised)).await?;
+        for sign in &work.told {
+            people::told(&mut docs, sign).await?;
+            if let Sign::Other(event) = sign {
+                mailboxes::told(&*self.of.store, event, now).await?;
+            }
         }
-        for (judged, event) in &work.judged {
-            if let (false, Some(event)) = (judged.again, event) {
-                people::judged(&mut docs, event, judged).await?;
+        for (judged, hit) in &work.judged {
+            if let (false, Some(hit)) = (judged.again, hit) {
+                people::judged(&mut docs, hit, judged).await?;
             }
         }
         for revised in &revised {
@@ -317,7 +351,8 @@ impl<'a> Worker<'a> {
 
     /// Until there is something to do.
     async fn wait(&self) {
-        tokio::time::sleep(BREATH).await;
+        let full = self.busy >= FULL;
+        tokio::time::sleep(if full { LONG_BREATH } else { BREATH }).await;
         let now = self.of.clock.now();
         let due = self.judge.next_due().map(|due| {
             let millis = due.millis().saturating_sub(now.millis());
@@ -335,61 +370,29 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Shows an event to the judge; the name of the hit that it is, if it is one.
-fn show(judge: &mut Judge, links: &links::Links, event: &Event) -> Option<FactId> {
-    let message = event.message_id?;
-    match event.kind {
-        EventKind::EmailTemporaryError => judge.deferred(message, event.recorded_at),
-        EventKind::EmailDelivered => {
-            let dot_at = moment(&event.data["dot_at"]);
-            judge.delivered(message, dot_at, event.occurred_at, event.recorded_at);
+/// Shows an event to the judge.
+fn show(judge: &mut Judge, links: &links::Links, words: &mut Words, sign: &Sign) {
+    let mail = match sign {
+        Sign::Mail(mail) => mail,
+        Sign::Other(event) => {
+            let deferred = event.kind == EventKind::EmailTemporaryError;
+            if let Some(message) = event.message_id.filter(|_| deferred) {
+                judge.deferred(message, event.recorded_at);
+            }
+            return;
         }
-        _ => {}
-    }
-    let trace = trace_of(event)?;
-    let id = trace.id;
-    judge.hit(trace, false);
-    if let Some(count) = links.of(message.batch) {
-        judge.links(message, count);
-    }
-    Some(id)
-}
-
-/// A hit as its event tells it.
-fn trace_of(event: &Event) -> Option<Trace> {
-    let kind = match event.kind {
-        EventKind::EmailOpened => HitKind::Open,
-        EventKind::EmailClicked => HitKind::Click,
-        _ => return None,
     };
-    let data = &event.data;
-    let text = |name: &str| Box::from(data[name].as_str().unwrap_or_default());
-    let reasons = data["machine_reasons"].as_array().map(Vec::as_slice);
-    let reasons = reasons.unwrap_or_default().iter();
-    Some(Trace {
-        id: data["hit"].as_str()?.parse().ok()?,
-        event_id: event.id.to_string().into(),
-        message: event.message_id?,
-        kind,
-        at: event.occurred_at,
-        recorded_at: event.recorded_at,
-        link: data["link"]
-            .as_u64()
-            .and_then(|link| u16::try_from(link).ok()),
-        user_agent: text("user_agent"),
-        network: text("network"),
-        verdict: Verdict {
-            actor: actor_of(event),
-            machine_reasons: reasons
-                .filter_map(|of| of.as_str())
-                .map(Into::into)
-                .collect(),
-            rules: data["rules"]
-                .as_u64()
-                .and_then(|of| u16::try_from(of).ok())
-                .unwrap_or(0),
-        },
-    })
+    match &mail.what {
+        Happened::Delivered { dot_at } => {
+            judge.delivered(mail.message, *dot_at, mail.at, mail.recorded_at);
+        }
+        Happened::Hit(of) => {
+            judge.hit(hit::trace(mail, of, words), false);
+            if let Some(count) = links.of(mail.message.batch) {
+                judge.links(mail.message, count);
+            }
+        }
+    }
 }
 
 /// The verdict that an event was told with.
@@ -398,9 +401,4 @@ fn actor_of(event: &Event) -> Actor {
         .as_str()
         .and_then(|actor| actor.parse().ok());
     actor.unwrap_or(Actor::Unknown)
-}
-
-/// A moment as it stands in an event's data.
-fn moment(value: &serde_json::Value) -> Option<Timestamp> {
-    serde_json::from_value(value.clone()).ok()
 }

@@ -1,24 +1,81 @@
 //! What events say about people: applied to prospects, browsers and bindings.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use ::engagement::identity::{Binding, Click, Found, Page};
-use ::engagement::prospect::{Entry, Seen};
+use ::engagement::prospect::{Entry, Prospect, Seen};
 use ::engagement::settle::Judged;
 use model::{
-    About, Actor, Class, DeliveryStatus, Event, EventKind, EventRecipient, HitKind, MessageId,
-    Status, Timestamp, VisitorId,
+    About, Actor, Class, DeliveryStatus, Event, EventKind, EventRecipient, HitKind, Status,
+    Timestamp, VisitorId,
 };
 use serde_json::{Value, json};
-use store::{Announcement, StoreError};
+use store::{Announcement, Happened, MailSign, Sign, StoreError};
+use uuid::Uuid;
 
-use super::actor_of;
-use super::docs::{Docs, person_of};
+use super::docs::{Docs, Wanted, person_named, person_of};
 use super::revise::Revised;
+use super::{Hit, Work, actor_of};
 
 /// The longest address of a link or page that is kept, in bytes.
 const URL: usize = 200;
 
-/// Applies an event that is no hit.
-pub(super) async fn told(docs: &mut Docs<'_>, event: &Event) -> Result<(), StoreError> {
+/// What a turn's work will ask for.
+pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wanted> {
+    let mut all: BTreeMap<Arc<str>, Wanted> = BTreeMap::new();
+    for sign in &work.told {
+        match sign {
+            Sign::Mail(mail) => {
+                let of = all.entry(mail.account.clone()).or_default();
+                of.people.insert(person_of_mail(mail));
+            }
+            Sign::Other(event) => {
+                if let Some(recipient) = &event.recipient {
+                    let of = all.entry(event.account.as_str().into()).or_default();
+                    of.people.insert(person_of(recipient));
+                }
+            }
+        }
+    }
+    for (judged, hit) in &work.judged {
+        let (false, Some(hit)) = (judged.again, hit) else {
+            continue;
+        };
+        if judged.verdict.actor == Actor::Machine {
+            continue;
+        }
+        let of = all.entry(hit.account.clone()).or_default();
+        of.people.insert(hit.person());
+        let clicked = hit.kind == HitKind::Click && judged.verdict.actor == Actor::Human;
+        if let Some(cookie) = hit.visitor.filter(|_| clicked) {
+            of.browsers.insert(cookie.to_string().into());
+            of.bindings.insert(hit.event_id.to_string().into());
+        }
+    }
+    for revised in revised {
+        let row = &revised.story.recipient.row;
+        let of = all
+            .entry(revised.story.batch.account.as_str().into())
+            .or_default();
+        let email = row.email.to_string();
+        of.people
+            .insert(person_named(row.prospect_id.as_deref(), &email));
+        of.bindings.insert(revised.event_id.to_string().into());
+    }
+    all
+}
+
+fn person_of_mail(mail: &MailSign) -> Box<str> {
+    person_named(mail.prospect_id.as_deref(), &mail.email)
+}
+
+/// Applies what is no hit.
+pub(super) async fn told(docs: &mut Docs<'_>, sign: &Sign) -> Result<(), StoreError> {
+    let event = match sign {
+        Sign::Mail(mail) => return delivered(docs, mail).await,
+        Sign::Other(event) => event,
+    };
     match event.kind {
         EventKind::PageViewed => page(docs, event).await,
         EventKind::IdentityRevoked => revoked(docs, event).await,
@@ -26,7 +83,30 @@ pub(super) async fn told(docs: &mut Docs<'_>, event: &Event) -> Result<(), Store
     }
 }
 
-/// An event about a person that is neither hit nor page.
+/// A message was delivered: the most frequent of all.
+async fn delivered(docs: &mut Docs<'_>, mail: &MailSign) -> Result<(), StoreError> {
+    let Happened::Delivered { .. } = mail.what else {
+        return Ok(());
+    };
+    let campaign = mail.campaign.clone().unwrap_or_default();
+    let entry = Entry {
+        campaign: campaign.clone(),
+        message: Some(mail.message),
+        ..Entry::new(mail.event_id, EventKind::EmailDelivered, mail.at)
+    };
+    let change = |person: &mut Prospect| {
+        person.email.clone_from(&mail.email);
+        let new = person.apply(entry);
+        if new {
+            person.mailed(&campaign, DeliveryStatus::Ok, mail.at);
+        }
+        new
+    };
+    docs.change(&mail.account, &person_of_mail(mail), change)
+        .await
+}
+
+/// An event about a person that is neither hit nor page nor delivery.
 async fn of_person(docs: &mut Docs<'_>, event: &Event) -> Result<(), StoreError> {
     let Some(recipient) = &event.recipient else {
         return Ok(());
@@ -46,15 +126,15 @@ async fn of_person(docs: &mut Docs<'_>, event: &Event) -> Result<(), StoreError>
     if !recipient.email.is_empty() {
         person.email = recipient.email.as_str().into();
     }
-    let campaign = event.campaign.as_deref().unwrap_or_default();
     let entry = Entry {
         human,
         ..entry_of(event)
     };
+    let campaign = entry.campaign.clone();
     if person.apply(entry)
         && let Some(status) = became
     {
-        person.mailed(campaign, status, event.occurred_at);
+        person.mailed(&campaign, status, event.occurred_at);
     }
     Ok(())
 }
@@ -66,19 +146,15 @@ fn class_of(event: &Event) -> Option<Class> {
 }
 
 fn entry_of(event: &Event) -> Entry {
-    let message = event
-        .message_id
-        .map(|id| id.to_string())
-        .unwrap_or_default();
     Entry {
         campaign: event.campaign.as_deref().unwrap_or_default().into(),
-        message_id: message.into(),
+        message: event.message_id,
         url: short(event.data["url"].as_str().unwrap_or_default()).into(),
-        ..Entry::new(&event.id.to_string(), event.kind, event.occurred_at)
+        ..Entry::new(event.id, event.kind, event.occurred_at)
     }
 }
 
-fn short(url: &str) -> &str {
+pub(super) fn short(url: &str) -> &str {
     let mut end = url.len().min(URL);
     while !url.is_char_boundary(end) {
         end -= 1;
@@ -116,58 +192,67 @@ async fn page(docs: &mut Docs<'_>, event: &Event) -> Result<(), StoreError> {
 
 fn page_entry(page: Page, visitor: VisitorId) -> Entry {
     Entry {
-        url: page.url,
+        url: page.url.into(),
         visitor: Some(visitor),
         human: page.human,
-        ..Entry::new(&page.event_id, EventKind::PageViewed, page.at)
+        ..Entry::new(id_of(&page.event_id), EventKind::PageViewed, page.at)
     }
+}
+
+/// An id that was kept as text.
+fn id_of(text: &str) -> Uuid {
+    text.parse().unwrap_or(Uuid::nil())
 }
 
 /// Applies a hit whose verdict is given.
 pub(super) async fn judged(
     docs: &mut Docs<'_>,
-    event: &Event,
+    hit: &Hit,
     judged: &Judged,
 ) -> Result<(), StoreError> {
-    let Some(recipient) = &event.recipient else {
-        return Ok(());
-    };
     if judged.verdict.actor == Actor::Machine {
         return Ok(());
     }
     let human = judged.verdict.actor == Actor::Human;
-    let key = person_of(recipient);
-    let person = docs.prospect(&event.account, &key).await?;
-    person.email = recipient.email.as_str().into();
-    person.apply(Entry {
+    let key = hit.person();
+    let entry = Entry {
+        campaign: hit.campaign.clone(),
+        message: Some(hit.message),
+        url: hit.url.clone(),
         human,
-        ..entry_of(event)
-    });
-    if human && event.kind == EventKind::EmailClicked {
-        bind(docs, event, &key).await?;
+        ..Entry::new(hit.event_id, hit.event_kind(), hit.at)
+    };
+    let apply = |person: &mut Prospect| {
+        person.email.clone_from(&hit.email);
+        person.apply(entry)
+    };
+    docs.change(&hit.account, &key, apply).await?;
+    if human && hit.kind == HitKind::Click {
+        bind(docs, hit, &key).await?;
     }
     Ok(())
 }
 
 /// A person's click says whose browser it is.
-async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), StoreError> {
-    let (Some(cookie), Some(message)) = (visitor_of(event), event.message_id) else {
+async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreError> {
+    let Some(cookie) = hit.visitor else {
         return Ok(());
     };
-    let (account, binding_id) = (event.account.as_str(), event.id.to_string());
+    let (account, message) = (&*hit.account, hit.message);
+    let binding_id = hit.event_id.to_string();
     if docs.binding(account, &binding_id).await?.is_some() {
         // Known from before a crash, and perhaps revoked since.
         return Ok(());
     }
     let person = docs.prospect(account, key).await?;
-    let clicked_before = person.clicked_before(&message.to_string(), cookie);
+    let clicked_before = person.clicked_before(message, cookie);
     let email = person.email.clone();
     let click = Click {
         prospect: key.into(),
         binding: binding_id.as_str().into(),
-        fresh: VisitorId::new(event.occurred_at, event.id.as_u128()),
+        fresh: VisitorId::new(hit.at, hit.event_id.as_u128()),
         clicked_before,
-        at: event.occurred_at,
+        at: hit.at,
     };
     let found = docs.browser(account, cookie).await?.click(cookie, click);
     let (visitor, from, forward_suspected, pages) = match found {
@@ -176,9 +261,9 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
             let data = json!({
                 "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
                 "binding_id": owner.binding, "new_visitor": null, "reason": "forwarded",
-                "evidence": evidence(message, event),
+                "evidence": evidence(hit),
             });
-            docs.tell(news(event, EventKind::IdentityConflict, data));
+            docs.tell(cookie, news(hit, EventKind::IdentityConflict, data));
             return Ok(());
         }
         Found::Bound {
@@ -192,26 +277,26 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
     if let Some(owner) = from {
         // What the click led to was seen before the click was known to be a person's.
         let before = docs.prospect(account, &owner.prospect).await?;
-        theirs = before.left(owner.visitor, event.occurred_at);
+        theirs = before.left(owner.visitor, hit.at);
         let data = json!({
             "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
             "binding_id": owner.binding, "new_visitor": visitor, "reason": "other_prospect",
-            "evidence": evidence(message, event),
+            "evidence": evidence(hit),
         });
-        docs.tell(news(event, EventKind::IdentityConflict, data));
+        docs.tell(cookie, news(hit, EventKind::IdentityConflict, data));
     }
     let data = json!({
         "binding_id": binding_id, "visitor": visitor, "cookie": cookie, "prospect_id": key,
-        "evidence": evidence(message, event), "forward_suspected": forward_suspected,
+        "evidence": evidence(hit), "forward_suspected": forward_suspected,
         "confidence": if forward_suspected { "low" } else { "high" }, "pages_joined": pages.len() + theirs.len(),
     });
-    docs.tell(news(event, EventKind::IdentityBound, data));
+    docs.tell(cookie, news(hit, EventKind::IdentityBound, data));
     let binding = Binding {
         cookie,
         visitor,
         prospect: key.into(),
         email,
-        at: event.occurred_at,
+        at: hit.at,
         message,
         event_id: binding_id.as_str().into(),
         forward_suspected,
@@ -221,8 +306,8 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
     let person = docs.prospect(account, key).await?;
     person.bind(Seen {
         visitor,
-        binding: binding_id.into(),
-        since: event.occurred_at,
+        binding: hit.event_id,
+        since: hit.at,
     });
     for page in pages {
         person.apply(page_entry(page, visitor));
@@ -236,29 +321,34 @@ async fn bind(docs: &mut Docs<'_>, event: &Event, key: &str) -> Result<(), Store
     Ok(())
 }
 
-fn evidence(message: MessageId, event: &Event) -> Value {
-    json!({ "type": "click", "message_id": message, "event_id": event.id })
+fn evidence(hit: &Hit) -> Value {
+    json!({ "type": "click", "message_id": hit.message, "event_id": hit.event_id })
 }
 
-/// An event of identity that follows from `event`: its id is always the same.
-fn news(event: &Event, kind: EventKind, data: Value) -> Announcement {
-    let mut bytes = event.id.into_bytes();
+/// An event of identity that follows from a hit: its id is always the same.
+fn news(hit: &Hit, kind: EventKind, data: Value) -> Announcement {
+    let mut bytes = hit.event_id.into_bytes();
     // Behind the version and the time, which stay those of the click.
     bytes[15] ^= kind.code() + 1;
     bytes[14] ^= 0xa5;
     Announcement {
         kind,
-        account: event.account.as_str().into(),
+        account: hit.account.as_ref().into(),
         data,
         about: About {
-            id: Some(uuid::Uuid::from_bytes(bytes)),
-            occurred_at: Some(event.occurred_at),
-            campaign: event.campaign.clone(),
-            batch_id: event.batch_id,
-            message_id: event.message_id,
-            variant: event.variant.clone(),
-            recipient: event.recipient.clone(),
-            metadata: event.metadata.clone(),
+            id: Some(Uuid::from_bytes(bytes)),
+            occurred_at: Some(hit.at),
+            campaign: Some(hit.campaign.as_ref())
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned),
+            batch_id: Some(hit.message.batch),
+            message_id: Some(hit.message),
+            variant: hit.variant.as_deref().map(str::to_owned),
+            recipient: Some(EventRecipient {
+                email: hit.email.to_string(),
+                prospect_id: hit.prospect_id.as_deref().map(str::to_owned),
+            }),
+            metadata: hit.metadata.clone(),
         },
     }
 }
@@ -283,14 +373,14 @@ async fn undo(
         return Ok(());
     };
     let person = docs.prospect(account, &owner.prospect).await?;
-    let gone = person.unbind(binding, owner.visitor);
+    let gone = person.unbind(id_of(binding), owner.visitor);
     let browser = docs.browser(account, cookie).await?;
     if browser.owner().is_none() {
         for entry in gone {
             browser.see(Page {
-                event_id: entry.event_id,
+                event_id: entry.event_id.to_string().into(),
                 at: entry.at,
-                url: entry.url,
+                url: entry.url.as_ref().into(),
                 human: entry.human,
             });
         }
@@ -307,12 +397,14 @@ pub(super) async fn revised(docs: &mut Docs<'_>, of: &Revised) -> Result<(), Sto
         prospect_id: row.prospect_id.as_deref().map(str::to_owned),
     };
     let account = of.story.batch.account.clone();
-    let person = docs.prospect(&account, &person_of(&recipient)).await?;
-    person.revise(&of.event_id, of.human);
+    let revise = |person: &mut Prospect| person.revise(of.event_id, of.human);
+    docs.change(&account, &person_of(&recipient), revise)
+        .await?;
     if of.human || of.kind != HitKind::Click {
         return Ok(());
     }
-    let Some(binding) = docs.binding(&account, &of.event_id).await? else {
+    let binding_id = of.event_id.to_string();
+    let Some(binding) = docs.binding(&account, &binding_id).await? else {
         return Ok(());
     };
     if binding.revoked_at.is_some() {
@@ -321,15 +413,15 @@ pub(super) async fn revised(docs: &mut Docs<'_>, of: &Revised) -> Result<(), Sto
     let now = docs.now;
     let (binding, announcement) = revocation(
         &account,
-        &of.event_id,
+        &binding_id,
         binding,
         recipient,
         "reclassified",
         now,
     );
-    docs.set_binding(&account, &of.event_id, &binding);
-    docs.tell(announcement);
-    undo(docs, &account, &of.event_id, binding.cookie).await
+    docs.set_binding(&account, &binding_id, &binding);
+    docs.tell(binding.cookie, announcement);
+    undo(docs, &account, &binding_id, binding.cookie).await
 }
 
 /// A binding as it is once revoked, and the event that tells of it.

@@ -5,17 +5,20 @@ use std::net::IpAddr;
 
 use ::engagement::settle::{Judge, Judged};
 use ::engagement::{Observed, Rules};
-use model::{Actor, Event, Fact, FactId, HitKind, MessageId, Revision, Verdict};
-use store::{MessageStory, Note, Shipment, StoreError};
+use model::{Actor, Fact, FactId, HitKind, MessageId, Revision};
+use store::{Happened, MessageStory, Note, Shipment, Sign, StoreError};
+use uuid::Uuid;
 
-use super::{JobLease, NOTES, RECLASSIFY, Worker, show};
+use super::{Hit, JobLease, NOTES, RECLASSIFY, Work, Worker, people, show};
 
 /// Facts shipped at once.
-const FACTS: usize = 500;
+const FACTS: usize = 1_000;
+/// Messages whose stories are read at once.
+const STORIES: usize = 1_000;
 
 /// A verdict that changed.
 pub(super) struct Revised {
-    pub(super) event_id: Box<str>,
+    pub(super) event_id: Uuid,
     pub(super) kind: HitKind,
     pub(super) story: std::sync::Arc<MessageStory>,
     /// Whether it counts as a person's now; it was the other way round.
@@ -27,7 +30,7 @@ impl Worker<'_> {
     /// to be as they were.
     pub(super) async fn revise(
         &mut self,
-        judged: &[(Judged, Option<Event>)],
+        judged: &[(Judged, Option<Hit>)],
         all: bool,
     ) -> Result<Vec<Revised>, StoreError> {
         let mut by_message: BTreeMap<MessageId, Vec<&Judged>> = BTreeMap::new();
@@ -38,28 +41,31 @@ impl Worker<'_> {
             }
         }
         let (mut facts, mut revised, mut doubtful) = (Vec::new(), Vec::new(), Vec::new());
-        for (message, judged) in by_message {
-            let Some(story) = self.of.store.message(message).await? else {
-                continue;
-            };
-            let story = std::sync::Arc::new(story);
-            let revisions = compare(&story, &judged, self.of.clock.now());
-            for revision in revisions {
-                let human = |actor| actor == Actor::Human;
-                let (was, is) = (human(revision.was), human(revision.verdict.actor));
-                if was && !is && !revision.others {
-                    doubtful.push((message, revision.kind));
+        let messages: Vec<MessageId> = by_message.keys().copied().collect();
+        for some in messages.chunks(STORIES) {
+            for story in self.of.store.messages(some.to_vec()).await? {
+                let message = named(&story);
+                let Some(judged) = by_message.get(&message) else {
+                    continue;
+                };
+                let story = std::sync::Arc::new(story);
+                for revision in compare(&story, judged, self.of.clock.now()) {
+                    let human = |actor| actor == Actor::Human;
+                    let (was, is) = (human(revision.was), human(revision.verdict.actor));
+                    if was && !is && !revision.others {
+                        doubtful.push((message, revision.kind));
+                    }
+                    let of = judged.iter().find(|of| of.trace.id == revision.hit);
+                    if let (true, Some(of)) = (was != is, of) {
+                        revised.push(Revised {
+                            event_id: of.trace.event_id,
+                            kind: revision.kind,
+                            story: story.clone(),
+                            human: is,
+                        });
+                    }
+                    facts.push(revision);
                 }
-                let of = judged.iter().find(|of| of.trace.id == revision.hit);
-                if let (true, Some(of)) = (was != is, of) {
-                    revised.push(Revised {
-                        event_id: of.trace.event_id.clone(),
-                        kind: revision.kind,
-                        story: story.clone(),
-                        human: is,
-                    });
-                }
-                facts.push(revision);
             }
         }
         self.ship(facts).await?;
@@ -70,24 +76,30 @@ impl Worker<'_> {
     /// A person's hit may have come while the last one's verdict was taken back: it counts.
     async fn confirm(&mut self, doubtful: Vec<(MessageId, HitKind)>) -> Result<(), StoreError> {
         let mut facts = Vec::new();
-        for (message, kind) in doubtful {
-            let Some(story) = self.of.store.message(message).await? else {
-                continue;
-            };
-            let human = story
-                .hits
-                .iter()
-                .find(|kept| kept.hit.kind == kind && kept.hit.verdict.actor == Actor::Human);
-            facts.extend(human.map(|kept| Revision {
-                message,
-                at: self.of.clock.now(),
-                hit: kept.id,
-                hit_at: kept.hit.at,
-                kind,
-                was: Actor::Human,
-                verdict: kept.hit.verdict.clone(),
-                others: true,
-            }));
+        for some in doubtful.chunks(STORIES) {
+            let messages = some.iter().map(|(message, _)| *message).collect();
+            let stories = self.of.store.messages(messages).await?;
+            let stories = stories.iter().map(|story| (named(story), story));
+            let stories: HashMap<MessageId, &MessageStory> = stories.collect();
+            for (message, kind) in some {
+                let Some(story) = stories.get(message) else {
+                    continue;
+                };
+                let human = story
+                    .hits
+                    .iter()
+                    .find(|kept| kept.hit.kind == *kind && kept.hit.verdict.actor == Actor::Human);
+                facts.extend(human.map(|kept| Revision {
+                    message: *message,
+                    at: self.of.clock.now(),
+                    hit: kept.id,
+                    hit_at: kept.hit.at,
+                    kind: *kind,
+                    was: Actor::Human,
+                    verdict: kept.hit.verdict.clone(),
+                    others: true,
+                }));
+            }
         }
         self.ship(facts).await
     }
@@ -134,11 +146,12 @@ impl Worker<'_> {
                 return Ok(());
             }
             let page = self.read(cursor).await?;
-            self.learn(&page.events).await?;
-            for event in &page.events {
-                show(&mut judge, &self.links, &judged_anew(&rules, event));
+            self.learn(&page.signs).await?;
+            for sign in page.signs.iter().cloned() {
+                let sign = judged_anew(&rules, sign);
+                show(&mut judge, &self.links, &mut self.words, &sign);
             }
-            let last = page.events.last().map(|event| event.recorded_at);
+            let last = page.signs.last().map(Sign::recorded_at);
             // Behind the last event it is now. Hits that are not done waiting even then are settled
             // by the same rules in turn.
             let now = last.unwrap_or_else(|| self.of.clock.now());
@@ -147,8 +160,10 @@ impl Worker<'_> {
             let revised = self.revise(&judged, true).await?;
             changed += revised.len();
             let mut docs = super::docs::Docs::new(&*self.of.store, self.of.clock.now());
+            docs.prefetch(people::wanted(&Work::default(), &revised))
+                .await?;
             for revised in &revised {
-                super::people::revised(&mut docs, revised).await?;
+                people::revised(&mut docs, revised).await?;
             }
             held.holds()?;
             docs.write().await?;
@@ -205,37 +220,40 @@ fn compare(story: &MessageStory, judged: &[&Judged], now: model::Timestamp) -> V
     revisions
 }
 
-/// An event of a hit with the verdict of these rules on the request by itself. What its headers
-/// gave away is not kept, so that stays.
-fn judged_anew(rules: &Rules, event: &Event) -> Event {
-    let mut event = event.clone();
-    let Some(trace) = super::trace_of(&event) else {
-        return event;
+/// A hit with the verdict of these rules on the request by itself. What its headers gave away is not
+/// kept, so that stays.
+fn judged_anew(rules: &Rules, mut sign: Sign) -> Sign {
+    let Sign::Mail(mail) = &mut sign else {
+        return sign;
     };
-    let by_headers = trace
+    let Happened::Hit(of) = &mut mail.what else {
+        return sign;
+    };
+    let hit = &mut of.hit;
+    let by_headers = hit
         .verdict
         .machine_reasons
         .iter()
         .any(|of| **of == *"prefetch");
-    let network = trace.network.split('/').next().unwrap_or_default();
+    let network = hit.network.split('/').next().unwrap_or_default();
     let verdict = rules.judge(&Observed {
-        kind: trace.kind,
-        user_agent: &trace.user_agent,
+        kind: hit.kind,
+        user_agent: &hit.user_agent,
         prefetch: by_headers,
         fetch_dest: None,
         address: network.parse::<IpAddr>().ok(),
     });
     // Unknown may have been said by a header, too.
-    let kept = trace.verdict.actor == Actor::Unknown && verdict.actor == Actor::Human;
+    let kept = hit.verdict.actor == Actor::Unknown && verdict.actor == Actor::Human;
     if !kept {
-        let Verdict {
-            actor,
-            machine_reasons,
-            rules,
-        } = verdict;
-        event.data["actor"] = actor.as_str().into();
-        event.data["machine_reasons"] = serde_json::json!(machine_reasons);
-        event.data["rules"] = rules.into();
+        hit.verdict = verdict;
     }
-    event
+    sign
+}
+
+fn named(story: &MessageStory) -> MessageId {
+    MessageId {
+        batch: story.batch.id,
+        index: story.recipient.row.index,
+    }
 }
