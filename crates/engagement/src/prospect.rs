@@ -3,7 +3,7 @@
 //! A [`Prospect`] is made of events, each applied once however often it is told: the timeline
 //! remembers which. Only what a person did counts; a hit that turns out to be a machine's is taken
 //! back. Bounded: the newest 100 things, the newest 50 campaigns, the days that may count. How it
-//! is stored says [`stored`].
+//! is stored says `stored`.
 
 mod stored;
 

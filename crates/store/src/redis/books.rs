@@ -556,7 +556,7 @@ impl<'a> Books<'a> {
                 told.push(batch);
             }
         }
-        commit.events(&self.events, floor)?;
+        commit.events(std::mem::take(&mut self.events), floor, self.token)?;
         commit.control(&self.control, self.now)?;
         Ok((commit, told))
     }

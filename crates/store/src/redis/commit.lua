@@ -49,15 +49,25 @@ while ARGV[at] do
     call(name, key, unpack(ARGV, at, at + count - 1))
     at = at + count
   elseif kind == 'E' then
-    -- Events: the number goes behind the id, which has a fixed length.
-    local counter, floor, count = KEYS[tonumber(take())], tonumber(take()), tonumber(take())
-    local time = call('TIME')
-    local last = math.max(tonumber(call('GET', counter) or '0'), floor, time[1] * 1000000 + time[2] - 1)
-    for _ = 1, count do
-      local event = take()
-      last = last + 1
-      local number = string.format('%.0f', last)
-      call('XADD', key, number .. '-0', 'e', string.sub(event, 1, 44) .. ',"seq":' .. number .. string.sub(event, 45))
+    -- Events: numbered from `first` on, unless other events have come since that was the time. Then
+    -- each gets another number of as many digits, behind the id, which has a fixed length.
+    local counter, floor = KEYS[tonumber(take())], tonumber(take())
+    local first, count = tonumber(take()), tonumber(take())
+    local last = math.max(tonumber(call('GET', counter) or '0'), floor)
+    if first > last then
+      for number = first, first + count - 1 do
+        call('XADD', key, string.format('%.0f-0', number), 'e', take())
+      end
+      last = first + count - 1
+    else
+      local time = call('TIME')
+      last = math.max(last, time[1] * 1000000 + time[2] - 1)
+      for _ = 1, count do
+        local event = take()
+        last = last + 1
+        local number = string.format('%.0f', last)
+        call('XADD', key, number .. '-0', 'e', string.sub(event, 1, 51) .. number .. string.sub(event, 68))
+      end
     end
     answer[2] = string.format('%.0f', last)
     call('SET', counter, answer[2])

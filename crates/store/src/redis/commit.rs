@@ -186,22 +186,27 @@ impl Commit {
         }
     }
 
-    /// Events, in order; their numbers are above `floor`.
-    pub(super) fn events(&mut self, events: &[Event], floor: u64) -> Result<()> {
+    /// Events, in order; their numbers are above `floor`. `time`: the server's in microseconds when
+    /// the step began to read, 0 when that is not known. From there they are numbered, and the script
+    /// takes them as they are unless somebody's events have come in between: putting each text
+    /// together anew costs it as much as adding the event.
+    pub(super) fn events(&mut self, events: Vec<Event>, floor: u64, time: u64) -> Result<()> {
         if events.is_empty() {
             return Ok(());
         }
         let stream = self.key(keys::events(self.partition));
         let counter = self.key(keys::event_counter(self.partition));
+        let first = if fits(time) { time } else { 0 };
         self.writes.extend([
             b"E".to_vec(),
             stream,
             counter,
             text(floor),
+            text(first),
             text(events.len()),
         ]);
-        for event in events {
-            self.writes.push(unnumbered(event)?);
+        for (seq, event) in (first.max(NUMBERED_FROM)..).zip(events) {
+            self.writes.push(numbered(Event { seq, ..event })?);
         }
         Ok(())
     }
@@ -292,21 +297,22 @@ impl Commit {
     }
 }
 
-/// An event without its number, which the script puts behind the id.
-fn unnumbered(event: &Event) -> Result<Vec<u8>> {
-    const NUMBER: &str = ",\"seq\":0";
+/// Numbers of events have 16 digits, so that one can be put in place of another.
+const NUMBERED_FROM: u64 = 1_000_000_000_000_000;
+
+/// Whether a step's events can be numbered from here on.
+fn fits(first: u64) -> bool {
+    (NUMBERED_FROM..9 * NUMBERED_FROM).contains(&first)
+}
+
+/// An event whose number stands where the script looks for it: behind an id of a known length.
+fn numbered(event: Event) -> Result<Vec<u8>> {
+    const NUMBER: &[u8] = b",\"seq\":";
     const ID: usize = 44;
-    let unnumbered = Event {
-        seq: 0,
-        ..event.clone()
-    };
-    let text = serde_json::to_string(&unnumbered)
+    let text = serde_json::to_vec(&event)
         .map_err(|error| StoreError::Damaged(format!("an event: {error}")))?;
-    match text.split_at_checked(ID) {
-        Some((id, rest)) if rest.starts_with(NUMBER) => {
-            let rest = rest.strip_prefix(NUMBER).unwrap_or(rest);
-            Ok([id.as_bytes(), rest.as_bytes()].concat())
-        }
+    match text.get(ID..) {
+        Some(rest) if fits(event.seq) && rest.starts_with(NUMBER) => Ok(text),
         _ => Err(StoreError::Damaged("an event without an id".into())),
     }
 }
@@ -379,17 +385,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_written_without_its_number() {
+    fn the_script_finds_the_number_of_an_event_in_its_place() {
         let told = crate::tell::Told {
             kind: model::EventKind::BatchStarted,
             occurred_at: Timestamp::from_millis(5),
             identity: "x".into(),
             data: serde_json::json!({ "seq": 0 }),
         };
-        let event = crate::tell::bare(told, 77, Timestamp::from_millis(6), "acme".into());
-        let written = String::from_utf8(unnumbered(&event).unwrap()).unwrap();
-        let (id, rest) = written.split_at(44);
-        let whole = format!("{id},\"seq\":77{rest}");
-        assert_eq!(serde_json::from_str::<Event>(&whole).unwrap(), event);
+        let seq = 1_763_712_300_007_123;
+        let event = crate::tell::bare(told, seq, Timestamp::from_millis(6), "acme".into());
+        let written = String::from_utf8(numbered(event.clone()).unwrap()).unwrap();
+        assert_eq!(serde_json::from_str::<Event>(&written).unwrap(), event);
+        // As the script counts, from 1: up to 51, and from 68 on.
+        assert_eq!(&written[51..67], seq.to_string());
+        assert!(written[..51].ends_with(",\"seq\":") && written[67..].starts_with(','));
+        assert!(numbered(Event { seq: 7, ..event }).is_err());
+        assert!(!fits(0));
     }
 }

@@ -44,18 +44,10 @@ pub(super) fn normalised(email: &str) -> Box<str> {
 }
 
 /// A document and whether it was changed.
+#[derive(Default)]
 struct Doc<T> {
     value: T,
     dirty: bool,
-}
-
-impl<T: Default> Default for Doc<T> {
-    fn default() -> Self {
-        Self {
-            value: T::default(),
-            dirty: false,
-        }
-    }
 }
 
 /// Documents of one kind, by account and name.
