@@ -684,7 +684,7 @@ mod tests {
         fn facts_read_back(block in any_block()) {
             let packed = Packer::new().unwrap().pack_log(&block).unwrap();
             prop_assert_eq!(form::unpack_log(&packed).unwrap(), block.clone());
-            prop_assert_eq!(form::unpack_log_brief(&packed).unwrap(), form::BriefLog::from(block));
+            prop_assert_eq!(form::unpack_log_brief(&packed).unwrap(), BriefLog::from(block));
         }
 
         #[test]
