@@ -7,6 +7,7 @@ use links::{Bad, KeyFileError, KeyRing, Kind, VerifiedToken};
 use service::clock::SharedClock;
 use service::secrets::{self, SecretError};
 use service::tasks::Shutdown;
+use std::borrow::Cow;
 use std::net::Ipv6Addr;
 use std::path::Path;
 use std::sync::Arc;
@@ -89,6 +90,7 @@ impl Hosts {
             let authority = Self::normalised(rest.split('/').next().unwrap_or_default());
             if hosts.iter().all(|host| host.authority != authority) {
                 let https = scheme.eq_ignore_ascii_case("https");
+                let authority = authority.into_owned();
                 hosts.push(Host { authority, https });
             }
         }
@@ -97,11 +99,16 @@ impl Hosts {
 
     /// A host in the form in which tokens are bound to it: lower case, without the port that its
     /// scheme implies.
-    pub(crate) fn normalised(authority: &str) -> String {
-        let authority = authority.trim().to_ascii_lowercase();
+    pub(crate) fn normalised(authority: &str) -> Cow<'_, str> {
+        let authority = authority.trim();
         let implied = [":443", ":80"];
         let bare = implied.iter().find_map(|port| authority.strip_suffix(port));
-        bare.unwrap_or(&authority).to_owned()
+        let bare = bare.unwrap_or(authority);
+        if bare.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            Cow::Owned(bare.to_ascii_lowercase())
+        } else {
+            Cow::Borrowed(bare)
+        }
     }
 
     /// Whether links to this host begin with https.

@@ -1,5 +1,8 @@
 //! What user agents say of themselves, by the lists of the rules. All texts are lower case and
-//! compared so.
+//! compared so. Every hit is read here before it is answered, so all parts of all lists are looked
+//! for in one pass.
+
+use aho_corasick::{AhoCorasick, AhoCorasickKind, BuildError};
 
 /// What a user agent is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +32,36 @@ const ENGINES: &[&str] = &[
     "microsoft outlook",
 ];
 
-/// The lists of user agents.
+/// What a program that acts alone often has at the end of its name.
+const BOT: &str = "bot";
+
+/// The lists of user agents, as they are in the rules.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Agents {
+pub(crate) struct Lists {
     pub(crate) prefetchers: Texts,
     pub(crate) image_proxies: Texts,
     pub(crate) automated: Texts,
     /// Parts of what persons use, which other rules would take for machines.
     pub(crate) people: Vec<String>,
+}
+
+/// The lists of user agents, ready to be looked for.
+#[derive(Debug, Clone)]
+pub(crate) struct Agents {
+    lists: Lists,
+    parts: AhoCorasick,
+    /// What each of `parts` stands for, in their order.
+    means: Vec<Means>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Means {
+    Prefetcher,
+    ImageProxy,
+    Automated,
+    Engine,
+    /// [`BOT`]: where a word ends in it.
+    Bot,
 }
 
 /// What a user agent is, or has in it.
@@ -47,36 +72,110 @@ pub(crate) struct Texts {
 }
 
 impl Texts {
-    fn know(&self, agent: &str) -> bool {
-        self.whole.iter().any(|whole| whole == agent)
-            || self.parts.iter().any(|part| agent.contains(part.as_str()))
+    fn know_whole(&self, agent: &str) -> bool {
+        let mut whole = self.whole.iter();
+        whole.any(|whole| whole.eq_ignore_ascii_case(agent))
     }
 }
 
+/// Which lists have a part of a user agent.
+#[derive(Debug, Clone, Copy, Default)]
+struct Found {
+    prefetcher: bool,
+    image_proxy: bool,
+    automated: bool,
+    engine: bool,
+}
+
 impl Agents {
+    /// Prepares the lists.
+    ///
+    /// # Errors
+    /// When they are too large together.
+    pub(crate) fn new(lists: Lists) -> Result<Self, BuildError> {
+        let each = |texts: &'static str| (texts, Means::Engine);
+        let of = |texts: &Texts, means| {
+            let parts = texts.parts.clone().into_iter();
+            parts.map(move |part| (part, means)).collect::<Vec<_>>()
+        };
+        let engines = ENGINES.iter().copied().map(each);
+        let (parts, means): (Vec<String>, Vec<Means>) = of(&lists.prefetchers, Means::Prefetcher)
+            .into_iter()
+            .chain(of(&lists.image_proxies, Means::ImageProxy))
+            .chain(of(&lists.automated, Means::Automated))
+            .chain(engines.map(|(engine, means)| (engine.to_owned(), means)))
+            .chain([(BOT.to_owned(), Means::Bot)])
+            .unzip();
+        let parts = AhoCorasick::builder()
+            .ascii_case_insensitive(true)
+            // A step a byte: the lists are short, and user agents are not.
+            .kind(Some(AhoCorasickKind::DFA))
+            .build(&parts)?;
+        Ok(Self {
+            lists,
+            parts,
+            means,
+        })
+    }
+
     /// Reads a user agent.
     pub(crate) fn read(&self, user_agent: &str) -> Agent {
-        let agent = user_agent.trim().to_ascii_lowercase();
-        let has = |parts: &[&str]| parts.iter().any(|part| agent.contains(part));
-        if self.prefetchers.know(&agent) {
+        let agent = user_agent.trim();
+        let found = self.look(agent);
+        let Lists {
+            prefetchers,
+            image_proxies,
+            automated,
+            ..
+        } = &self.lists;
+        let starts = |with: &str| {
+            let start = agent.as_bytes().get(..with.len());
+            start.is_some_and(|start| start.eq_ignore_ascii_case(with.as_bytes()))
+        };
+        if found.prefetcher || prefetchers.know_whole(agent) {
             Agent::Prefetcher
-        } else if self.image_proxies.know(&agent) {
+        } else if found.image_proxy || image_proxies.know_whole(agent) {
             Agent::ImageProxy
-        } else if self.automated.know(&agent) || self.names_a_bot(&agent) {
+        } else if found.automated || automated.know_whole(agent) {
             Agent::Automated
-        } else if (agent.starts_with("mozilla/") || agent.starts_with("opera/")) && has(ENGINES) {
+        } else if (starts("mozilla/") || starts("opera/")) && found.engine {
             Agent::Browser
         } else {
             Agent::Other
         }
     }
 
-    /// Whether some word ends in `bot` or `bots`: `Googlebot/2.1`, `bot.html`, but not `robotics`.
-    fn names_a_bot(&self, agent: &str) -> bool {
-        agent
-            .split(|c: char| !c.is_ascii_alphanumeric())
-            .filter(|word| !self.people.iter().any(|person| person == word))
-            .any(|word| word.ends_with("bot") || word.ends_with("bots"))
+    /// Looks for all parts at once.
+    fn look(&self, agent: &str) -> Found {
+        let mut found = Found::default();
+        for part in self.parts.find_overlapping_iter(agent) {
+            match self.means.get(part.pattern().as_usize()) {
+                Some(Means::Prefetcher) => found.prefetcher = true,
+                Some(Means::ImageProxy) => found.image_proxy = true,
+                Some(Means::Automated) => found.automated = true,
+                Some(Means::Engine) => found.engine = true,
+                Some(Means::Bot) => found.automated |= self.names_a_bot(agent, part.end()),
+                None => {}
+            }
+        }
+        found
+    }
+
+    /// Whether the `bot` that ends at `end` ends a word, perhaps with an `s`: `Googlebot/2.1`,
+    /// `bot.html`, but not `robotics`, nor a word that stands for people.
+    fn names_a_bot(&self, agent: &str, end: usize) -> bool {
+        let of_word = |byte: &u8| byte.is_ascii_alphanumeric();
+        let (before, after) = agent.as_bytes().split_at(end);
+        let word_end = match after {
+            [b's' | b'S', ..] => end + 1,
+            _ => end,
+        };
+        let begin = before.iter().rposition(|byte| !of_word(byte));
+        let word = agent.get(begin.map_or(0, |at| at + 1)..word_end);
+        let next = agent.as_bytes().get(word_end);
+        let mut people = self.lists.people.iter();
+        !next.is_some_and(of_word)
+            && !people.any(|person| word.is_some_and(|word| person.eq_ignore_ascii_case(word)))
     }
 }
 
@@ -155,7 +254,8 @@ mod tests {
             ("bottle/1", false),
             ("cubot x19", false),
         ] {
-            assert_eq!(agents().names_a_bot(text), bot, "{text}");
+            let automated = agents().read(text) == Agent::Automated;
+            assert_eq!(automated, bot, "{text}");
         }
     }
 }

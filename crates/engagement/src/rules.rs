@@ -2,7 +2,7 @@
 //!
 //! Owns its form and its mistakes. Must not open it: the text comes in.
 
-use crate::agents::{Agents, Texts};
+use crate::agents::{Agents, Lists, Texts};
 use crate::prospect::Points;
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -171,7 +171,7 @@ fn wrong(at: impl Into<String>, detail: impl Into<String>) -> RulesError {
 }
 
 fn agents(forms: Vec<AgentsForm>) -> Result<Agents, RulesError> {
-    let mut agents = Agents::default();
+    let mut lists = Lists::default();
     for (number, form) in forms.into_iter().enumerate() {
         let at = format!("agents[{number}]");
         sourced(&at, &form.source)?;
@@ -183,18 +183,18 @@ fn agents(forms: Vec<AgentsForm>) -> Result<Agents, RulesError> {
         }
         let lower = |list: Vec<String>| list.into_iter().map(|text| text.to_ascii_lowercase());
         let texts: &mut Texts = match form.kind {
-            AgentKind::Prefetcher => &mut agents.prefetchers,
-            AgentKind::ImageProxy => &mut agents.image_proxies,
-            AgentKind::Automated => &mut agents.automated,
+            AgentKind::Prefetcher => &mut lists.prefetchers,
+            AgentKind::ImageProxy => &mut lists.image_proxies,
+            AgentKind::Automated => &mut lists.automated,
             AgentKind::Person => {
-                agents.people.extend(lower(form.contains));
+                lists.people.extend(lower(form.contains));
                 continue;
             }
         };
         texts.whole.extend(lower(form.whole));
         texts.parts.extend(lower(form.contains));
     }
-    Ok(agents)
+    Agents::new(lists).map_err(|error| wrong("agents", error.to_string()))
 }
 
 fn networks(forms: Vec<NetworksForm>) -> Result<Vec<(IpNet, NetworkKind)>, RulesError> {

@@ -244,7 +244,7 @@ impl KeyRing {
             return Err(Bad::Malformed);
         }
         // The engine refuses padding and non-zero trailing bits, so a token has one spelling.
-        let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Bad::Malformed)?;
+        let mut bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Bad::Malformed)?;
         if bytes.first().is_some_and(|&version| version != VERSION) {
             return Err(Bad::Version);
         }
@@ -255,28 +255,34 @@ impl KeyRing {
             .and_then(|id| id.try_into().ok())
             .ok_or(Bad::Malformed)?;
         self.check_mac(u16::from_be_bytes(key_id), host, body, mac)?;
-        read_body(body).ok_or(Bad::Malformed)
+        bytes.truncate(body_len);
+        read_body(bytes).ok_or(Bad::Malformed)
     }
 }
 
-fn read_body(body: &[u8]) -> Option<VerifiedToken> {
+/// Reads what stands before the MAC; the target keeps the memory.
+fn read_body(mut body: Vec<u8>) -> Option<VerifiedToken> {
     let (fixed, rest) = body.split_at_checked(FIXED)?;
     let batch: [u8; 16] = fixed.get(5..)?.try_into().ok()?;
+    let (kind, flags) = (*fixed.get(3)?, *fixed.get(4)?);
     let (index, rest) = read_varint(rest)?;
     let (link, rest) = read_varint(rest)?;
-    let target = std::str::from_utf8(rest).ok()?;
-    let kind = Kind::from_code(*fixed.get(3)?)?;
+    let link = link.try_into().ok()?;
+    let before = body.len() - rest.len();
+    body.drain(..before);
+    let target = String::from_utf8(body).ok()?;
+    let kind = Kind::from_code(kind)?;
     let sound = match kind {
-        Kind::Click => check_target(target).is_ok(),
+        Kind::Click => check_target(&target).is_ok(),
         Kind::Open | Kind::Unsubscribe => target.is_empty(),
     };
     sound.then_some(VerifiedToken {
         kind,
-        flags: Flags::from_byte(*fixed.get(4)?)?,
+        flags: Flags::from_byte(flags)?,
         batch: BatchId::from_bytes(batch),
         index,
-        link: link.try_into().ok()?,
-        target: target.to_owned(),
+        link,
+        target,
     })
 }
 

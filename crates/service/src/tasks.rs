@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span};
 
 use crate::power::Power;
 
@@ -65,8 +65,27 @@ impl Tasks {
 
     /// Starts a task; every log line of it carries `task=name`. Dropping what is returned detaches
     /// the task, which is joined at the end all the same.
-    #[expect(clippy::disallowed_methods, reason = "this is where tasks start")]
     pub fn spawn<F>(&self, name: &'static str, future: F) -> Task<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.start(name, tracing::info_span!("task", task = name), future)
+    }
+
+    /// Starts a task of which there are thousands, each woken for every request: like
+    /// [`Self::spawn`], but its log lines carry its name only where `debug` is logged, since entering
+    /// the span costs as much as reading a token.
+    pub fn spawn_small<F>(&self, name: &'static str, future: F) -> Task<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.start(name, tracing::debug_span!("task", task = name), future)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is where tasks start")]
+    fn start<F>(&self, name: &'static str, span: Span, future: F) -> Task<F::Output>
     where
         F: Future + Send + 'static,
         F::Output: Send + 'static,
@@ -76,7 +95,6 @@ impl Tasks {
             let caught = AssertUnwindSafe(future).catch_unwind().await;
             caught.map_err(|panic| report(&failure, name, &*panic))
         };
-        let span = tracing::info_span!("task", task = name);
         let tracked = self.tracker.track_future(guarded.instrument(span));
         let handle = match self.power.clone() {
             None => tokio::spawn(tracked),

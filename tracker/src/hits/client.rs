@@ -3,22 +3,86 @@
 
 use crate::http::route::is_trusted;
 use hyper::HeaderMap;
-use hyper::header::{AsHeaderName, USER_AGENT};
+use hyper::header::HeaderValue;
 use ipnet::IpNet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The longest user agent that is kept, in bytes.
 const MAX_USER_AGENT: usize = 256;
 /// How many proxies may stand one behind the other.
 const MAX_FORWARDED: usize = 32;
 
+/// What the headers of a request say about its client, read in one pass: looking each name up costs
+/// more than going over the dozen that there are. Of a header that is there twice, the first counts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Said<'a> {
+    all: &'a HeaderMap,
+    pub(crate) host: Option<&'a str>,
+    pub(crate) forwarded_host: Option<&'a str>,
+    pub(crate) forwarded_proto: Option<&'a str>,
+    user_agent: Option<&'a HeaderValue>,
+    is_forwarded: bool,
+    /// What the browser fetches it for (W3C Fetch Metadata).
+    pub(crate) fetch_dest: Option<&'a str>,
+    /// Nobody has asked for it yet.
+    pub(crate) prefetch: bool,
+    /// The browser says that its person does not want to be followed (Global Privacy Control).
+    pub(crate) objects: bool,
+}
+
+impl<'a> Said<'a> {
+    /// Reads them.
+    pub(crate) fn of(headers: &'a HeaderMap) -> Self {
+        let mut said = Self {
+            all: headers,
+            host: None,
+            forwarded_host: None,
+            forwarded_proto: None,
+            user_agent: None,
+            is_forwarded: false,
+            fetch_dest: None,
+            prefetch: false,
+            objects: false,
+        };
+        let mut gpc = None;
+        for (name, value) in headers {
+            let text = || value.to_str().ok();
+            match name.as_str() {
+                "host" => said.host = said.host.or_else(text),
+                "user-agent" => said.user_agent = said.user_agent.or(Some(value)),
+                "x-forwarded-for" => said.is_forwarded = true,
+                "x-forwarded-host" => said.forwarded_host = said.forwarded_host.or_else(text),
+                "x-forwarded-proto" => said.forwarded_proto = said.forwarded_proto.or_else(text),
+                "sec-fetch-dest" => said.fetch_dest = said.fetch_dest.or_else(text),
+                "sec-gpc" => gpc = gpc.or_else(text),
+                "sec-purpose" | "purpose" | "x-purpose" | "x-moz" => {
+                    said.prefetch |= text().is_some_and(says_prefetch);
+                }
+                _ => {}
+            }
+        }
+        said.objects = gpc.is_some_and(|value| value.trim() == "1");
+        said
+    }
+}
+
+fn says_prefetch(purpose: &str) -> bool {
+    let purpose = purpose.to_ascii_lowercase();
+    purpose.contains("prefetch") || purpose.contains("preview")
+}
+
 /// The address of the client: the peer's, or where trusted proxies say that they took it from.
 ///
 /// `X-Forwarded-For` is read from its end, where the nearest proxy wrote: each address is believed
 /// only because a trusted one wrote it, and the first that is not trusted is the client.
-pub(crate) fn address(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+pub(crate) fn address(peer: IpAddr, said: &Said<'_>, trusted: &[IpNet]) -> IpAddr {
     let mut client = peer.to_canonical();
-    let forwarded = headers.get_all("x-forwarded-for").iter().rev();
+    if !said.is_forwarded {
+        return client;
+    }
+    let forwarded = said.all.get_all("x-forwarded-for").iter().rev();
     let entries = forwarded
         .filter_map(|value| value.to_str().ok())
         .flat_map(|list| list.rsplit(','));
@@ -54,27 +118,30 @@ fn parse_address(entry: &str) -> Option<IpAddr> {
 
 /// The network that is kept in place of an address: IPv4 /24, IPv6 /48.
 pub(crate) fn network(address: IpAddr) -> String {
-    match address.to_canonical() {
+    let mut text = String::with_capacity("255.255.255.0/24".len());
+    // A String takes whatever there is memory for.
+    let _always = match address.to_canonical() {
         IpAddr::V4(v4) => {
             let [a, b, c, _] = v4.octets();
-            format!("{}/24", Ipv4Addr::new(a, b, c, 0))
+            write!(text, "{a}.{b}.{c}.0/24")
         }
         IpAddr::V6(v6) => {
             let [a, b, c, ..] = v6.segments();
-            format!("{}/48", Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0))
+            write!(text, "{}/48", Ipv6Addr::new(a, b, c, 0, 0, 0, 0, 0))
         }
-    }
+    };
+    text
 }
 
 /// The user agent, printable and at most 256 bytes; empty when there is none.
-pub(crate) fn user_agent(headers: &HeaderMap) -> String {
-    let bytes = headers.get(USER_AGENT).map(|value| value.as_bytes());
+pub(crate) fn user_agent<'a>(said: &Said<'a>) -> Cow<'a, str> {
+    let bytes = said.user_agent.map(HeaderValue::as_bytes);
     let bytes = bytes.unwrap_or_default();
     let printable_ascii = |byte: &u8| matches!(byte, b' '..=b'~');
     if bytes.iter().all(printable_ascii) {
         // All but a few: nothing has to be looked at character by character.
         let kept = bytes.get(..MAX_USER_AGENT).unwrap_or(bytes);
-        return String::from_utf8_lossy(kept).into_owned();
+        return String::from_utf8_lossy(kept);
     }
     let text = String::from_utf8_lossy(bytes);
     let printable = text.chars().map(|c| {
@@ -88,36 +155,13 @@ pub(crate) fn user_agent(headers: &HeaderMap) -> String {
         }
         kept.push(c);
     }
-    kept
-}
-
-/// Whether a header says that nobody has asked for it yet.
-pub(crate) fn is_prefetch(headers: &HeaderMap) -> bool {
-    ["sec-purpose", "purpose", "x-purpose", "x-moz"]
-        .iter()
-        .filter_map(|name| text(headers, *name))
-        .map(str::to_ascii_lowercase)
-        .any(|purpose| purpose.contains("prefetch") || purpose.contains("preview"))
-}
-
-/// What the browser fetches it for (W3C Fetch Metadata).
-pub(crate) fn fetch_dest(headers: &HeaderMap) -> Option<&str> {
-    text(headers, "sec-fetch-dest")
-}
-
-/// Whether the browser says that its person does not want to be followed (Global Privacy Control).
-pub(crate) fn objects(headers: &HeaderMap) -> bool {
-    text(headers, "sec-gpc").is_some_and(|value| value.trim() == "1")
-}
-
-fn text(headers: &HeaderMap, name: impl AsHeaderName) -> Option<&str> {
-    headers.get(name).and_then(|value| value.to_str().ok())
+    Cow::Owned(kept)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hyper::header::HeaderValue;
+    use hyper::header::USER_AGENT;
     use proptest::prelude::*;
 
     fn forwarded(lists: &[&str]) -> HeaderMap {
@@ -159,7 +203,8 @@ mod tests {
             ("fd00::1", &["2001:db8::1"], "2001:db8::1"),
         ] {
             let peer = peer.parse().expect("an address");
-            let client = address(peer, &forwarded(lists), &trusted);
+            let headers = forwarded(lists);
+            let client = address(peer, &Said::of(&headers), &trusted);
             assert_eq!(client.to_string(), expected, "{peer} {lists:?}");
         }
     }
@@ -186,7 +231,8 @@ mod tests {
         ] {
             let mut headers = HeaderMap::new();
             headers.insert(name, HeaderValue::from_static(value));
-            assert_eq!(is_prefetch(&headers), expected, "{name}: {value}");
+            let said = Said::of(&headers);
+            assert_eq!(said.prefetch, expected, "{name}: {value}");
         }
     }
 
@@ -196,8 +242,10 @@ mod tests {
             let lists: Vec<&str> = lists.iter().map(String::as_str).collect();
             let peer = IpAddr::V4(peer.into());
             let any: Vec<IpNet> = vec!["0.0.0.0/0".parse().expect("a network")];
-            let _believed = address(peer, &forwarded(&lists), &any);
-            prop_assert_eq!(address(peer, &forwarded(&lists), &[]), peer);
+            let headers = forwarded(&lists);
+            let said = Said::of(&headers);
+            let _believed = address(peer, &said, &any);
+            prop_assert_eq!(address(peer, &said, &[]), peer);
         }
 
         #[test]
@@ -205,7 +253,7 @@ mod tests {
             let Ok(value) = HeaderValue::from_bytes(&bytes) else { return Ok(()) };
             let mut headers = HeaderMap::new();
             headers.insert(USER_AGENT, value);
-            let kept = user_agent(&headers);
+            let kept = user_agent(&Said::of(&headers));
             prop_assert!(kept.len() <= MAX_USER_AGENT);
             prop_assert!(!kept.chars().any(char::is_control));
         }

@@ -12,8 +12,8 @@ pub(crate) mod client;
 pub(crate) mod visitor;
 
 use arc_swap::ArcSwap;
+use client::Said;
 use engagement::{Observed, Rules};
-use hyper::HeaderMap;
 use ipnet::IpNet;
 use journal::{AppendError, Journal, RecordKind, WriteError};
 use links::Token;
@@ -59,7 +59,7 @@ impl Method {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seen<'a> {
     pub(crate) peer: IpAddr,
-    pub(crate) headers: &'a HeaderMap,
+    pub(crate) said: Said<'a>,
 }
 
 /// Writes hits to the journal.
@@ -129,13 +129,13 @@ impl Recorder {
         viewed: &Viewed,
         seen: Seen<'_>,
     ) -> Result<(), NotRecorded> {
-        let user_agent = client::user_agent(seen.headers);
-        let address = client::address(seen.peer, seen.headers, &self.trusted_proxies);
+        let user_agent = client::user_agent(&seen.said);
+        let address = client::address(seen.peer, &seen.said, &self.trusted_proxies);
         let verdict = self.rules.load().judge(&Observed {
             // Someone who is on a page got there as by a click.
             kind: HitKind::Click,
             user_agent: &user_agent,
-            prefetch: client::is_prefetch(seen.headers),
+            prefetch: seen.said.prefetch,
             fetch_dest: None,
             address: Some(address),
         });
@@ -166,19 +166,19 @@ impl Recorder {
         seen: Seen<'_>,
         visitor: Option<VisitorId>,
     ) -> Hit {
-        let headers = seen.headers;
-        let user_agent = client::user_agent(headers);
-        let address = client::address(seen.peer, headers, &self.trusted_proxies);
+        let said = &seen.said;
+        let user_agent = client::user_agent(said);
+        let address = client::address(seen.peer, said, &self.trusted_proxies);
         let verdict = self.rules.load().judge(&Observed {
             kind,
             user_agent: &user_agent,
-            prefetch: client::is_prefetch(headers),
-            fetch_dest: client::fetch_dest(headers),
+            prefetch: said.prefetch,
+            fetch_dest: said.fetch_dest,
             address: Some(address),
         });
         let is_click = !token.target.is_empty();
         let unsubscribe = kind == HitKind::Unsubscribe;
-        let objected = !unsubscribe && client::objects(headers);
+        let objected = !unsubscribe && said.objects;
         let individual = token.flags.mode == TrackingMode::Individual && !objected;
         Hit {
             kind,
@@ -226,6 +226,7 @@ fn cut(text: &str, bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hyper::HeaderMap;
     use journal::{JournalConfig, RealDisk};
     use links::{Flags, Kind};
     use model::{BatchId, JournalId, Timestamp};
@@ -250,7 +251,7 @@ mod tests {
         let headers = HeaderMap::new();
         let seen = Seen {
             peer: IpAddr::from([192, 0, 2, 7]),
-            headers: &headers,
+            said: Said::of(&headers),
         };
         let mut token = Token {
             kind: Kind::Click,

@@ -10,18 +10,24 @@ use hyper::HeaderMap;
 use hyper::header::COOKIE;
 use links::KeyRing;
 use model::{Timestamp, VisitorId};
+use std::cell::RefCell;
 use std::fmt;
 
 /// The cookie's name (contract, section 7).
 pub(crate) const NAME: &str = "hk_vid";
 /// 400 days, the longest that browsers keep a cookie.
-const MAX_AGE_SECS: u32 = 34_560_000;
+const LASTS: &str = "; Max-Age=34560000; Path=/";
+/// Room for one without allocating twice.
+const USUAL_COOKIE: usize = 160;
 const ID_BYTES: usize = 16;
 const MAC_BYTES: usize = 12;
 /// The length of a value: its bytes in base64 without padding.
 const VALUE_CHARS: usize = ((ID_BYTES + MAC_BYTES) * 4).div_ceil(3);
 /// How many cookies of our name are looked at: browsers send one per domain and path.
 const MOST_COOKIES: usize = 8;
+
+/// Random bytes that a thread keeps ready, a multiple of what a visitor takes.
+const RANDOM_BYTES: usize = 64 * ID_BYTES;
 
 /// Reads and writes visitor cookies.
 pub(crate) struct Visitors {
@@ -76,22 +82,25 @@ impl Visitors {
 
     /// A visitor that was not there before; `None` when the system gives no random bytes.
     pub(crate) fn fresh(now: Timestamp) -> Option<VisitorId> {
-        let mut random = [0; 16];
-        aws_lc_rs::rand::fill(&mut random).ok()?;
+        let random = RANDOM.with_borrow_mut(Random::take)?;
         Some(VisitorId::new(now, u128::from_be_bytes(random)))
     }
 
     /// The `Set-Cookie` value that names the browser. `host` is the client's, without a port
     /// or with one.
     pub(crate) fn cookie(&self, visitor: VisitorId, host: &str, https: bool) -> String {
-        let mut bytes = visitor.to_bytes().to_vec();
+        let id = visitor.to_bytes();
+        let mut bytes = [0; ID_BYTES + MAC_BYTES];
+        let (named, signed) = bytes.split_at_mut(ID_BYTES);
+        named.copy_from_slice(&id);
         if let Some(key) = self.keys.first() {
-            bytes.extend_from_slice(&sign(key, &visitor.to_bytes()));
+            signed.copy_from_slice(&sign(key, &id));
         }
-        let mut cookie = format!(
-            "{NAME}={}; Max-Age={MAX_AGE_SECS}; Path=/",
-            URL_SAFE_NO_PAD.encode(bytes)
-        );
+        let mut cookie = String::with_capacity(USUAL_COOKIE);
+        cookie.push_str(NAME);
+        cookie.push('=');
+        URL_SAFE_NO_PAD.encode_string(bytes, &mut cookie);
+        cookie.push_str(LASTS);
         if let Some(domain) = self
             .domain
             .as_deref()
@@ -105,6 +114,32 @@ impl Visitors {
         }
         cookie.push_str("; HttpOnly; SameSite=Lax");
         cookie
+    }
+}
+
+thread_local! {
+    static RANDOM: RefCell<Random> = const { RefCell::new(Random { bytes: [0; RANDOM_BYTES], left: 0 }) };
+}
+
+/// Random bytes of the system, taken for many visitors at once: each call reseeds its generator.
+struct Random {
+    bytes: [u8; RANDOM_BYTES],
+    left: usize,
+}
+
+impl Random {
+    fn take(&mut self) -> Option<[u8; ID_BYTES]> {
+        if self.left == 0 {
+            aws_lc_rs::rand::fill(&mut self.bytes).ok()?;
+            self.left = RANDOM_BYTES;
+        }
+        let taken = self
+            .bytes
+            .get(self.left - ID_BYTES..)?
+            .first_chunk()
+            .copied()?;
+        self.left -= ID_BYTES;
+        Some(taken)
     }
 }
 

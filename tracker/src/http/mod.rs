@@ -12,7 +12,7 @@ pub(crate) mod route;
 pub(crate) mod server;
 
 use crate::acme::challenges::Challenges;
-use crate::hits::client;
+use crate::hits::client::Said;
 use crate::hits::visitor::Visitors;
 use crate::hits::{Method as Way, Recorder, Seen};
 use crate::tenants::Tenants;
@@ -34,6 +34,7 @@ use route::Route;
 use server::Client;
 use service::clock::SharedClock;
 use service::metrics::{Metrics, TrackerKind, TrackerResult};
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -82,7 +83,8 @@ struct Counted {
 struct Asked<'a> {
     parts: &'a Parts,
     peer: IpAddr,
-    authority: String,
+    said: Said<'a>,
+    authority: Cow<'a, str>,
     https: bool,
 }
 
@@ -90,7 +92,7 @@ impl Asked<'_> {
     fn seen(&self) -> Seen<'_> {
         Seen {
             peer: self.peer,
-            headers: &self.parts.headers,
+            said: self.said,
         }
     }
 }
@@ -127,13 +129,15 @@ impl Public {
         let (parts, body) = request.into_parts();
         let peer = client.address;
         let from_proxy = route::is_trusted(peer.to_canonical(), &self.trusted_proxies);
-        let authority = route::authority(&parts.uri, &parts.headers, from_proxy);
+        let said = Said::of(&parts.headers);
+        let authority = route::authority(&parts.uri, &said, from_proxy);
         let asked = Asked {
             https: client.tls
                 || self.tenants.view().hosts.is_https(&authority)
-                || route::forwarded_https(&parts.headers, from_proxy),
+                || route::forwarded_https(&said, from_proxy),
             parts: &parts,
             peer,
+            said,
             authority,
         };
         match route::route(parts.uri.path()) {
@@ -213,14 +217,13 @@ impl Public {
             };
         };
         let token = verified.token();
-        let mut answer = redirect(token.target);
+        let mut answer = redirect(token.target, hit == HitKind::Probe);
         let individual = token.flags.mode == TrackingMode::Individual && !token.flags.proof;
         // The store drops the hits of an archived batch; here it leaves nothing in the browser.
         let individual = individual && !self.tenants.is_archived(token.batch);
         let mut visitor = None;
         // Who objects gets no name; what is recorded is counted, no more.
-        let objects = client::objects(&asked.parts.headers);
-        if hit == HitKind::Click && individual && !objects {
+        if hit == HitKind::Click && individual && !asked.said.objects {
             let keyed = self.keyed.load();
             let known = keyed.visitors.read(&asked.parts.headers);
             visitor = known.or_else(|| Visitors::fresh(self.clock.now()));
@@ -345,7 +348,7 @@ fn plain(text: String) -> Answer {
     answer
 }
 
-fn redirect(target: &str) -> Answer {
+fn redirect(target: &str, is_head: bool) -> Answer {
     let Ok(location) = HeaderValue::from_str(&route::location(target)) else {
         // `location` gives visible ASCII only.
         return Page::NotFound.answer();
@@ -354,8 +357,10 @@ fn redirect(target: &str) -> Answer {
     *answer.status_mut() = StatusCode::FOUND;
     let headers = answer.headers_mut();
     headers.insert(LOCATION, location);
-    // For HEAD hyper leaves an empty body's length out; both methods answer with the same headers.
-    headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+    if is_head {
+        // hyper leaves an empty body's length out; both methods answer with the same headers.
+        headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // The browsers' own default, said aloud: the site learns at most where the person came from.
     let referrer = HeaderValue::from_static("strict-origin-when-cross-origin");

@@ -5,8 +5,8 @@
 //! recorded. Must not know whose browser it is.
 
 use super::{Answer, Asked, Counted, Public, not_allowed, note, read};
+use crate::hits::Viewed;
 use crate::hits::visitor::Visitors;
-use crate::hits::{Viewed, client};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Body;
@@ -118,7 +118,7 @@ where
             return counted(answer, TrackerResult::BadRequest);
         }
     };
-    if client::objects(headers) {
+    if asked.said.objects {
         return counted(answer, TrackerResult::Ok);
     }
     let keyed = public.keyed.load();

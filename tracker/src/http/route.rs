@@ -1,10 +1,10 @@
 //! What a request asks for: path, host, target. Pure.
 
+use crate::hits::client::Said;
 use crate::keys::Hosts;
-use hyper::HeaderMap;
-use hyper::header::HOST;
 use hyper::http::Uri;
 use ipnet::IpNet;
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 /// A path that may carry a token.
@@ -47,25 +47,22 @@ pub(crate) fn route(path: &str) -> Route<'_> {
 
 /// The host and port that the client meant, in lower case, without the port that its scheme has
 /// anyway; empty when it said none. A trusted proxy speaks for the client.
-pub(crate) fn authority(uri: &Uri, headers: &HeaderMap, from_proxy: bool) -> String {
-    let forwarded = headers
-        .get("x-forwarded-host")
+pub(crate) fn authority<'a>(uri: &'a Uri, said: &Said<'a>, from_proxy: bool) -> Cow<'a, str> {
+    let forwarded = said
+        .forwarded_host
         .filter(|_| from_proxy)
-        .and_then(|value| value.to_str().ok())
         .and_then(|hosts| hosts.split(',').next());
     let named = forwarded
         // RFC 9112 section 3.2.2: an absolute target goes before the Host header.
         .or_else(|| uri.authority().map(hyper::http::uri::Authority::as_str))
-        .or_else(|| headers.get(HOST).and_then(|value| value.to_str().ok()))
+        .or(said.host)
         .unwrap_or_default();
     Hosts::normalised(named)
 }
 
 /// Whether the client came by https, as far as a trusted proxy says so.
-pub(crate) fn forwarded_https(headers: &HeaderMap, from_proxy: bool) -> bool {
-    let proto = headers
-        .get("x-forwarded-proto")
-        .and_then(|value| value.to_str().ok());
+pub(crate) fn forwarded_https(said: &Said<'_>, from_proxy: bool) -> bool {
+    let proto = said.forwarded_proto;
     from_proxy && proto.is_some_and(|proto| proto.trim().eq_ignore_ascii_case("https"))
 }
 
@@ -77,10 +74,10 @@ pub(crate) fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
 /// A link's target as a `Location` header may carry it: ASCII, without blanks. What is ASCII
 /// already comes out byte for byte; the host gets its ASCII form, other characters are
 /// percent-encoded (RFC 3987 section 3.1).
-pub(crate) fn location(target: &str) -> String {
+pub(crate) fn location(target: &str) -> Cow<'_, str> {
     let safe = |byte: u8| byte.is_ascii_graphic();
     if target.bytes().all(safe) {
-        return target.to_owned();
+        return Cow::Borrowed(target);
     }
     let (scheme, rest) = target.split_once("://").unwrap_or(("http", target));
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
@@ -102,12 +99,13 @@ pub(crate) fn location(target: &str) -> String {
             out.push_str(&format!("%{byte:02X}"));
         }
     }
-    out
+    Cow::Owned(out)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hyper::HeaderMap;
     use hyper::header::{HeaderName, HeaderValue};
     use proptest::prelude::*;
 
@@ -149,7 +147,8 @@ mod tests {
     fn hosts() {
         let of = |uri: &str, pairs: &[(&'static str, &str)], from_proxy| {
             let uri = uri.parse().expect("a target");
-            authority(&uri, &headers(pairs), from_proxy)
+            let headers = headers(pairs);
+            authority(&uri, &Said::of(&headers), from_proxy).into_owned()
         };
         let host = ("host", "T.Example:8026");
         let forwarded = ("x-forwarded-host", "Real.example, inner.example");

@@ -6,6 +6,8 @@
 //! answered.
 
 use super::Answer;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use http_body_util::Full;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderValue};
@@ -28,12 +30,15 @@ use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-/// From the connection, or the last answer, to the end of the next request's head.
+/// From the connection, or the last answer, to the end of the next request's head; looked after by
+/// [`Activity`], so that a request starts no timer.
 const HEAD_TIME: Duration = Duration::from_secs(15);
+/// A connection is looked at so often while `HEAD_TIME` passes: it gets that much and up to a look more.
+const LOOKS: u32 = 3;
 /// A request head: room for the longest token, and for the cookies of a whole site where the
-/// tracker shares its domain.
+/// tracker shares its domain. Of at most 100 headers: hyper has room for as many without asking for
+/// memory, and for more it would fill it anew for each request.
 const HEAD_BYTES: u32 = 64 * 1024;
-const MAX_HEADERS: usize = 200;
 /// After this a connection answers what it has begun and closes, so that none is kept for ever.
 const LIFETIME: Duration = Duration::from_mins(5);
 /// For answering what was begun, at the end of a connection's or the process's life.
@@ -121,7 +126,7 @@ impl Listening {
                 tasks: self.tasks.clone(),
             };
             let tls = self.tls.clone().map(TlsAcceptor::from);
-            drop(self.tasks.spawn("connection", async move {
+            drop(self.tasks.spawn_small("connection", async move {
                 serving.connection(stream, peer.ip(), tls).await;
                 drop((permit, hold));
             }));
@@ -185,18 +190,23 @@ impl<A: Answers> Serving<A> {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let answers = self.answers.clone();
+        let (answers, activity) = (self.answers.clone(), Arc::new(Activity::default()));
+        let seen = activity.clone();
         let service = service_fn(move |request| {
-            let answers = answers.clone();
-            async move { Ok::<_, Infallible>(answers.answer(request, client).await) }
+            let (answers, begun) = (answers.clone(), seen.begin());
+            async move {
+                let answer = answers.answer(request, client).await;
+                drop(begun);
+                Ok::<_, Infallible>(answer)
+            }
         });
         let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIME)
+            .header_read_timeout(None)
             .max_buf_size(HEAD_BYTES as usize)
-            .max_headers(MAX_HEADERS)
+            // Answers are a head and little more: one buffer.
+            .writev(false)
             .serve_connection(TokioIo::new(stream), service);
-        self.serve(connection, std::future::pending()).await;
+        self.serve(connection, activity, Silence::Drop).await;
     }
 
     async fn http2<S>(self, stream: S, client: Client)
@@ -226,22 +236,33 @@ impl<A: Answers> Serving<A> {
             .keep_alive_interval(HEAD_TIME)
             .keep_alive_timeout(HEAD_TIME)
             .serve_connection(TokioIo::new(stream), service);
-        self.serve(connection, activity.ceased()).await;
+        self.serve(connection, activity, Silence::Close).await;
     }
 
-    /// Runs a connection to its end; one that is `idle`, too old, or of a process that ends,
-    /// answers what it has begun and closes (HTTP/2: with GOAWAY).
-    async fn serve<C>(self, connection: C, idle: impl Future<Output = ()>)
+    /// Runs a connection to its end; one that is too old, or of a process that ends, answers what it
+    /// has begun and closes (HTTP/2: with GOAWAY). On one on which nothing is asked, `silence` says
+    /// what follows.
+    async fn serve<C>(self, connection: C, activity: Arc<Activity>, silence: Silence)
     where
         C: GracefulConnection,
         C::Error: std::fmt::Display,
     {
         tokio::pin!(connection);
+        let ending = async {
+            tokio::select! {
+                () = self.ended.reached(self.until) => Silence::Close,
+                () = tokio::time::sleep(LIFETIME) => Silence::Close,
+                () = activity.ceased() => silence,
+            }
+        };
+        // Looked at only when it is woken itself, not with every request.
+        let mut ending: FuturesUnordered<_> = [ending].into_iter().collect();
         tokio::select! {
+            biased;
             served = connection.as_mut() => return log(served),
-            () = self.ended.reached(self.until) => {}
-            () = tokio::time::sleep(LIFETIME) => {}
-            () = idle => {}
+            ended = ending.next() => if ended == Some(Silence::Drop) {
+                return tracing::debug!("no request for too long");
+            }
         }
         connection.as_mut().graceful_shutdown();
         if let Ok(served) = tokio::time::timeout(LAST_WORDS, connection).await {
@@ -277,7 +298,16 @@ async fn begins_as_http2(stream: &TcpStream) -> std::io::Result<bool> {
     }
 }
 
-/// Requests of an HTTP/2 connection.
+/// What becomes of a connection on which nothing is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Silence {
+    /// The client is told that it ends.
+    Close,
+    /// It ends: HTTP/1 has no word for it, and half a head would be waited for.
+    Drop,
+}
+
+/// Requests of a connection.
 #[derive(Debug, Default)]
 struct Activity {
     begun: AtomicU64,
@@ -299,20 +329,19 @@ impl Activity {
         Begun(self.clone())
     }
 
-    /// Resolves when nothing was asked for as long as a request's head may take. (HTTP/1 looks to
-    /// that itself.)
-    async fn ceased(self: Arc<Self>) {
-        let mut before = None;
-        loop {
+    /// Resolves when nothing was asked for as long as a request's head may take.
+    async fn ceased(&self) {
+        let mut before = (0, 0);
+        let mut still = 0;
+        while still < LOOKS {
+            tokio::time::sleep(HEAD_TIME / LOOKS).await;
             let now = (
                 self.begun.load(Ordering::Relaxed),
                 self.ended.load(Ordering::Relaxed),
             );
-            if before == Some(now) && now.0 == now.1 {
-                return;
-            }
-            before = Some(now);
-            tokio::time::sleep(HEAD_TIME).await;
+            let is_idle = before == now && now.0 == now.1;
+            still = if is_idle { still + 1 } else { 0 };
+            before = now;
         }
     }
 }
@@ -327,7 +356,7 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, stream: F) {
-        drop(self.0.spawn("stream", stream));
+        drop(self.0.spawn_small("stream", stream));
     }
 }
 
@@ -335,5 +364,36 @@ where
 fn log<E: std::fmt::Display>(served: Result<(), E>) {
     if let Err(error) = served {
         tracing::debug!(%error, "connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_ends_when_nothing_was_asked_for_as_long_as_a_head_may_take() {
+        let activity = Arc::new(Activity::default());
+        let start = Instant::now();
+        activity.ceased().await;
+        assert_eq!(start.elapsed().as_secs(), HEAD_TIME.as_secs());
+
+        let (begun, ceased) = (activity.begin(), activity.clone());
+        let ceased = async {
+            ceased.ceased().await;
+            start.elapsed()
+        };
+        let answering = async {
+            tokio::time::sleep(HEAD_TIME * 3).await;
+            drop(begun);
+            start.elapsed()
+        };
+        let (ceased, answered) = tokio::join!(ceased, answering);
+        let waited = ceased.saturating_sub(answered);
+        assert!(
+            waited >= HEAD_TIME && waited <= HEAD_TIME + HEAD_TIME / LOOKS,
+            "{waited:?}"
+        );
     }
 }
