@@ -1,15 +1,13 @@
 //! Recipients between the end of their parsing and the end of the document.
 //!
 //! Owns the raw JSON of each recipient until the head, which may come last, is known: in memory up
-//! to [`MEMORY`], then compressed in an unlinked file under the data directory, so nothing is left
-//! behind by a crash. Must not interpret a row. [`Spool::must_write`] and [`Spool::write`] are apart,
-//! since writing blocks.
+//! to [`MEMORY`], then in an unlinked file under the data directory, so nothing is left behind by a
+//! crash. Must not interpret a row. [`Spool::must_write`] and [`Spool::write`] are apart, since
+//! writing blocks.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write as _};
+use std::io::{self, Cursor, Read, Seek, Write as _};
 use std::path::{Path, PathBuf};
-
-use zstd::bulk::{Compressor, Decompressor};
 
 use super::splitter::{Position, Rows};
 
@@ -23,32 +21,19 @@ pub(crate) const ROW_MAX: usize = 64 << 10;
 const HEADER: usize = 4 + 8 + 4;
 const TOO_LARGE: u32 = u32::MAX;
 
-/// Recipients are alike, so even the fastest level makes a fraction of them; writing and reading
-/// all would cost more.
-const LEVEL: i32 = -1;
-/// What a piece of the file has at most: what was pending, and the chunk of the body that came
-/// then. Before each stand its length there, and its length unpacked.
-const PIECE_MAX: usize = 64 << 20;
+/// Bytes read at a time.
+const PIECE: u64 = 256 << 10;
 
 /// The recipients of one document, in order.
+#[derive(Debug)]
 pub(crate) struct Spool {
     dir: PathBuf,
-    file: Option<(File, Compressor<'static>)>,
-    /// The piece being written.
-    piece: Vec<u8>,
+    file: Option<File>,
     pending: Vec<u8>,
     /// Where in `pending` the unfinished row's header stands.
     open: Option<usize>,
     oversize: bool,
     rows: u32,
-}
-
-impl std::fmt::Debug for Spool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Spool")
-            .field("rows", &self.rows)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Spool {
@@ -57,7 +42,6 @@ impl Spool {
         Self {
             dir: dir.to_owned(),
             file: None,
-            piece: Vec::new(),
             pending: Vec::new(),
             open: None,
             oversize: false,
@@ -80,24 +64,12 @@ impl Spool {
     /// # Errors
     /// When the file cannot be made or written: the disk is full, mostly.
     pub(crate) fn write(&mut self) -> io::Result<()> {
-        let (file, compressor) = match &mut self.file {
+        let file = match &mut self.file {
             Some(file) => file,
-            none => none.insert((tempfile::tempfile_in(&self.dir)?, Compressor::new(LEVEL)?)),
+            none => none.insert(tempfile::tempfile_in(&self.dir)?),
         };
         let end = self.open.unwrap_or(self.pending.len());
-        let plain = self.pending.get(..end).unwrap_or_default();
-        if plain.is_empty() {
-            return Ok(());
-        }
-        self.piece.clear();
-        self.piece
-            .reserve(zstd::zstd_safe::compress_bound(plain.len()));
-        compressor.compress_to_buffer(plain, &mut self.piece)?;
-        for length in [self.piece.len(), plain.len()] {
-            let length = u32::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
-            file.write_all(&length.to_le_bytes())?;
-        }
-        file.write_all(&self.piece)?;
+        file.write_all(self.pending.get(..end).unwrap_or_default())?;
         self.pending.drain(..end);
         self.open = self.open.map(|_| 0);
         Ok(())
@@ -111,18 +83,16 @@ impl Spool {
         if self.file.is_some() {
             self.write()?;
         }
-        let from = match self.file {
-            None => None,
-            Some((mut file, _)) => {
+        let from: Box<dyn ReadAgain> = match self.file {
+            None => Box::new(Cursor::new(self.pending)),
+            Some(mut file) => {
                 file.rewind()?;
-                Some((file, Decompressor::new()?))
+                Box::new(file)
             }
         };
-        // Of a file everything was written.
         Ok(SpoolReader {
             from,
-            buffer: self.pending,
-            piece: self.piece,
+            buffer: Vec::new(),
             read: 0,
             left: self.rows,
             rows: self.rows,
@@ -169,12 +139,14 @@ impl Rows for Spool {
     }
 }
 
+/// What can be read from its beginning as often as is wanted.
+trait ReadAgain: Read + Seek + Send {}
+
+impl<T: Read + Seek + Send> ReadAgain for T {}
+
 /// Reads a spool.
 pub(crate) struct SpoolReader {
-    /// None: all is in the buffer.
-    from: Option<(File, Decompressor<'static>)>,
-    /// The piece being read, packed.
-    piece: Vec<u8>,
+    from: Box<dyn ReadAgain>,
     /// What was read and, from `read` on, not yet asked for.
     buffer: Vec<u8>,
     read: usize,
@@ -211,14 +183,9 @@ impl SpoolReader {
     /// When the file cannot be read.
     pub(crate) fn rewind(&mut self) -> io::Result<()> {
         self.left = self.rows;
+        self.buffer.clear();
         self.read = 0;
-        match &mut self.from {
-            Some((file, _)) => {
-                self.buffer.clear();
-                file.rewind()
-            }
-            None => Ok(()),
-        }
+        self.from.rewind()
     }
 
     /// The next recipient. Blocks.
@@ -250,33 +217,20 @@ impl SpoolReader {
         self.buffer.get(self.read..).unwrap_or_default()
     }
 
-    /// Reads on if there are not so many bytes that were not asked for.
+    /// Reads on until there are so many bytes that were not asked for.
     fn have(&mut self, bytes: usize) -> io::Result<()> {
         if self.rest().len() >= bytes {
             return Ok(());
         }
-        // Rows end where pieces end.
-        let Some((file, decompressor)) = &mut self.from else {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        };
-        let mut length = || {
-            let mut bytes = [0; 4];
-            file.read_exact(&mut bytes)?;
-            let length = usize::try_from(u32::from_le_bytes(bytes)).ok();
-            let fits = length.filter(|length| *length <= PIECE_MAX);
-            fits.ok_or(io::Error::from(io::ErrorKind::InvalidData))
-        };
-        let (packed, plain) = (length()?, length()?);
-        self.piece.resize(packed, 0);
-        file.read_exact(&mut self.piece)?;
-        self.buffer.clear();
-        self.buffer.reserve(plain);
-        decompressor.decompress_to_buffer(&self.piece, &mut self.buffer)?;
+        self.buffer.drain(..self.read);
         self.read = 0;
-        match self.buffer.len() >= bytes {
-            true => Ok(()),
-            false => Err(io::ErrorKind::InvalidData.into()),
+        while self.buffer.len() < bytes {
+            let more = Read::take(&mut self.from, PIECE).read_to_end(&mut self.buffer)?;
+            if more == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
         }
+        Ok(())
     }
 }
 
