@@ -367,3 +367,69 @@ pub(crate) fn reason(error: &serde_json::Error) -> String {
     let end = text.rfind(" at line ").unwrap_or(text.len());
     text.get(..end).unwrap_or(&text).to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::intake::lines::Lines;
+    use crate::intake::spool::Spool;
+
+    fn content() -> Content {
+        let spec = serde_json::json!({
+            "from": {"email": "news@brand.example", "name": null},
+            "reply_to": null, "subject": "Hello", "html": null, "text": "{{ v }}", "headers": {},
+            "vars": {}, "tracking": content::TrackingSpec::default(), "list_unsubscribe": true,
+            "feedback_id": null, "attachments": [], "raw": null, "report": null,
+        });
+        let spec = serde_json::from_value(spec).expect("a content");
+        Content::compile(&spec).expect("a good one")
+    }
+
+    /// Written plainly or not, recipients are judged alike, and who is rejected may come again.
+    #[test]
+    fn a_look_and_a_reading_judge_alike() {
+        let lines = [
+            r#"{"email":"A@x.example","vars":{"w":1}}"#,
+            r#"{"email":"a@x.example","vars":{"v":1}}"#,
+            r#"{"email":"A@X.example","vars":{"v":2}}"#,
+            r#"{"email":"b@x.example","vars":{"v":"\u0041"}}"#,
+            r#"{"email":"b@x.example","vars":{"v":"B"}}"#,
+            r#"{"email":"c@x.example","vars":{"v":"\ud800"}}"#,
+            r#"{"email":"c@x.example","vars":{"v":null},"metadata":{"a":1}}"#,
+            r#"{"email":"no"}"#,
+            r#"{"email":"d@x.example"}"#,
+            r#"{"email":"d@x.example","vars":{"v":1e3}}"#,
+        ];
+        let dir = tempfile::tempdir().expect("a directory");
+        let (mut spool, mut split) = (Spool::new(dir.path()), Lines::without_head());
+        let body = lines.join("\n");
+        split.push(body.as_bytes(), &mut spool).expect("short");
+        split.finish(&mut spool);
+        let (contents, (out, mut groups)) = ([content()], mpsc::channel(1));
+        let sorted = Judge::new(&contents, "default", 1, false)
+            .sort(&mut spool.read().expect("rewound"), Some(&out))
+            .expect("no mistake");
+        let rejected: Vec<_> = sorted
+            .rejected
+            .iter()
+            .map(|of| (of.index, of.code))
+            .collect();
+        assert_eq!(
+            rejected,
+            [
+                (0, RejectionCode::MissingVariable),
+                (2, RejectionCode::Duplicate),
+                (4, RejectionCode::Duplicate),
+                (5, RejectionCode::InvalidVars),
+                (7, RejectionCode::InvalidAddress),
+                (8, RejectionCode::MissingVariable),
+            ]
+        );
+        let lots = groups.try_recv().expect("a group");
+        let accepted: Vec<u32> = lots
+            .iter()
+            .flat_map(|lot| lot.rows.iter().map(|row| row.index))
+            .collect();
+        assert_eq!(accepted, [1, 3, 6, 9]);
+    }
+}
