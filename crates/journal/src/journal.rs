@@ -15,7 +15,7 @@ use model::{JournalId, Seq};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::Instant;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
@@ -210,12 +210,16 @@ impl Journal {
     }
 
     /// Returns when the record `seq` is written. Yields once first, so that one write serves all
-    /// that is appended in this turn of the event loop. Cancel-safe.
+    /// that is appended in this turn of the event loop; and once more while another thread writes,
+    /// so that the next write serves its turn, too, and no thread sleeps for it. Cancel-safe.
     ///
     /// # Errors
     /// See [`WriteError`].
     pub async fn written(&self, seq: Seq) -> Result<(), WriteError> {
         if self.written_through() < seq {
+            tokio::task::yield_now().await;
+        }
+        if self.written_through() < seq && self.shared.is_writing() {
             tokio::task::yield_now().await;
         }
         self.write_through(seq)
@@ -417,6 +421,11 @@ impl Shared {
         self.failed
             .get()
             .map_or(Ok(()), |poisoned| Err(poisoned.clone()))
+    }
+
+    /// Whether some thread is at the files.
+    fn is_writing(&self) -> bool {
+        matches!(self.files.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     fn poison(&self, error: io::Error) -> Poisoned {

@@ -17,7 +17,7 @@ use engagement::{Observed, Rules};
 use ipnet::IpNet;
 use journal::{AppendError, Journal, RecordKind, WriteError};
 use links::Token;
-use model::{Fact, Hit, HitKind, MessageId, PageView, TrackingMode, VisitorId};
+use model::{Fact, Hit, HitKind, MessageId, PageView, Seq, TrackingMode, VisitorId};
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use std::net::IpAddr;
@@ -82,17 +82,17 @@ pub(crate) struct Viewed {
 }
 
 impl Recorder {
-    /// Records an open, a click or a probe of one; returns when it is written. Cancel-safe: once
-    /// begun, the hit is kept.
-    pub(crate) async fn hit(
+    /// Takes an open, a click or a probe of one into the journal; its number there is to be waited
+    /// for with [`Self::written`] before the answer goes out. `None`: nothing is kept of it.
+    pub(crate) fn hit(
         &self,
         kind: HitKind,
         token: &Token<'_>,
         seen: Seen<'_>,
         visitor: Option<VisitorId>,
-    ) -> Result<(), NotRecorded> {
+    ) -> Result<Option<Seq>, NotRecorded> {
         if token.flags.proof || token.flags.mode == TrackingMode::Off {
-            return Ok(());
+            return Ok(None);
         }
         let hit = self.describe(kind, token, seen, visitor);
         let worth = match kind {
@@ -100,8 +100,15 @@ impl Recorder {
             HitKind::Unsubscribe => RecordKind::Unsubscribe,
             HitKind::Open | HitKind::Probe => RecordKind::Open,
         };
-        let seq = self.append(worth, hit)?;
-        Ok(self.journal.written(seq).await?)
+        Ok(Some(self.append(worth, hit)?))
+    }
+
+    /// Returns when a hit is written. Cancel-safe: the hit is kept all the same.
+    pub(crate) async fn written(&self, seq: Option<Seq>) -> Result<(), NotRecorded> {
+        match seq {
+            Some(seq) => Ok(self.journal.written(seq).await?),
+            None => Ok(()),
+        }
     }
 
     /// Records that the person unsubscribed, whatever the tracking mode; returns when it is on
@@ -205,7 +212,7 @@ impl Recorder {
         }
     }
 
-    fn append(&self, worth: RecordKind, hit: Hit) -> Result<u64, AppendError> {
+    fn append(&self, worth: RecordKind, hit: Hit) -> Result<Seq, AppendError> {
         let (kind, actor) = (hit.kind, hit.verdict.actor);
         let fact = Fact::Hit(Box::new(hit)).write_to(Vec::with_capacity(256));
         let seq = self.journal.append(worth, &fact)?;
@@ -264,8 +271,9 @@ mod tests {
             link: 1,
             target: "https://x.example/",
         };
-        let clicked = recorder.hit(HitKind::Click, &token, seen, None).await;
-        clicked.expect("recorded");
+        let clicked = recorder.hit(HitKind::Click, &token, seen, None);
+        let seq = clicked.expect("taken");
+        recorder.written(seq).await.expect("recorded");
         assert_eq!(
             (journal.written_through(), journal.synced_through()),
             (1, 0)

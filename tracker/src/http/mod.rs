@@ -14,7 +14,7 @@ pub(crate) mod server;
 use crate::acme::challenges::Challenges;
 use crate::hits::client::Said;
 use crate::hits::visitor::Visitors;
-use crate::hits::{Method as Way, Recorder, Seen};
+use crate::hits::{Method as Way, NotRecorded, Recorder, Seen};
 use crate::tenants::Tenants;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use hyper::http::request::Parts;
 use hyper::{Method, Request, Response, StatusCode};
 use ipnet::IpNet;
 use links::{KeyRing, Kind, VerifiedToken};
-use model::{HitKind, TrackingMode};
+use model::{HitKind, Seq, TrackingMode};
 use pages::{Page, ROBOTS};
 use route::Route;
 use server::Client;
@@ -71,6 +71,9 @@ pub(crate) struct Public {
     pub(crate) clock: SharedClock,
     pub(crate) metrics: Arc<Metrics>,
 }
+
+/// The number of a hit in the journal; none: nothing is kept of it.
+type Recorded = Result<Option<Seq>, NotRecorded>;
 
 /// An answer and how it is counted.
 struct Counted {
@@ -127,27 +130,55 @@ impl Public {
         B::Error: Into<Box<dyn StdError + Send + Sync>>,
     {
         let (parts, body) = request.into_parts();
+        let (counted, recorded) = {
+            let asked = self.asked(&parts, client);
+            match route::route(parts.uri.path()) {
+                Route::Open(token) => self.open(&asked, token),
+                Route::Click(token) => self.click(&asked, token),
+                route => return self.others(&asked, route, body).await,
+            }
+        };
+        // Nothing of the request is held while its answer waits: hyper uses the memory again, instead
+        // of taking more for what may come next.
+        drop((parts, body));
+        let written = match recorded {
+            Ok(seq) => self.recorder.written(seq).await,
+            Err(error) => Err(error),
+        };
+        note(written);
+        counted
+    }
+
+    /// Finds out who asks.
+    fn asked<'a>(&self, parts: &'a Parts, client: Client) -> Asked<'a> {
         let peer = client.address;
         let from_proxy = route::is_trusted(peer.to_canonical(), &self.trusted_proxies);
         let said = Said::of(&parts.headers);
         let authority = route::authority(&parts.uri, &said, from_proxy);
-        let asked = Asked {
+        Asked {
             https: client.tls
                 || self.tenants.view().hosts.is_https(&authority)
                 || route::forwarded_https(&said, from_proxy),
-            parts: &parts,
+            parts,
             peer,
             said,
             authority,
-        };
-        match route::route(parts.uri.path()) {
-            Route::Open(token) => self.open(&asked, token).await,
-            Route::Click(token) => self.click(&asked, token).await,
-            Route::Unsubscribe(token) => self.unsubscribe(&asked, token, body).await,
+        }
+    }
+
+    /// Answers what is asked for less often, or waits for more than the journal's write.
+    async fn others<B>(&self, asked: &Asked<'_>, route: Route<'_>, body: B) -> Counted
+    where
+        B: Body + Send,
+        B::Data: Send,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        match route {
+            Route::Unsubscribe(token) => self.unsubscribe(asked, token, body).await,
             Route::Challenge(token) => self.challenge(token).await,
-            Route::Tag => page::tag(&asked),
-            Route::Page => page::view(self, &asked, body).await,
-            Route::Unknown => Counted {
+            Route::Tag => page::tag(asked),
+            Route::Page => page::view(self, asked, body).await,
+            Route::Open(_) | Route::Click(_) | Route::Unknown => Counted {
                 answer: Page::NotFound.answer(),
                 kind: TrackerKind::Other,
                 result: TrackerResult::BadRequest,
@@ -185,36 +216,41 @@ impl Public {
         verified.ok()
     }
 
-    async fn open(&self, asked: &Asked<'_>, token: &str) -> Counted {
+    fn open(&self, asked: &Asked<'_>, token: &str) -> (Counted, Recorded) {
         let (hit, kind) = match asked.parts.method {
             Method::GET => (HitKind::Open, TrackerKind::Open),
             Method::HEAD => (HitKind::Probe, TrackerKind::Probe),
-            _ => return not_allowed(TrackerKind::Open, "GET, HEAD"),
+            _ => return (not_allowed(TrackerKind::Open, "GET, HEAD"), Ok(None)),
         };
         let verified = self.verify(asked, token, Kind::Open);
-        if let Some(verified) = &verified {
-            let token = verified.token();
-            note(self.recorder.hit(hit, &token, asked.seen(), None).await);
-        }
-        Counted {
+        let recorded = match &verified {
+            Some(verified) => {
+                let token = verified.token();
+                self.recorder.hit(hit, &token, asked.seen(), None)
+            }
+            None => Ok(None),
+        };
+        let counted = Counted {
             answer: pixel(),
             kind,
             result: result_of(verified.is_some()),
-        }
+        };
+        (counted, recorded)
     }
 
-    async fn click(&self, asked: &Asked<'_>, token: &str) -> Counted {
+    fn click(&self, asked: &Asked<'_>, token: &str) -> (Counted, Recorded) {
         let (hit, kind) = match asked.parts.method {
             Method::GET => (HitKind::Click, TrackerKind::Click),
             Method::HEAD => (HitKind::Probe, TrackerKind::Probe),
-            _ => return not_allowed(TrackerKind::Click, "GET, HEAD"),
+            _ => return (not_allowed(TrackerKind::Click, "GET, HEAD"), Ok(None)),
         };
         let Some(verified) = self.verify(asked, token, Kind::Click) else {
-            return Counted {
+            let refused = Counted {
                 answer: Page::NotFound.answer(),
                 kind,
                 result: TrackerResult::BadToken,
             };
+            return (refused, Ok(None));
         };
         let token = verified.token();
         let mut answer = redirect(token.target, hit == HitKind::Probe);
@@ -234,12 +270,13 @@ impl Public {
                 answer.headers_mut().insert(SET_COOKIE, cookie);
             }
         }
-        note(self.recorder.hit(hit, &token, asked.seen(), visitor).await);
-        Counted {
+        let recorded = self.recorder.hit(hit, &token, asked.seen(), visitor);
+        let counted = Counted {
             answer,
             kind,
             result: TrackerResult::Ok,
-        }
+        };
+        (counted, recorded)
     }
 
     async fn unsubscribe<B>(&self, asked: &Asked<'_>, token: &str, body: B) -> Counted
@@ -291,7 +328,7 @@ fn result_of(good_token: bool) -> TrackerResult {
 }
 
 /// A hit that could not be kept does not keep the person from the page.
-fn note(recorded: Result<(), crate::hits::NotRecorded>) {
+fn note(recorded: Result<(), NotRecorded>) {
     if let Err(error) = recorded {
         tracing::warn!(%error, "hit was not recorded");
     }
