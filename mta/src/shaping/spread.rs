@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use model::units::Rate;
 
 /// What was missed by less than this is caught up with, so that a late wake-up costs no throughput.
-const CATCH_UP: Duration = Duration::from_millis(20);
+const CATCH_UP: Duration = Duration::from_millis(100);
 
 /// Evenly spread moments for one rate.
 #[derive(Debug, Clone)]

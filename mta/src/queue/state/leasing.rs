@@ -2,6 +2,7 @@
 //! and of no batch so much that the others of its destination have no room.
 
 use super::*;
+use crate::queue::job::LEASE_MARGIN;
 use crate::queue::lane::Ending;
 use model::units::Rate;
 use store::{BACKLOG_BATCHES, MIXED};
@@ -49,6 +50,14 @@ struct Holdings {
     paced: HashMap<BatchId, usize>,
 }
 
+/// How long after a renewal the next is asked for: a quarter of a lease, and of a short one, of which
+/// nothing may begin in its last seconds, half of what is left. Or a part of each period would pass
+/// with nothing begun.
+fn renewed_after(lease: Duration) -> Duration {
+    let usable = lease.saturating_sub(LEASE_MARGIN);
+    (lease / 4).min(usable / 2)
+}
+
 impl Holding {
     fn add(&mut self, batch: &BatchHead, rows: usize) {
         match batch.priority {
@@ -66,7 +75,7 @@ impl QueueState {
     pub(super) fn ask_store(&mut self, now: Now, out: &mut Vec<Action>) {
         if !self.renewing && !self.ranges.is_empty() && now.instant >= self.renew_at {
             self.renewing = true;
-            self.renew_at = now.instant + self.config.lease / 4;
+            self.renew_at = now.instant + renewed_after(self.config.lease);
             out.push(Action::Renew);
         }
         if self.draining || self.asking != Asking::No || self.is_paused(now.instant) {
@@ -418,6 +427,19 @@ fn largest(queue: &str) -> u32 {
 mod tests {
     use super::*;
     use service::clock::{Clock as _, SystemClock};
+
+    #[test]
+    fn a_lease_is_renewed_before_its_last_seconds() {
+        for seconds in [6, 8, 45, 300] {
+            let lease = Duration::from_secs(seconds);
+            let until_next = renewed_after(lease) + QueueState::TICK;
+            assert!(until_next + LEASE_MARGIN <= lease, "{seconds}");
+        }
+        assert_eq!(
+            renewed_after(Duration::from_secs(40)),
+            Duration::from_secs(10)
+        );
+    }
 
     #[test]
     fn half_a_minute_at_the_rate_in_force() {
