@@ -13,6 +13,7 @@ use super::link::answer;
 use super::record::{self, BatchRecord, Holder, Range, new_version};
 use crate::{Batch, BatchChange, ChangeOutcome, Control, Result, StoreError};
 use ::redis::{Cmd, Pipeline};
+use futures_util::future::try_join_all;
 use model::{BatchId, BatchState, Counters, EventKind, Partition, Timestamp};
 use serde_json::json;
 use std::time::Duration;
@@ -39,7 +40,7 @@ impl Inner {
             get.arg("HGETALL").arg(keys::counters(p, batch));
             self.link.short(&get).await
         });
-        for stored in futures_util::future::try_join_all(all).await? {
+        for stored in try_join_all(all).await? {
             record::add_counters(&mut sum, &answer::pairs(stored));
         }
         Ok(sum)
@@ -362,17 +363,13 @@ impl Inner {
         self.write_home(books, batch, before, &after, 0).await
     }
 
-    /// Lets the mail of batches leave whose time has come.
-    pub(super) async fn release_due(&self, now: Timestamp) -> Result<()> {
-        let mut find = Cmd::new();
-        find.arg("ZRANGEBYSCORE")
-            .arg(keys::scheduled(HOME))
-            .arg("-inf")
-            .arg(now.millis());
-        for batch in batch_list(answer::list(self.link.short(&find).await?)) {
-            self.start_batch(batch, now).await?;
+    /// Lets the mail of batches leave whose time has come; whether there were any.
+    pub(super) async fn release_due(&self, now: Timestamp) -> Result<bool> {
+        let due = batch_list(answer::list(self.link.short(&ask_due(now)).await?));
+        for batch in &due {
+            self.start_batch(*batch, now).await?;
         }
-        Ok(())
+        Ok(!due.is_empty())
     }
 
     async fn start_batch(&self, batch: BatchId, now: Timestamp) -> Result<()> {
@@ -495,73 +492,85 @@ impl Inner {
 
     // ---- housekeeping -------------------------------------------------------------------
 
-    /// What a process that ended in the middle left: copies that are behind, ranges of cancelled
-    /// batches, completions. Gives the open batches with their records.
+    /// What a process that ended in the middle left: batches whose time has come, copies that are
+    /// behind, ranges of cancelled batches, completions.
     pub(super) async fn tidy(&self, now: Timestamp) -> Result<()> {
-        self.release_due(now).await?;
         let mut pipeline = Pipeline::new();
-        pipeline.cmd("ZRANGE").arg(keys::open(HOME)).arg(0).arg(-1);
-        pipeline
-            .cmd("ZRANGE")
-            .arg(keys::unsettled(HOME))
-            .arg(0)
-            .arg(-1);
-        let mut answers = self
-            .link
-            .bulk(&pipeline)
-            .await?
-            .into_iter()
-            .map(answer::list);
-        let open = batch_list(answers.next().unwrap_or_default());
-        for batch in batch_list(answers.next().unwrap_or_default()) {
+        pipeline.add_command(ask_due(now));
+        for list in [keys::unsettled(HOME), keys::open(HOME)] {
+            pipeline.cmd("ZRANGE").arg(list).arg(0).arg(-1);
+        }
+        let mut answers = self.link.bulk(&pipeline).await?.into_iter();
+        let mut next = || batch_list(answers.next().map(answer::list).unwrap_or_default());
+        for batch in next() {
+            self.start_batch(batch, now).await?;
+        }
+        for batch in next() {
             if let Some(record) = self.home(batch).await? {
                 self.settle(batch, &record).await?;
             }
         }
-        for batch in self.without_ranges(&open).await? {
-            self.complete(batch, now, 0).await?;
-        }
-        self.sweep(&open, now).await
+        self.tidy_open(&next(), now).await
     }
 
-    /// Batches that have no range any more.
-    async fn without_ranges(&self, open: &[BatchId]) -> Result<Vec<BatchId>> {
-        let mut left = open.to_vec();
-        for p in self.all_partitions() {
-            if left.is_empty() {
-                break;
-            }
-            let mut pipeline = Pipeline::new();
-            for batch in &left {
-                pipeline.cmd("EXISTS").arg(keys::ranges(p, *batch));
-            }
-            let found = self.link.bulk(&pipeline).await?;
-            let none = |(batch, found)| (answer::number(found) == 0).then_some(batch);
-            left = left.into_iter().zip(found).filter_map(none).collect();
-        }
-        Ok(left)
-    }
-
-    /// Ends what holders that are gone left of cancelled batches.
-    async fn sweep(&self, open: &[BatchId], now: Timestamp) -> Result<()> {
+    /// Completes batches in which nothing is open, and ends what holders that are gone left of
+    /// cancelled ones.
+    async fn tidy_open(&self, open: &[BatchId], now: Timestamp) -> Result<()> {
         if open.is_empty() {
             return Ok(());
         }
         let mut pipeline = Pipeline::new();
         for batch in open {
             pipeline.cmd("GET").arg(keys::batch(HOME, *batch));
+            pipeline.cmd("EXISTS").arg(keys::ranges(HOME, *batch));
         }
-        let records = self.link.bulk(&pipeline).await?;
-        for (batch, record) in open.iter().zip(records) {
-            let record = answer::bytes(record).map(|bytes| BatchRecord::read(&bytes));
-            let Some(record) = record.transpose()? else {
-                continue;
-            };
-            if record.state == BatchState::Cancelled && self.has_leavings(*batch, now).await? {
-                self.cancel_all(*batch, now).await?;
+        let mut answers = self.link.bulk(&pipeline).await?.into_iter();
+        let mut next = || answers.next().unwrap_or_default();
+        let (mut without, mut cancelled) = (Vec::new(), Vec::new());
+        for batch in open {
+            let record = answer::bytes(next()).map(|bytes| BatchRecord::read(&bytes));
+            if answer::number(next()) == 0 {
+                without.push(*batch);
+            }
+            if record.transpose()?.map(|record| record.state) == Some(BatchState::Cancelled) {
+                cancelled.push(*batch);
+            }
+        }
+        for batch in self.without_ranges(without).await? {
+            self.complete(batch, now, 0).await?;
+        }
+        for batch in cancelled {
+            if self.has_leavings(batch, now).await? {
+                self.cancel_all(batch, now).await?;
             }
         }
         Ok(())
+    }
+
+    /// Those of some batches without ranges in partition 0 that have none elsewhere either.
+    async fn without_ranges(&self, some: Vec<BatchId>) -> Result<Vec<BatchId>> {
+        if some.is_empty() {
+            return Ok(some);
+        }
+        let elsewhere = self.all_partitions().filter(|p| *p != HOME).map(|p| {
+            let mut pipeline = Pipeline::new();
+            for batch in &some {
+                pipeline.cmd("EXISTS").arg(keys::ranges(p, *batch));
+            }
+            async move { self.link.bulk(&pipeline).await }
+        });
+        let found = try_join_all(elsewhere).await?;
+        let mut found: Vec<_> = found.into_iter().map(Vec::into_iter).collect();
+        let mut left = Vec::new();
+        for batch in some {
+            let ranges = found.iter_mut().filter_map(Iterator::next);
+            // All of them are asked, so that the answers stay side by side.
+            let ranges: i64 = ranges.map(answer::number).sum();
+            if ranges == 0 {
+                left.push(batch);
+            }
+        }
+        Ok(left)
     }
 
     /// Whether some range of a batch is held by nobody.
@@ -581,6 +590,16 @@ impl Inner {
         }
         Ok(false)
     }
+}
+
+/// Asks for the batches whose time has come.
+fn ask_due(now: Timestamp) -> Cmd {
+    let mut find = Cmd::new();
+    find.arg("ZRANGEBYSCORE")
+        .arg(keys::scheduled(HOME))
+        .arg("-inf")
+        .arg(now.millis());
+    find
 }
 
 /// Its mail begins to leave.

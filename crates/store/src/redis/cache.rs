@@ -9,6 +9,7 @@ use super::record::Lot;
 use crate::recent::Recent;
 use crate::{BatchHead, Result, StoreError};
 use ::redis::{Cmd, Pipeline, Value};
+use futures_util::future::try_join_all;
 use model::{BatchId, LotNumber, Place};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -119,13 +120,11 @@ impl Inner {
         &self,
         batches: BTreeSet<BatchId>,
     ) -> Result<HashMap<BatchId, Arc<BatchHead>>> {
-        let mut heads = HashMap::new();
-        for batch in batches {
-            if let Some(head) = self.head(batch).await? {
-                heads.insert(batch, head);
-            }
-        }
-        Ok(heads)
+        let all = batches.into_iter().map(|batch| async move {
+            let head = self.head(batch).await?;
+            Ok::<_, StoreError>(head.map(|head| (batch, head)))
+        });
+        Ok(try_join_all(all).await?.into_iter().flatten().collect())
     }
 
     /// A piece of an index map; `None` where the batch has none.
@@ -180,20 +179,22 @@ impl Inner {
                 None => missing.entry(key.1.partition()).or_default().push(*key),
             }
         }
-        for (partition, keys) in missing {
+        let parts = missing.into_iter().map(|(p, keys)| async move {
+            let mut lots = Vec::new();
             for some in keys.chunks(64) {
                 let mut pipeline = Pipeline::new();
                 for (batch, lot) in some {
-                    pipeline.cmd("GET").arg(keys::lot(partition, *batch, lot.0));
+                    pipeline.cmd("GET").arg(keys::lot(p, *batch, lot.0));
                 }
                 let answers = self.link.bulk(&pipeline).await?;
-                for (key, value) in some.iter().zip(answers) {
-                    if let Some(lot) = self.decode_lot(*key, value) {
-                        lots.insert(*key, lot);
-                    }
-                }
+                let read = some.iter().zip(answers);
+                lots.extend(
+                    read.filter_map(|(key, value)| Some((*key, self.decode_lot(*key, value)?))),
+                );
             }
-        }
+            Ok::<_, StoreError>(lots)
+        });
+        lots.extend(try_join_all(parts).await?.into_iter().flatten());
         Ok(lots)
     }
 

@@ -20,7 +20,7 @@ use crate::{
     WINDOW, Want,
 };
 use ::redis::{Cmd, Value};
-use futures_util::future::try_join_all;
+use futures_util::future::{try_join, try_join_all};
 use model::{BatchId, BatchState, JournalId, Partition, Place, Status, Timestamp};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -129,7 +129,6 @@ struct Terms {
 impl Inner {
     /// Leases ranges.
     pub(super) async fn lease(&self, request: &LeaseRequest) -> Result<Vec<LeasedRange>> {
-        self.release_due(request.now).await?;
         let terms = Terms {
             node: request.node,
             ttl: request.ttl,
@@ -138,8 +137,15 @@ impl Inner {
         };
         let mut wishes: Vec<Wish> = request.wants.iter().map(Wish::new).collect();
         let mut leased = Vec::new();
+        // Looked for beside it: hardly ever does a batch begin just now.
+        let begin = self.release_due(request.now);
+        let (begun, seen) = try_join(begin, self.look(&wishes, request.now)).await?;
+        let mut seen = Some(seen).filter(|_| !begun);
         for _ in 0..LOOKS {
-            let found = self.look(&wishes, request.now).await?;
+            let found = match seen.take() {
+                Some(seen) => seen,
+                None => self.look(&wishes, request.now).await?,
+            };
             let picks = self.plan(&found, &wishes);
             if picks.is_empty() {
                 break;
@@ -478,11 +484,13 @@ impl Inner {
                 .or_default()
                 .push(release);
         }
-        for (p, releases) in parts {
+        let parts = parts.into_iter().map(|(p, releases)| async move {
             for some in releases.chunks(64) {
                 self.release_some(p, some, now).await?;
             }
-        }
+            Ok::<_, StoreError>(())
+        });
+        try_join_all(parts).await?;
         self.wrote();
         Ok(())
     }

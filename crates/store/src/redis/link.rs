@@ -6,6 +6,7 @@
 //! made anew, to whoever is the primary then, after every error of the connection. A Cluster's
 //! connection has one to each node. Must not know a key.
 
+use super::pool::{self, Pool};
 use super::url::{RedisUrl, Topology};
 use crate::{Result, StoreError};
 use ::redis as driver;
@@ -25,8 +26,6 @@ const ANSWER: Duration = Duration::from_secs(5);
 const CONNECT: Duration = Duration::from_secs(2);
 /// How long a call may take, waiting for a connection included.
 const CALL: Duration = Duration::from_secs(8);
-/// Connections for bulk steps on one server: they take turns on its one thread anyway.
-const CONNECTIONS: usize = 8;
 
 impl From<RedisError> for StoreError {
     fn from(error: RedisError) -> Self {
@@ -51,7 +50,7 @@ impl From<RedisError> for StoreError {
 pub(super) enum Link {
     Single {
         short: ConnectionManager,
-        bulk: deadpool_redis::Pool,
+        bulk: Pool,
     },
     Sentinel {
         client: Box<Mutex<SentinelClient>>,
@@ -137,10 +136,7 @@ impl Link {
                 let info = client.get_connection_info().clone();
                 let short = ConnectionManager::new_with_config(client, config).await?;
                 let manager = deadpool_redis::Manager::new_with_config(info, config_of())?;
-                let bulk = deadpool_redis::Pool::builder(manager)
-                    .max_size(CONNECTIONS)
-                    .build()
-                    .map_err(|error| StoreError::Refused(error.to_string()))?;
+                let bulk = pool::build(manager)?;
                 Ok(Self::Single { short, bulk })
             }
             Topology::Sentinel { name } => {
@@ -189,7 +185,13 @@ impl Link {
     /// Asks one thing.
     pub(super) async fn short(&self, command: &Cmd) -> Result<Value> {
         match self {
-            Self::Single { short, .. } => in_time(command.query_async(&mut short.clone())).await,
+            Self::Single { short, bulk } => {
+                let asked = in_time(command.query_async(&mut short.clone())).await;
+                if is_gone(&asked) {
+                    bulk.manager().note_loss();
+                }
+                Ok(asked??)
+            }
             Self::Sentinel { .. } | Self::Cluster(_) => {
                 let mut pipeline = Pipeline::new();
                 pipeline.add_command(command.clone());
@@ -211,13 +213,7 @@ impl Link {
     ) -> Result<driver::RedisResult<Vec<Value>>> {
         let asked = async {
             Ok(match self {
-                Self::Single { bulk, .. } => {
-                    let mut connection = bulk.get().await.map_err(|error| match error {
-                        deadpool_redis::PoolError::Backend(error) => error.into(),
-                        other => StoreError::Unavailable(format!("redis: {other}")),
-                    })?;
-                    pipeline.query_async(&mut connection).await
-                }
+                Self::Single { bulk, .. } => pool::ask(bulk, pipeline, lost).await?,
                 Self::Sentinel { .. } => {
                     let mut connection = self.primary().await?;
                     pipeline.query_async(&mut connection).await
@@ -227,14 +223,11 @@ impl Link {
         };
         let answered = tokio::time::timeout(CALL, asked).await;
         let answered = answered.unwrap_or_else(|_| Err(too_late()));
-        if let Self::Sentinel { shared, .. } = self {
-            let gone = match &answered {
-                Ok(Err(error)) => lost(error),
-                Ok(Ok(_)) => false,
-                Err(_) => true,
-            };
-            if gone {
-                *shared.lock().await = None;
+        if is_gone(&answered) {
+            match self {
+                Self::Single { bulk, .. } => bulk.manager().note_loss(),
+                Self::Sentinel { shared, .. } => *shared.lock().await = None,
+                Self::Cluster(_) => {}
             }
         }
         answered
@@ -269,6 +262,15 @@ fn lost(error: &RedisError) -> bool {
                     | ServerErrorKind::BusyLoading
             )
         )
+}
+
+/// Whether an answer, or that there is none, says so.
+fn is_gone<T>(answered: &Result<driver::RedisResult<T>>) -> bool {
+    match answered {
+        Ok(Err(error)) => lost(error),
+        Ok(Ok(_)) => false,
+        Err(_) => true,
+    }
 }
 
 fn sentinel(url: &RedisUrl, name: &str) -> Result<SentinelClient> {
@@ -310,9 +312,11 @@ fn too_late() -> StoreError {
     StoreError::Unavailable("redis: no answer in time".into())
 }
 
-async fn in_time<T>(asked: impl Future<Output = driver::RedisResult<T>>) -> Result<T> {
+async fn in_time<T>(
+    asked: impl Future<Output = driver::RedisResult<T>>,
+) -> Result<driver::RedisResult<T>> {
     let answered = tokio::time::timeout(CALL, asked).await;
-    Ok(answered.map_err(|_| too_late())??)
+    answered.map_err(|_| too_late())
 }
 
 /// What an answer has, taken apart.

@@ -18,6 +18,7 @@ mod lease;
 mod link;
 mod parts;
 mod past;
+mod pool;
 mod read;
 mod record;
 mod retire;

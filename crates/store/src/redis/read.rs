@@ -6,7 +6,7 @@ use super::batches::batch_list;
 use super::cache::{LotKey, MAP_CHUNK, MAP_ENTRY, read_place};
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{BatchRecord, Cells, Lot};
+use super::record::{self, BatchRecord, Cells, Lot};
 use super::stage::short_hash;
 use super::{Clock, Inner};
 use crate::describe::{self, Facts};
@@ -18,7 +18,7 @@ use crate::{
 };
 use ::redis::{Cmd, Pipeline, Value};
 use futures_util::future::try_join_all;
-use model::{BatchId, BatchState, FactId, MessageId, Partition, Place, Timestamp};
+use model::{BatchId, BatchState, Counters, FactId, MessageId, Partition, Place, Timestamp};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -166,42 +166,48 @@ impl Inner {
         let mut find = Cmd::new();
         find.arg("ZRANGE").arg(keys::open(HOME)).arg(0).arg(-1);
         let open = batch_list(answer::list(self.link.short(&find).await?));
-        let records = self.records(&open).await?;
-        for (batch, record) in open.into_iter().zip(records) {
-            let Some(record) = record else { continue };
-            let counters = self.counters(batch).await?;
-            totals.scheduled += counters.scheduled;
-            totals.queued += counters.queued;
-            totals.temporary_error += counters.temporary_error;
-            if !record.active() {
-                continue;
-            }
-            // A range of first attempts is due when its batch is.
-            let first = self.first_due(batch, now).await?;
-            if let Some(first) = first.map(|first| first.max(record.release_at)) {
-                let oldest = totals.oldest_due.map_or(first, |oldest| oldest.min(first));
-                totals.oldest_due = Some(oldest);
-            }
+        for some in open.chunks(BATCHES_AT_ONCE) {
+            self.total_of(some, now, &mut totals).await?;
         }
         Ok(totals)
     }
 
-    async fn first_due(&self, batch: BatchId, now: Timestamp) -> Result<Option<Timestamp>> {
-        let firsts = self.all_partitions().map(|p| async move {
-            let mut find = Cmd::new();
-            find.arg("ZRANGE")
-                .arg(keys::ranges(p, batch))
-                .arg(0)
-                .arg(0)
-                .arg("WITHSCORES");
-            let pair = answer::pairs(self.link.short(&find).await?);
-            let score = pair.into_iter().next().map(|(_, score)| score);
-            let score = score.and_then(|score| String::from_utf8(score).ok());
-            Ok::<_, StoreError>(score.and_then(|score| score.parse::<i64>().ok()))
+    /// Adds up some open batches.
+    async fn total_of(&self, open: &[BatchId], now: Timestamp, totals: &mut Totals) -> Result<()> {
+        let parts = self.all_partitions().map(|p| {
+            let mut pipeline = Pipeline::new();
+            for batch in open {
+                pipeline.cmd("GET").arg(keys::batch(p, *batch));
+                pipeline.cmd("HGETALL").arg(keys::counters(p, *batch));
+                let first = pipeline.cmd("ZRANGE").arg(keys::ranges(p, *batch));
+                first.arg(0).arg(0).arg("WITHSCORES");
+            }
+            async move { self.link.bulk(&pipeline).await }
         });
-        let firsts = try_join_all(firsts).await?.into_iter().flatten();
-        let due = firsts.filter(|at| *at <= now.millis()).min();
-        Ok(due.map(Timestamp::from_millis))
+        let parts = try_join_all(parts).await?;
+        let mut parts: Vec<_> = parts.into_iter().map(Vec::into_iter).collect();
+        for _ in open {
+            let (mut counters, mut first, mut home) = (Counters::default(), None, None);
+            for part in &mut parts {
+                let mut next = || part.next().unwrap_or_default();
+                // That of partition 0 is the truth.
+                home = home.or(Some(next()));
+                record::add_counters(&mut counters, &answer::pairs(next()));
+                first = first.into_iter().chain(first_due(next(), now)).min();
+            }
+            let home = home.and_then(answer::bytes);
+            let Some(record) = home.map(|bytes| BatchRecord::read(&bytes)).transpose()? else {
+                continue;
+            };
+            totals.scheduled += counters.scheduled;
+            totals.queued += counters.queued;
+            totals.temporary_error += counters.temporary_error;
+            // A range of first attempts is due when its batch is.
+            let first = first.filter(|_| record.active());
+            let first = first.map(|first| first.max(record.release_at));
+            totals.oldest_due = totals.oldest_due.into_iter().chain(first).min();
+        }
+        Ok(())
     }
 
     // ---- recipients ---------------------------------------------------------------------
@@ -293,8 +299,8 @@ impl Inner {
         for key in lots {
             parts.entry(key.1.partition()).or_default().push(*key);
         }
-        let mut cells = HashMap::new();
-        for (p, keys_of) in parts {
+        let parts = parts.into_iter().map(|(p, keys_of)| async move {
+            let mut cells = Vec::new();
             for some in keys_of.chunks(LOTS_AT_ONCE) {
                 let mut pipeline = Pipeline::new();
                 for (batch, lot) in some {
@@ -306,8 +312,9 @@ impl Inner {
                     cells.extend(stored.map(|cells| (*key, cells)));
                 }
             }
-        }
-        Ok(cells)
+            Ok::<_, StoreError>(cells)
+        });
+        Ok(try_join_all(parts).await?.into_iter().flatten().collect())
     }
 
     /// Reads the facts of a lot for some of its positions.
@@ -519,6 +526,13 @@ fn in_list(query: &BatchQuery, head: &BatchHead) -> bool {
             .campaign
             .as_ref()
             .is_none_or(|campaign| Some(campaign) == head.campaign.as_ref())
+}
+
+/// When the first of some ranges is due, unless that is later than now. `pair`: its name and score.
+fn first_due(pair: Value, now: Timestamp) -> Option<Timestamp> {
+    let (_, score) = answer::pairs(pair).into_iter().next()?;
+    let at = String::from_utf8(score).ok()?.parse().ok()?;
+    Some(Timestamp::from_millis(at)).filter(|at| *at <= now)
 }
 
 fn cell_at(cells: &HashMap<LotKey, Cells>, key: LotKey, position: u16) -> Result<Cell> {

@@ -51,7 +51,8 @@ impl Fixture for Sqlite {
 pub(crate) struct Redis {
     url: RedisUrl,
     partitions: u16,
-    _servers: Box<dyn Send + Sync>,
+    /// None on a Cluster, which outlives the store.
+    server: Option<RedisServer>,
     _directory: tempfile::TempDir,
 }
 
@@ -62,7 +63,7 @@ impl Redis {
         Self {
             url: RedisUrl::parse(&server.url()).expect("an address"),
             partitions,
-            _servers: Box::new(server),
+            server: Some(server),
             _directory: directory,
         }
     }
@@ -81,9 +82,14 @@ impl Redis {
         Self {
             url: RedisUrl::parse(&cluster.url()).expect("an address"),
             partitions,
-            _servers: Box::new(()),
+            server: None,
             _directory: tempfile::tempdir().expect("a directory"),
         }
+    }
+
+    /// The server, if it is one alone.
+    pub(crate) fn server(&self) -> Option<&RedisServer> {
+        self.server.as_ref()
     }
 
     pub(crate) async fn open(&self, role: Role) -> store::Result<RedisStore> {

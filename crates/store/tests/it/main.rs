@@ -8,6 +8,7 @@ mod fixture;
 mod kept;
 mod moving;
 mod redis;
+mod trips;
 
 mod one_partition {
     store::conformance_tests!(crate::fixture::Sqlite::new(1));

@@ -18,7 +18,7 @@ use store::{
 use testkit::redis::{RedisSentinels, RedisServer};
 use testkit::tls::Issuer;
 
-const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+pub(crate) const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 const QUEUE: &str = "x.example";
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -50,7 +50,7 @@ async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     found.unwrap_or_else(|_| panic!("{what} did not happen"))
 }
 
-async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<BatchId> {
+pub(crate) async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<BatchId> {
     let id = BatchId::new(T0, number);
     let row = |index| {
         Row::new(
@@ -98,7 +98,7 @@ async fn submit(store: &dyn Store, number: u128, rows: u32) -> store::Result<Bat
     Ok(id)
 }
 
-async fn lease(
+pub(crate) async fn lease(
     store: &dyn Store,
     node: u128,
     rows: u32,
@@ -114,7 +114,7 @@ async fn lease(
     store.lease(request).await
 }
 
-fn delivered(node: u128, seq: &mut u64, leased: &[LeasedRange]) -> Shipment {
+pub(crate) fn delivered(node: u128, seq: &mut u64, leased: &[LeasedRange]) -> Shipment {
     let mut facts = Vec::new();
     for range in leased {
         for item in &range.items {
