@@ -82,6 +82,23 @@ pub enum Piece {
         /// Pieces.
         pieces: u64,
     },
+    /// What a person lets be kept.
+    Consent(Box<ConsentPiece>),
+}
+
+/// What a person lets be kept, under the name that stands for the address.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConsentPiece {
+    /// Where the address belongs, which the name does not tell.
+    pub partition: Partition,
+    /// Whose.
+    pub account: String,
+    /// The name; only the store's key leads to it.
+    pub name: String,
+    /// The code of the tracking mode.
+    pub mode: u8,
+    /// Since when.
+    pub since: Timestamp,
 }
 
 /// What was answered to a call.

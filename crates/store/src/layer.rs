@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
+use model::{BatchId, JournalId, MessageId, Seq, Timestamp, TrackingMode};
 
 #[allow(
     clippy::wildcard_imports,
@@ -236,6 +236,21 @@ impl<L: Layer> Store for L {
             self.inner().unsuppress(account, email, list, now),
         )
         .await
+    }
+
+    async fn set_consent(
+        &self,
+        account: &str,
+        email: &str,
+        mode: Option<TrackingMode>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let answer = self.inner().set_consent(account, email, mode, now);
+        around(self, "set_consent", answer).await
+    }
+
+    async fn consents(&self, account: &str, emails: Vec<String>) -> Result<Vec<Option<Consent>>> {
+        around(self, "consents", self.inner().consents(account, emails)).await
     }
 
     async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {

@@ -44,7 +44,7 @@ pub use signs::{Happened, HitSign, MailSign, Sign, SignPage};
 pub use types::*;
 
 use async_trait::async_trait;
-use model::{BatchId, Event, JournalId, Seq, Timestamp};
+use model::{BatchId, Event, JournalId, Seq, Timestamp, TrackingMode};
 
 /// Why the store did not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -238,6 +238,27 @@ pub trait Store: Send + Sync + 'static {
         list: Option<&str>,
         now: Timestamp,
     ) -> Result<u32>;
+
+    /// Notes the most that a person lets be kept, of mail that was already sent too: it binds whatever
+    /// is shipped or leased from now on. `None`: what was noted no longer holds. Whether something was
+    /// noted before. Kept under a keyed hash of the address (normalised): it names nobody, and an
+    /// erasure leaves it.
+    async fn set_consent(
+        &self,
+        account: &str,
+        email: &str,
+        mode: Option<TrackingMode>,
+        now: Timestamp,
+    ) -> Result<bool>;
+
+    /// The most that each of these people lets be kept, where that was noted, in their order.
+    async fn consents(&self, account: &str, emails: Vec<String>) -> Result<Vec<Option<Consent>>>;
+
+    /// The same of one person.
+    async fn consent(&self, account: &str, email: &str) -> Result<Option<Consent>> {
+        let found = self.consents(account, vec![email.to_owned()]).await?;
+        Ok(found.into_iter().flatten().next())
+    }
 
     /// Keeps mail from a destination, in place of a suspension that was there; every node hears of
     /// it in the control feed.

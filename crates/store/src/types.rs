@@ -761,6 +761,22 @@ pub enum DueScope {
     Domains(Vec<Box<str>>),
 }
 
+/// The most that a person lets be kept, whatever the mail to them was sent with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Consent {
+    /// How much.
+    pub mode: TrackingMode,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+impl Consent {
+    /// Binds a recipient who is about to be written to.
+    pub(crate) fn bind(self, row: &mut Row) {
+        row.tracking = Some(row.tracking.map_or(self.mode, |own| own.min(self.mode)));
+    }
+}
+
 /// An entry of the suppression list.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Suppression {

@@ -14,6 +14,7 @@ use serde::Serialize;
 use store::{RecipientRow, Suppression};
 
 use super::auth::{CanRead, CanSubmit};
+use super::consent::Said;
 use super::params::{NoParams, Segment};
 use super::problem::{Answer, Refusal};
 use super::recipients::RowView;
@@ -161,6 +162,8 @@ pub(super) struct Person {
     email: String,
     delivery_status: DeliveryStatus,
     suppressions: Vec<Suppression>,
+    /// The most that may be kept of the person, where that was said.
+    tracking: Option<Said>,
     messages: Vec<PersonMessage>,
 }
 
@@ -179,10 +182,9 @@ pub(super) async fn person(
     _: NoParams,
 ) -> Answer<Json<Person>> {
     let email: EmailAddress = email.parse().map_err(|_| Refusal::not_found("address"))?;
-    let story = api
-        .store
-        .address(&caller.account, &email.normalised())
-        .await?;
+    let (account, normalised) = (&*caller.account, email.normalised());
+    let story = api.store.address(account, &normalised).await?;
+    let consent = api.store.consent(account, &normalised).await?;
     let delivery_status = delivery_status(story.messages.iter().map(|(_, row)| row));
     let messages = story
         .messages
@@ -196,6 +198,7 @@ pub(super) async fn person(
         email: email.normalised().into_owned(),
         delivery_status,
         suppressions: story.suppressions,
+        tracking: consent.map(Into::into),
         messages: messages.collect(),
     }))
 }

@@ -8,6 +8,7 @@ pub(crate) mod auth;
 mod batches;
 mod body;
 mod classify;
+mod consent;
 mod destinations;
 mod events;
 mod health;
@@ -166,6 +167,9 @@ fn routes() -> Routes {
             "/v1/suppressions/{email}",
             suppressions::delete,
         )
+        .at(Method::GET, "/v1/tracking/{email}", consent::one)
+        .at(Method::PUT, "/v1/tracking/{email}", consent::put)
+        .at(Method::DELETE, "/v1/tracking/{email}", consent::delete)
         .at(Method::POST, "/v1/batches/{id}/retry", batches::retry)
         .at(Method::GET, "/v1/destinations", destinations::list)
         .at(Method::GET, "/v1/destinations/{domain}", destinations::one)

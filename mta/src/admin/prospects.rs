@@ -19,11 +19,12 @@ use serde::Serialize;
 use store::{Note, Store, StoreError, SuppressionQuery};
 
 use super::auth::CanRead;
+use super::consent::Said;
 use super::params::{NoParams, PAGE_MAX, Params, Segment};
 use super::problem::{Answer, Refusal};
 use super::rows::{self, Form, Table};
 use super::{Api, List};
-use crate::jobs::engagement::{PROSPECTS, kind_of};
+use crate::jobs::engagement::{PROSPECTS, kind_of, normalised};
 
 /// People looked through for one page: a search that finds little answers with a short page and a
 /// cursor.
@@ -37,6 +38,8 @@ pub(super) struct ProspectView {
     #[serde(flatten)]
     row: FoundView,
     mailable: bool,
+    /// The most that may be kept of the person, where that was said.
+    tracking: Option<Said>,
     last_delivered_at: Option<Timestamp>,
     visitors: Vec<VisitorView>,
     campaigns: Vec<CampaignView>,
@@ -140,6 +143,8 @@ pub(super) async fn one(
     let note = api.store.note(&kind, &id, now).await?;
     let person = note.and_then(|note| Prospect::from_bytes(&note.value));
     let person = person.ok_or_else(|| Refusal::not_found("prospect"))?;
+    let email = normalised(&person.email);
+    let consent = api.store.consent(&caller.account, &email).await?;
     let points = &api.engagement.load().points;
     let visitors = person.visitors.iter().rev().map(|seen| VisitorView {
         visitor: seen.visitor,
@@ -155,6 +160,7 @@ pub(super) async fn one(
     Ok(Json(ProspectView {
         row: FoundView::of(&id, &person, None, points, now),
         mailable: is_mailable(&*api.store, &caller.account, &person).await?,
+        tracking: consent.map(Into::into),
         last_delivered_at: person.last_delivered_at,
         visitors: visitors.collect(),
         campaigns: campaigns.collect(),

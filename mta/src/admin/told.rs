@@ -125,7 +125,7 @@ pub(super) async fn tell(
 }
 
 /// One at a time; freed on drop.
-async fn turn(api: &Api) -> Answer<tokio::sync::SemaphorePermit<'_>> {
+pub(super) async fn turn(api: &Api) -> Answer<tokio::sync::SemaphorePermit<'_>> {
     let turn = api.telling.acquire().await;
     turn.map_err(|error| Refusal::internal("telling", &error))
 }
@@ -269,20 +269,32 @@ pub(super) async fn revoke(
     if binding.revoked_at.is_some() {
         return Ok(Json(BindingView::of(id, binding)));
     }
+    let (binding, note, news) = undone(&caller.account, &id, binding, "api", now);
+    api.store.derive(vec![note], vec![news], now).await?;
+    Ok(Json(BindingView::of(id, binding)))
+}
+
+/// A binding that is undone, its note, and what is told of it.
+pub(super) fn undone(
+    account: &str,
+    id: &str,
+    binding: Binding,
+    reason: &str,
+    now: Timestamp,
+) -> (Binding, Note, Announcement) {
     let named = *binding.prospect != *binding.email;
     let recipient = EventRecipient {
         email: binding.email.to_string(),
         prospect_id: named.then(|| binding.prospect.to_string()),
     };
-    let (binding, news) = revocation(&caller.account, &id, binding, recipient, "api", now);
+    let (binding, news) = revocation(account, id, binding, recipient, reason, now);
     let note = Note {
-        kind: kind.into(),
-        key: id.as_str().into(),
+        kind: kind_of(BINDINGS, account).into(),
+        key: id.into(),
         value: binding.to_bytes().into(),
         expires_at: None,
     };
-    api.store.derive(vec![note], vec![news], now).await?;
-    Ok(Json(BindingView::of(id, binding)))
+    (binding, note, news)
 }
 
 /// `POST /v1/reclassify`

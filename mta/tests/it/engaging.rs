@@ -152,16 +152,16 @@ impl Place {
     }
 
     async fn tell(&self, body: &Value) -> (u16, Value) {
-        let reply = self
-            .service
-            .api
-            .call(
-                Method::POST,
-                "/v1/events",
-                &[],
-                Bytes::from(body.to_string()),
-            )
-            .await;
+        self.call(Method::POST, "/v1/events", body).await
+    }
+
+    async fn put(&self, path: &str, body: &Value) -> (u16, Value) {
+        self.call(Method::PUT, path, body).await
+    }
+
+    async fn call(&self, method: Method, path: &str, body: &Value) -> (u16, Value) {
+        let body = Bytes::from(body.to_string());
+        let reply = self.service.api.call(method, path, &[], body).await;
         (reply.status.as_u16(), reply.json())
     }
 }
@@ -172,6 +172,10 @@ fn person() -> Verdict {
         machine_reasons: Vec::new(),
         rules: 2,
     }
+}
+
+fn clicked(person: &Value) -> bool {
+    person["clicked"] == json!(true)
 }
 
 fn timeline(person: &Value) -> Vec<&str> {
@@ -277,7 +281,6 @@ async fn who_is_erased_is_no_prospect_and_owns_no_browser() {
         format!("/v1/bindings/{}/revoke", id.expect("a name"))
     };
     let api = &place.service.api;
-    let clicked = |person: &Value| person["clicked"] == json!(true);
     place.once("/v1/prospects/p-1", clicked).await;
     for _ in 0..2 {
         let path = "/v1/recipients/R1@x.example";
@@ -296,6 +299,75 @@ async fn who_is_erased_is_no_prospect_and_owns_no_browser() {
     place.once("/v1/prospects/p-2", clicked).await;
     let page = api.get("/v1/prospects").await.json();
     assert!(!page.to_string().contains("p-1"), "{page}");
+    place.service.stop().await;
+}
+
+#[tokio::test]
+async fn who_withdraws_consent_is_followed_no_further() {
+    let place = Place::new().await;
+    let api = &place.service.api;
+    let said = "/v1/tracking/R0@x.example";
+    assert_eq!(api.get(said).await.status, StatusCode::NOT_FOUND);
+    place.ship(vec![place.click(0, 0, browser(1), now())]).await;
+    let bound = place.events("identity.bound", 1).await;
+    place.once("/v1/prospects/p-0", clicked).await;
+    // This click still waits for its verdict.
+    place.ship(vec![place.click(2, 0, browser(2), now())]).await;
+    for (path, mode) in [(said, "off"), ("/v1/tracking/r2@x.example", "aggregate")] {
+        let put = place.put(path, &json!({"mode": mode})).await;
+        assert_eq!((put.0, &put.1["mode"]), (200, &json!(mode)), "{put:?}");
+    }
+    let revoked = place.events("identity.revoked", 1).await;
+    assert_eq!(revoked[0]["data"]["reason"], "consent");
+    let of_binding = |event: &Value| event["data"]["binding_id"].clone();
+    assert_eq!(of_binding(&revoked[0]), of_binding(&bound[0]));
+
+    place
+        .ship(vec![
+            place.click(0, 0, browser(1), now()),
+            place.click(2, 0, browser(2), now()),
+            Place::page(browser(1), "https://shop.example/a"),
+            Place::page(browser(2), "https://shop.example/b"),
+            place.click(1, 0, browser(3), now()),
+            Place::page(browser(3), "https://shop.example/c"),
+        ])
+        .await;
+    // Whoever came last was looked at, so everybody before was.
+    let came = |person: &Value| timeline(person).len() == 2;
+    place.once("/v1/prospects/p-1", came).await;
+    let bound = place.events("identity.bound", 2).await;
+    let of = |event: &Value| event["data"]["prospect_id"].clone();
+    let bound: Vec<_> = bound.iter().map(of).collect();
+    assert_eq!(bound, ["p-0", "p-1"]);
+    for (path, tracking) in [("p-0", "off"), ("p-2", "aggregate")] {
+        let person = api.get(&format!("/v1/prospects/{path}")).await.json();
+        assert_eq!(timeline(&person), ["email.clicked"], "{person}");
+        assert_eq!(person["visitors"], json!([]), "{person}");
+        assert_eq!(person["tracking"]["mode"], tracking);
+    }
+    let clicks = place.events("email.clicked", 3).await;
+    assert_eq!(clicks.len(), 3, "{clicks:?}");
+    let batch = format!("/v1/batches/{}", place.batch);
+    let counters = &api.get(&batch).await.json()["counters"];
+    assert_eq!(counters["clicked_total"], 4, "{counters}");
+
+    let person = api.get("/v1/recipients/r0@x.example").await.json();
+    assert_eq!(person["tracking"]["mode"], "off", "{person}");
+    for body in [
+        json!({}),
+        json!({"mode": "some"}),
+        json!({"mode": "off", "x": 1}),
+    ] {
+        let put = place.put(said, &body).await;
+        assert_eq!(put.0, 422, "{put:?}");
+    }
+    for _ in 0..2 {
+        let lifted = api.call(Method::DELETE, said, &[], Bytes::new()).await;
+        assert_eq!(lifted.status, StatusCode::NO_CONTENT);
+    }
+    assert_eq!(api.get(said).await.status, StatusCode::NOT_FOUND);
+    place.ship(vec![place.click(0, 0, browser(1), now())]).await;
+    place.events("identity.bound", 3).await;
     place.service.stop().await;
 }
 

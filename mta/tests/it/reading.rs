@@ -429,6 +429,9 @@ const ROUTES: &[&str] = &[
     "GET /v1/suppressions/a@x.example",
     "PUT /v1/suppressions/a@x.example",
     "DELETE /v1/suppressions/a@x.example",
+    "GET /v1/tracking/a@x.example",
+    "PUT /v1/tracking/a@x.example",
+    "DELETE /v1/tracking/a@x.example",
     "POST /v1/classify",
 ];
 

@@ -7,6 +7,7 @@
     reason = "every rule fails as the store does, with its error"
 )]
 
+mod consent;
 mod control;
 mod facts;
 mod intake;
@@ -20,6 +21,7 @@ mod simulation;
 mod support;
 mod waves;
 
+pub use consent::*;
 pub use control::*;
 pub use facts::*;
 pub use intake::*;
@@ -111,6 +113,8 @@ macro_rules! conformance_tests {
             an_unsubscribe_leaves_the_list_in_the_same_step
             tracking_modes_are_kept
             an_archived_batch_leaves_no_trace_of_opens
+            what_a_person_lets_be_kept_binds_mail_already_sent
+            what_a_person_lets_be_kept_binds_mail_to_come
             the_suppressed_are_ended_at_the_lease
             a_dead_address_is_suppressed_with_its_fact
             a_lifted_suppression_stops_nothing

@@ -9,6 +9,7 @@ use crate::{
 };
 use model::{
     Actor, AttemptResult, BatchId, BatchState, Event, HitKind, SuppressionReason, Timestamp,
+    TrackingMode,
 };
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -114,6 +115,11 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
         created_at: T0,
     };
     store.suppress(vec![suppression], T0).await?;
+    for email in ["n1@x.example", "n9@x.example"] {
+        store
+            .set_consent("acme", email, Some(TrackingMode::Aggregate), T0)
+            .await?;
+    }
     let mut erase = Erase {
         account: "acme".into(),
         email: "n9@x.example".into(),
@@ -186,6 +192,16 @@ pub async fn a_store_moves(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
         let (was, is) = of(email).await?;
         assert_eq!(is, was, "{email}");
     }
+    for (email, noted) in [("n1", true), ("n9", true), ("n8", false)] {
+        let email = format!("{email}@x.example");
+        let was = old.consent("acme", &email).await?;
+        assert_eq!(was.is_some(), noted, "{email}");
+        assert_eq!(new.consent("acme", &email).await?, was, "{email}");
+    }
+    let click = vec![hit(batches[0], 1, HitKind::Click, Actor::Human, T0)];
+    Node::new(7).report(&*new, click, T0).await?;
+    let moved = all_events(&*new).await?;
+    assert_eq!(ids_of(&moved), ids_of(&told), "counted, and no event");
     assert_eq!(new.setting("key", "other").await?, "value");
     assert_eq!(new.notes("limit", T0).await?, old.notes("limit", T0).await?);
     assert_eq!(new.suspensions(T0).await?, old.suspensions(T0).await?);

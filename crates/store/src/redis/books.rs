@@ -14,7 +14,7 @@ use super::record::{self, BatchRecord, Cells, Holder, Lot, Piece, Range, Version
 use crate::form::{LogBlock, LogEntry, Packer, Ref};
 use crate::tell::{self, Told};
 use crate::transition::{self, Applied, Cell};
-use crate::{Announcement, BatchHead, Control, LOT_ROWS, Result, StoreError, Suppression};
+use crate::{Announcement, BatchHead, Consent, Control, LOT_ROWS, Result, StoreError, Suppression};
 use ::redis::Pipeline;
 use model::{
     BatchId, Counters, Event, EventKind, Fact, JournalId, LotNumber, Partition, Seq, Status,
@@ -33,6 +33,10 @@ pub(super) struct Needs {
     pub(super) ranges: BTreeSet<u64>,
     /// Account and address.
     pub(super) addresses: BTreeSet<(String, String)>,
+    /// Whether anybody said how much may be kept of them.
+    pub(super) any_consents: bool,
+    /// Of whom what they said: account and address.
+    pub(super) consents: BTreeSet<(String, String)>,
     /// How far this journal was taken.
     pub(super) mark_of: Option<JournalId>,
 }
@@ -83,6 +87,9 @@ pub(super) struct Books<'a> {
     pub(super) retries: BTreeMap<RetryKey, Vec<Ref>>,
     pub(super) known: HashMap<(String, String), Vec<Suppression>>,
     suppressions_version: Option<Option<Version>>,
+    /// Whether anybody in the partition said how much may be kept of them, as far as it was asked.
+    pub(super) any_consents: bool,
+    pub(super) consents: HashMap<(String, String), Option<Consent>>,
     pub(super) events: Vec<Event>,
     control: Vec<Control>,
     /// What else is written.
@@ -108,6 +115,8 @@ impl<'a> Books<'a> {
             retries: BTreeMap::new(),
             known: HashMap::new(),
             suppressions_version: None,
+            any_consents: false,
+            consents: HashMap::new(),
             events: Vec::new(),
             control: Vec::new(),
             commit: Commit::new(partition),
@@ -155,6 +164,11 @@ impl<'a> Books<'a> {
         if let Some(journal) = needs.mark_of {
             super::ship::ask_mark(&mut pipeline, p, journal);
         }
+        if needs.any_consents {
+            pipeline.cmd("EXISTS").arg(keys::consents(p));
+        }
+        let people = missing(&needs.consents, |key| self.consents.contains_key(key));
+        super::consent::ask(&mut pipeline, self.inner, p, &people);
         let mut answers = self.inner.link.bulk(&pipeline).await?.into_iter();
         let mut next = || answers.next().unwrap_or_default();
         let mut time = answer::list(next()).into_iter().map(answer::number);
@@ -187,6 +201,10 @@ impl<'a> Books<'a> {
         if needs.mark_of.is_some() {
             self.mark = u64::try_from(answer::number(next())).unwrap_or(0);
         }
+        if needs.any_consents {
+            self.any_consents = answer::number(next()) > 0;
+        }
+        super::consent::read_asked(self, people, next)?;
         self.load_rows(needs).await
     }
 

@@ -122,6 +122,7 @@ impl Inner {
                 }
             }
             self.give_suppressions(partition, to).await?;
+            self.give_consents(partition, to).await?;
         }
         for suspension in self.suspensions(now).await? {
             give(to, Piece::of_suspension(&suspension)).await?;
@@ -183,6 +184,28 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    async fn give_consents(&self, p: Partition, to: &mpsc::Sender<Piece>) -> Result<()> {
+        let mut cursor = b"0".to_vec();
+        loop {
+            let mut scan = Cmd::new();
+            scan.arg("HSCAN")
+                .arg(keys::consents(p))
+                .arg(&cursor)
+                .arg("COUNT")
+                .arg(AT_ONCE);
+            let mut parts = answer::list(self.link.short(&scan).await?).into_iter();
+            cursor = parts.next().and_then(answer::bytes).unwrap_or_default();
+            // What moves meanwhile may come twice, which does no harm.
+            let pairs = parts.next().map(answer::pairs).unwrap_or_default();
+            for of in Self::read_consents(p, pairs) {
+                give(to, Piece::Consent(Box::new(of?))).await?;
+            }
+            if cursor.is_empty() || cursor == b"0" {
+                return Ok(());
+            }
+        }
     }
 
     // ---- batches ------------------------------------------------------------------------

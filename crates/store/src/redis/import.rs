@@ -70,6 +70,7 @@ impl Inner {
                 let entry: Suppression = backup::json(&text)?;
                 self.restore_suppression(&entry).await
             }
+            Piece::Consent(of) => self.restore_consent(&of).await,
             Piece::Suspension(text) => {
                 let of: Suspension = backup::json(&text)?;
                 self.suspend(of, now).await
@@ -114,6 +115,7 @@ impl Inner {
                 .arg(keys::batches(p))
                 .arg(keys::journals(p))
                 .arg(keys::suppressed(p))
+                .arg(keys::consents(p))
                 .arg(keys::event_counter(p));
             if answer::number(self.link.short(&used).await?) > 0 {
                 return Err(StoreError::Refused(

@@ -56,6 +56,8 @@ keys! {
     suppressed() = "sh";
     /// Changes with every suppression.
     suppressions_version() = "sv";
+    /// What people let be kept of them at most.
+    consents() = "consent";
     /// The number of the newest event.
     event_counter() = "seq";
     /// The control feed.

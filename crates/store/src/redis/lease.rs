@@ -684,9 +684,13 @@ fn share_out(
     last
 }
 
-/// Reads cells and rows of the recipients of ranges, and the suppressions of those who have any.
+/// Reads cells and rows of the recipients of ranges, the suppressions of those who have any, and what
+/// they let be kept.
 async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool) -> Result<()> {
-    let mut needs = Needs::default();
+    let mut needs = Needs {
+        any_consents: true,
+        ..Needs::default()
+    };
     for range in ranges {
         needs.batches.insert(range.batch);
         let lots = range.refs().into_iter().map(|of| (range.batch, of.lot));
@@ -694,7 +698,7 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
     }
     needs.lots.clone_from(&needs.cells);
     books.load(&needs).await?;
-    if !guarded {
+    if !guarded && !books.any_consents {
         return Ok(());
     }
     let mut people = BTreeSet::new();
@@ -706,7 +710,22 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
             }
         }
     }
-    let people: Vec<(String, String)> = people.into_iter().collect();
+    let mut needs = Needs::default();
+    if guarded {
+        needs.addresses = suppressed_of(books, &people).await?;
+    }
+    if books.any_consents {
+        needs.consents = people;
+    }
+    books.load(&needs).await
+}
+
+/// Those of these people (account and address) whose address has a suppression.
+async fn suppressed_of(
+    books: &Books<'_>,
+    people: &BTreeSet<(String, String)>,
+) -> Result<BTreeSet<(String, String)>> {
+    let people: Vec<&(String, String)> = people.iter().collect();
     let mut addresses = BTreeSet::new();
     for some in people.chunks(1_000) {
         let mut ask = Cmd::new();
@@ -723,14 +742,10 @@ async fn load_recipients(books: &mut Books<'_>, ranges: &[Range], guarded: bool)
         let hits = some.iter().zip(found.chunks(2));
         addresses.extend(
             hits.filter(|(_, found)| known(found))
-                .map(|(person, _)| person.clone()),
+                .map(|(person, _)| (*person).clone()),
         );
     }
-    let needs = Needs {
-        addresses,
-        ..Needs::default()
-    };
-    books.load(&needs).await
+    Ok(addresses)
 }
 
 /// A recipient to hand out.
@@ -827,7 +842,7 @@ fn choose(
         let Some(cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) else {
             continue;
         };
-        let row = books.row(key, of.position)?;
+        let mut row = books.row(key, of.position)?;
         let person = (head.account.clone(), row.email.normalised().into_owned());
         let stopping = books
             .known
@@ -843,6 +858,9 @@ fn choose(
         if let Some(until) = until.filter(|_| !in_window) {
             shut.entry(until).or_default().push(of);
             continue;
+        }
+        if let Some(Some(consent)) = books.consents.get(&person) {
+            consent.bind(&mut row);
         }
         chosen.push(Chosen {
             of,

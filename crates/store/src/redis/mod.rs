@@ -9,6 +9,7 @@ mod books;
 mod cache;
 mod calls;
 mod commit;
+mod consent;
 mod erase;
 mod export;
 mod feeds;
@@ -39,18 +40,19 @@ use crate::erased::Eraser;
 use crate::sqlite::Role;
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
-    EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
-    NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
-    Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped, SignPage, Store,
-    StoreError, Suppression, SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
+    ChangeOutcome, Consent, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased,
+    EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch,
+    NewCall, NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery,
+    RecipientRow, Release, Result, Retire, Retired, Share, ShareRequest, Shipment, Shipped,
+    SignPage, Store, StoreError, Suppression, SuppressionQuery, Suspension, Totals, Wave, Work,
+    WorkScope,
 };
 use async_trait::async_trait;
 use cache::Cache;
 use commit::Scripts;
 use lease::Turn;
 use link::Link;
-use model::{BatchId, JournalId, MessageId, Partition, Seq, Timestamp};
+use model::{BatchId, JournalId, MessageId, Partition, Seq, Timestamp, TrackingMode};
 use past::Past;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -374,6 +376,20 @@ impl Store for RedisStore {
         now: Timestamp,
     ) -> Result<u32> {
         self.inner.unsuppress(account, email, list, now).await
+    }
+
+    async fn set_consent(
+        &self,
+        account: &str,
+        email: &str,
+        mode: Option<TrackingMode>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        self.inner.set_consent(account, email, mode, now).await
+    }
+
+    async fn consents(&self, account: &str, emails: Vec<String>) -> Result<Vec<Option<Consent>>> {
+        self.inner.consents(account, &emails).await
     }
 
     async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {

@@ -194,6 +194,7 @@ pub(super) fn ask_mark(pipeline: &mut Pipeline, p: Partition, journal: JournalId
 async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Result<()> {
     let mut needs = Needs {
         mark_of: Some(journal),
+        any_consents: part.facts.iter().any(|placed| is_tracked(&placed.fact)),
         ..Needs::default()
     };
     for placed in &part.facts {
@@ -218,10 +219,23 @@ async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Res
     for placed in part.facts.iter().filter(|placed| suppresses(&placed.fact)) {
         more.addresses.extend(address_of(books, placed));
     }
-    if !more.cells.is_empty() || !more.addresses.is_empty() {
+    if books.any_consents {
+        let hits = part.facts.iter().filter(|placed| is_tracked(&placed.fact));
+        more.consents
+            .extend(hits.filter_map(|placed| address_of(books, placed)));
+    }
+    if !more.cells.is_empty() || !more.addresses.is_empty() || !more.consents.is_empty() {
         books.load(&more).await?;
     }
     Ok(())
+}
+
+/// Whether how much of it is kept depends on the person.
+fn is_tracked(fact: &Fact) -> bool {
+    match fact {
+        Fact::Hit(hit) => hit.kind != HitKind::Unsubscribe,
+        Fact::Attempt(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => false,
+    }
 }
 
 fn suppresses(fact: &Fact) -> bool {
@@ -424,7 +438,7 @@ fn apply_hit(
     let mode = if unsubscribe {
         TrackingMode::Individual
     } else {
-        tracking_of(books, record, key, position)?.min(hit.allows())
+        tracking_of(books, record, key, placed)?.min(hit.allows())
     };
     if mode == TrackingMode::Off {
         return Ok(true);
@@ -463,20 +477,30 @@ fn apply_hit(
     Ok(true)
 }
 
-/// The most restrictive of the batch's and the recipient's mode; off when archived.
+/// The most restrictive of the batch's and the recipient's mode and of what the person said; off
+/// when archived.
 fn tracking_of(
     books: &Books<'_>,
     record: &BatchRecord,
     key: LotKey,
-    position: u16,
+    placed: &Placed,
 ) -> Result<TrackingMode> {
     if record.archived {
         return Ok(TrackingMode::Off);
     }
+    let mut mode = record.tracking;
+    if books.any_consents
+        && let Some(person) = address_of(books, placed)
+        && let Some(Some(consent)) = books.consents.get(&person)
+    {
+        mode = mode.min(consent.mode);
+    }
     let lot = books.lot(key)?;
     if !lot.overrides {
-        return Ok(record.tracking);
+        return Ok(mode);
     }
-    let own = lot.row(position).and_then(|row| row.tracking);
-    Ok(own.unwrap_or(TrackingMode::Individual).min(record.tracking))
+    let own = placed
+        .place
+        .and_then(|place| lot.row(place.position)?.tracking);
+    Ok(own.map_or(mode, |own| own.min(mode)))
 }

@@ -4,16 +4,19 @@
 //! Owns how these are stored. Every change of a recipient goes through here, so that its status,
 //! the counters and the event change together. Must not decide what changes: `transition` does.
 
+use super::consent;
 use super::control;
+use super::erase;
 use super::ids::{self, BatchNo, LotId};
 use super::map;
 use super::record::{
     BatchRecord, By, counter_ids, load_counters, read_counters, record, save_record,
 };
 use super::writer::Step;
+use crate::erased::Eraser;
 use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
 use crate::transition::{self, Applied, Cell};
-use crate::{Announcement, BatchHead, Control, Result, StoreError};
+use crate::{Announcement, BatchHead, Consent, Control, Result, StoreError};
 use model::{
     About, BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq,
     Status, Timestamp,
@@ -84,6 +87,8 @@ pub(super) struct Books<'s, 'c> {
     events: Vec<Pending>,
     /// Batches whose counters moved.
     touched: BTreeSet<BatchNo>,
+    /// What finds the consent of a person, where anybody said anything; none: not asked yet.
+    consents: Option<Option<Eraser>>,
 }
 
 impl<'s, 'c> Books<'s, 'c> {
@@ -98,6 +103,7 @@ impl<'s, 'c> Books<'s, 'c> {
             retries: BTreeMap::new(),
             events: Vec::new(),
             touched: BTreeSet::new(),
+            consents: None,
         }
     }
 
@@ -158,6 +164,27 @@ impl<'s, 'c> Books<'s, 'c> {
             book.overrides = Some(found);
         }
         Ok(found)
+    }
+
+    /// Whether anybody said how much may be kept of them.
+    pub(super) fn any_consents(&mut self) -> Result<bool> {
+        if self.consents.is_none() {
+            let connection = self.step.connection;
+            let any = consent::any(connection)?;
+            self.consents = Some(any.then(|| erase::eraser(connection)).transpose()?);
+        }
+        Ok(self.consents.iter().flatten().next().is_some())
+    }
+
+    /// What a person said, asked where [`Books::any_consents`].
+    pub(super) fn consent(&self, account: &str, email: &str) -> Result<Option<Consent>> {
+        match &self.consents {
+            Some(Some(eraser)) => {
+                let name = eraser.name(account, email);
+                consent::under(self.step.connection, account, &name)
+            }
+            Some(None) | None => Ok(None),
+        }
     }
 
     /// Where an index stands; `None` when it was rejected or never given.

@@ -11,14 +11,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The version of the schema, in `user_version`.
-const SCHEMA: i64 = 5;
+const SCHEMA: i64 = 6;
 /// What each version adds to the one before.
-const CHANGES: [&str; 5] = [
+const CHANGES: [&str; 6] = [
     include_str!("schema.sql"),
     include_str!("schema-2.sql"),
     include_str!("schema-3.sql"),
     include_str!("schema-4.sql"),
     include_str!("schema-5.sql"),
+    include_str!("schema-6.sql"),
 ];
 /// How long a writer waits for the other process; its steps are short, a checkpoint is not.
 const BUSY: Duration = Duration::from_secs(15);

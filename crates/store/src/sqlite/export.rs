@@ -87,6 +87,7 @@ fn shared_records(
         }
     }
     super::suppress::each(connection, |entry| sink.give(Piece::of_suppression(&entry)))?;
+    super::consent::each(connection, |of| sink.give(Piece::Consent(Box::new(of))))?;
     for suspension in shared::suspensions(connection, now)? {
         sink.give(Piece::of_suspension(&suspension))?;
     }

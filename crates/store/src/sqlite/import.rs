@@ -19,7 +19,14 @@ use std::collections::BTreeMap;
 /// In `meta`: it is being filled.
 const FILLING: &str = "filling";
 /// What a store has that was used.
-const USED: [&str; 5] = ["batch", "suppression", "event", "journal", "note"];
+const USED: [&str; 6] = [
+    "batch",
+    "suppression",
+    "event",
+    "journal",
+    "note",
+    "consent",
+];
 
 /// Refuses a store that is not whole.
 pub(super) fn must_be_whole(connection: &Connection) -> Result<()> {
@@ -75,6 +82,7 @@ fn take(step: &mut Step<'_>, partitions: u16, piece: Piece, now: Timestamp) -> R
             let entry: Suppression = backup::json(&text)?;
             super::suppress::restore(connection, &entry)
         }
+        Piece::Consent(of) => super::consent::restore(connection, &of),
         Piece::Suspension(text) => {
             let of: Suspension = backup::json(&text)?;
             super::shared::suspend(step, of, now)

@@ -435,7 +435,7 @@ fn consider(
     let Some(cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) else {
         return Ok(None);
     };
-    let row = row_of(books, lot, of.position)?;
+    let mut row = row_of(books, lot, of.position)?;
     if guarded
         && let Some(reason) =
             suppress::stopping(books.step.connection, head, &row.email.normalised())?
@@ -443,6 +443,11 @@ fn consider(
         let data = json!({ "reason": reason.as_str() });
         books.end_unsent(lot, of.position, Status::Suppressed, data)?;
         return Ok(None);
+    }
+    if books.any_consents()?
+        && let Some(consent) = books.consent(&head.account, &row.email.normalised())?
+    {
+        consent.bind(&mut row);
     }
     Ok(Some((cell, row)))
 }

@@ -7,6 +7,7 @@
 mod books;
 mod cache;
 mod calls;
+mod consent;
 mod control;
 #[cfg(test)]
 mod damaged;
@@ -37,16 +38,16 @@ mod writer;
 
 use crate::{
     AddressStory, Announcement, Backlog, Batch, BatchChange, BatchQuery, Begun, CallKey,
-    ChangeOutcome, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased, EventPage,
-    EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch, NewCall,
-    NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery, RecipientRow,
-    Release, Result, Retire, Retired, Shipment, Shipped, SignPage, Store, StoreError, Suppression,
-    SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
+    ChangeOutcome, Consent, ControlCursor, ControlPage, DueScope, EndedPart, Erase, Erased,
+    EventPage, EventQuery, FeedPlace, LeaseRequest, LeasedRange, LotHashes, MessageStory, NewBatch,
+    NewCall, NewLot, NewPart, Note, Page, PartEnd, PartTurn, Piece, RangeRef, RecipientQuery,
+    RecipientRow, Release, Result, Retire, Retired, Shipment, Shipped, SignPage, Store, StoreError,
+    Suppression, SuppressionQuery, Suspension, Totals, Wave, Work, WorkScope,
 };
 use async_trait::async_trait;
 use books::Books;
 use cache::Cache;
-use model::{BatchId, JournalId, MessageId, Seq, Timestamp};
+use model::{BatchId, JournalId, MessageId, Seq, Timestamp, TrackingMode};
 use readers::Readers;
 use rusqlite::OptionalExtension as _;
 use std::path::PathBuf;
@@ -388,6 +389,30 @@ impl Store for SqliteStore {
             .await
     }
 
+    async fn set_consent(
+        &self,
+        account: &str,
+        email: &str,
+        mode: Option<TrackingMode>,
+        now: Timestamp,
+    ) -> Result<bool> {
+        let (account, email) = (account.to_owned(), email.to_owned());
+        let partitions = self.partitions;
+        self.writer()?
+            .write(move |step| {
+                let person = (account.as_str(), email.as_str());
+                consent::set(step.connection, partitions, person, mode, now)
+            })
+            .await
+    }
+
+    async fn consents(&self, account: &str, emails: Vec<String>) -> Result<Vec<Option<Consent>>> {
+        let account = account.to_owned();
+        self.readers
+            .read(move |reading| consent::of(reading.connection, &account, &emails))
+            .await
+    }
+
     async fn suspend(&self, suspension: Suspension, now: Timestamp) -> Result<()> {
         self.writer()?
             .write(move |step| shared::suspend(step, suspension, now))
@@ -663,7 +688,7 @@ impl Store for SqliteStore {
 mod tests {
     use super::*;
     use crate::{BatchHead, LeaseRequest, NewBatch, Want};
-    use model::{LotNumber, Partition, Priority, Row, TrackingMode};
+    use model::{LotNumber, Partition, Priority, Row};
 
     pub(super) const T0: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 

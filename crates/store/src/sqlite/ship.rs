@@ -325,7 +325,8 @@ fn apply_later(
     Ok(true)
 }
 
-/// The most restrictive of the batch's and the recipient's mode; off when archived.
+/// The most restrictive of the batch's and the recipient's mode and of what the person said; off
+/// when archived.
 fn tracking_of(
     books: &mut Books<'_, '_>,
     batch: &BatchRecord,
@@ -335,15 +336,24 @@ fn tracking_of(
     if batch.archived {
         return Ok(TrackingMode::Off);
     }
-    if !books.overrides(lot)? {
+    let said = books.any_consents()?;
+    if !said && !books.overrides(lot)? {
         return Ok(batch.tracking);
     }
     let found = books.step.cache.lot(books.step.connection, lot)?;
     let row = found
         .as_ref()
         .and_then(|lot| lot.rows.get(usize::from(position)));
-    let own = row
-        .and_then(|row| row.tracking)
-        .unwrap_or(TrackingMode::Individual);
-    Ok(own.min(batch.tracking))
+    let Some(row) = row else {
+        return Ok(batch.tracking);
+    };
+    let mut mode = batch
+        .tracking
+        .min(row.tracking.unwrap_or(TrackingMode::Individual));
+    if said {
+        let account = &books.head(batch.no)?.account;
+        let consent = books.consent(account, &row.email.normalised())?;
+        mode = consent.map_or(mode, |of| mode.min(of.mode));
+    }
+    Ok(mode)
 }

@@ -78,7 +78,7 @@ async fn a_file_of_the_first_version_is_brought_forward() {
     file.execute_batch(
         "DROP INDEX batch_ended; ALTER TABLE batch DROP COLUMN retired; ALTER TABLE batch DROP COLUMN last_event;
          ALTER TABLE batch DROP COLUMN paused_at; ALTER TABLE batch DROP COLUMN paused_ms;
-         DROP TABLE note; DROP TABLE job; DROP TABLE suspension; DROP TABLE call; PRAGMA user_version=1;",
+         DROP TABLE note; DROP TABLE job; DROP TABLE suspension; DROP TABLE call; DROP TABLE consent; PRAGMA user_version=1;",
     )
     .unwrap();
     drop(file);
@@ -87,6 +87,7 @@ async fn a_file_of_the_first_version_is_brought_forward() {
     let now = model::Timestamp::from_millis(1);
     assert_eq!(store.suspensions(now).await.unwrap(), []);
     assert_eq!(store.notes("limit", now).await.unwrap(), []);
+    assert_eq!(store.consent("acme", "a@x.example").await.unwrap(), None);
 }
 
 #[tokio::test]

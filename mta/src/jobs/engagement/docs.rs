@@ -2,12 +2,12 @@
 //!
 //! Owns their names, and the working set of one step. Must not decide what changes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ::engagement::identity::{Binding, Browser};
 use ::engagement::prospect::Prospect;
-use model::{EventRecipient, Timestamp, VisitorId};
+use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
 
 /// Kinds of note; the account follows.
@@ -38,7 +38,7 @@ pub(super) fn person_named(prospect_id: Option<&str>, email: &str) -> Box<str> {
 }
 
 /// An address as it is compared.
-pub(super) fn normalised(email: &str) -> Box<str> {
+pub(crate) fn normalised(email: &str) -> Box<str> {
     let address: Result<model::EmailAddress, _> = email.parse();
     address.map_or_else(|_| email.into(), |of| of.normalised().into())
 }
@@ -127,6 +127,8 @@ pub(super) struct Wanted {
     pub(super) people: BTreeSet<Box<str>>,
     pub(super) browsers: BTreeSet<Box<str>>,
     pub(super) bindings: BTreeSet<Box<str>>,
+    /// Addresses of those whose browser may be bound to them.
+    pub(super) consents: BTreeSet<Box<str>>,
 }
 
 /// What belongs to one browser, and is written in one step: whose it was, the bindings that say
@@ -145,6 +147,8 @@ pub(super) struct Docs<'a> {
     browsers: Shelf<Browser>,
     /// Bindings as they are; none: there is none of this name.
     bindings: Shelf<Option<Binding>>,
+    /// Account and address of those of whom less is to be kept than everything.
+    reserved: HashSet<(Arc<str>, Box<str>)>,
     /// In the order in which they were changed first.
     of_browsers: Vec<OfBrowser>,
     places: HashMap<VisitorId, usize>,
@@ -159,6 +163,7 @@ impl<'a> Docs<'a> {
             prospects: Shelf::new(PROSPECTS),
             browsers: Shelf::new(BROWSERS),
             bindings: Shelf::new(BINDINGS),
+            reserved: HashSet::new(),
             of_browsers: Vec::new(),
             places: HashMap::new(),
             notes: Vec::new(),
@@ -184,8 +189,37 @@ impl<'a> Docs<'a> {
             self.bindings
                 .fetch(from, &account, of.bindings, read)
                 .await?;
+            self.ask_consents(account, of.consents).await?;
         }
         Ok(())
+    }
+
+    async fn ask_consents(
+        &mut self,
+        account: Arc<str>,
+        emails: BTreeSet<Box<str>>,
+    ) -> Result<(), StoreError> {
+        if emails.is_empty() {
+            return Ok(());
+        }
+        let asked = emails.iter().map(|email| email.to_string()).collect();
+        let found = self.store.consents(&account, asked).await?;
+        let reserved = emails
+            .into_iter()
+            .zip(found)
+            .filter(|(_, of)| of.is_some_and(|of| of.mode < TrackingMode::Individual));
+        self.reserved
+            .extend(reserved.map(|(email, _)| (account.clone(), email)));
+        Ok(())
+    }
+
+    /// Whether the person lets a browser be known as theirs, as far as they were asked with
+    /// [`Docs::prefetch`].
+    pub(super) fn may_bind(&self, account: &Arc<str>, email: &str) -> bool {
+        self.reserved.is_empty()
+            || !self
+                .reserved
+                .contains(&(account.clone(), normalised(email)))
     }
 
     /// A person; one that nothing is known of is new.

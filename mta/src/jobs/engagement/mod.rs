@@ -31,7 +31,7 @@ use store::{CURSOR, EventQuery, FeedPlace, Happened, Note, Sign, SignPage, Store
 
 use hit::{Hit, Words};
 
-pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of};
+pub(crate) use docs::{BINDINGS, PROSPECTS, kind_of, normalised};
 pub(crate) use forget::forget;
 pub(crate) use people::revocation;
 

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use store::{Announcement, Happened, MailSign, Sign, StoreError};
 use uuid::Uuid;
 
-use super::docs::{Docs, Wanted, person_named, person_of};
+use super::docs::{Docs, Wanted, normalised, person_named, person_of};
 use super::revise::Revised;
 use super::{Hit, Work, actor_of};
 
@@ -51,6 +51,7 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
         if let Some(cookie) = hit.visitor.filter(|_| clicked) {
             of.browsers.insert(cookie.to_string().into());
             of.bindings.insert(hit.event_id.to_string().into());
+            of.consents.insert(normalised(&hit.email));
         }
     }
     for revised in revised {
@@ -238,6 +239,10 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
     let Some(cookie) = hit.visitor else {
         return Ok(());
     };
+    // Said between the click and its verdict.
+    if !docs.may_bind(&hit.account, &hit.email) {
+        return Ok(());
+    }
     let (account, message) = (&*hit.account, hit.message);
     let binding_id = hit.event_id.to_string();
     if docs.binding(account, &binding_id).await?.is_some() {
