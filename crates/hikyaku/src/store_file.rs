@@ -60,6 +60,7 @@ impl Count {
             | Piece::Setting { .. }
             | Piece::Journal { .. }
             | Piece::Suppression(_)
+            | Piece::Consent(_)
             | Piece::Suspension(_)
             | Piece::Note { .. }
             | Piece::Lot(_)
