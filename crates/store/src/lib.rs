@@ -278,7 +278,8 @@ pub trait Store: Send + Sync + 'static {
     // ---- what nodes share ---------------------------------------------------------------
 
     /// Writes notes, each in place of the one of its kind and key: the last writer wins. An empty
-    /// value removes the note. Refused: a value of more than [`NOTE_BYTES`].
+    /// value removes the note. Refused: a value of more than [`NOTE_BYTES`]. Not one step where there
+    /// are some of people ([`PEOPLE`]).
     async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()>;
 
     /// Writes a note if the one of its kind and key still has the value `before` (`None`: there is
@@ -297,7 +298,7 @@ pub trait Store: Send + Sync + 'static {
     async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>>;
 
     /// The notes of a kind that have not expired, in order of key: those after `after`, at most
-    /// `limit`. The cursor is the last key.
+    /// `limit`. The cursor is the last key; a page that has one may be shorter.
     async fn notes_after(
         &self,
         kind: &str,
@@ -315,7 +316,8 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Vec<Note>>;
 
     /// Writes notes and puts events into the event stream, as one step: what is made of events
-    /// changes together with what it tells. At most some thousand at a time.
+    /// changes together with what it tells. At most some thousand at a time. Notes of people
+    /// ([`PEOPLE`]) are written before it, each by itself.
     async fn derive(&self, notes: Vec<Note>, news: Vec<Announcement>, now: Timestamp)
     -> Result<()>;
 

@@ -686,6 +686,10 @@ impl Suspension {
     }
 }
 
+/// What the kinds of [`Note`] begin with of which there are as many as people: an engine for many
+/// machines spreads them. The account follows.
+pub const PEOPLE: &str = "prospect/";
+
 /// The kind of the [`Note`]s by which whoever follows the events says how far it has read: the key is
 /// its name, the value the cursor. No event after the slowest of them is ever retired.
 pub const EVENT_CURSORS: &str = "event-cursor";

@@ -141,6 +141,7 @@ macro_rules! conformance_tests {
             a_setting_has_one_first_writer
             notes_are_shared_until_they_expire
             a_note_is_swapped_once
+            notes_of_people_are_found_wherever_they_stand
             what_is_derived_changes_with_what_it_tells
             a_job_is_one_nodes_at_a_time
             a_suspension_is_told_to_every_node

@@ -4,8 +4,8 @@ use super::Fixture;
 use super::support::*;
 use crate::backup::{BackupReader, BackupWriter};
 use crate::{
-    BatchChange, Begun, CallKey, EndedCall, Erase, MIXED, NewBatch, NewCall, Note, Piece, Result,
-    Store, StoreError, Suppression, Suspension,
+    BatchChange, Begun, CallKey, EndedCall, Erase, MIXED, NewBatch, NewCall, Note, PEOPLE, Piece,
+    Result, Store, StoreError, Suppression, Suspension,
 };
 use model::{
     Actor, AttemptResult, BatchId, BatchState, Event, HitKind, SuppressionReason, Timestamp,
@@ -138,6 +138,15 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
         expires_at: Some(T0 + secs(90_000)),
     };
     store.put_notes(vec![note], T0).await?;
+    let person = |n: u16| Note {
+        kind: format!("{PEOPLE}acme").into(),
+        key: format!("p-{n}").into(),
+        value: n.to_le_bytes().into(),
+        expires_at: None,
+    };
+    store
+        .put_notes((0..1_200).map(person).collect(), T0)
+        .await?;
     let suspension = Suspension {
         destination: "slow.example".into(),
         until: None,
@@ -204,6 +213,10 @@ pub async fn a_store_moves(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
     assert_eq!(ids_of(&moved), ids_of(&told), "counted, and no event");
     assert_eq!(new.setting("key", "other").await?, "value");
     assert_eq!(new.notes("limit", T0).await?, old.notes("limit", T0).await?);
+    let people = format!("{PEOPLE}acme");
+    let known = new.notes(&people, T0).await?;
+    assert_eq!(known.len(), 1_200);
+    assert_eq!(known, old.notes(&people, T0).await?);
     assert_eq!(new.suspensions(T0).await?, old.suspensions(T0).await?);
     assert_eq!(
         new.high_water(node.journal).await?,

@@ -4,8 +4,8 @@
 use super::Fixture;
 use super::support::*;
 use crate::{
-    Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, Result, Retire,
-    StoreError, Suspension,
+    Announcement, BatchChange, Control, DueScope, EventQuery, NOTE_BYTES, Note, PEOPLE, Result,
+    Retire, StoreError, Suspension,
 };
 use model::{About, AttemptResult, EventKind, EventRecipient, JournalId, MessageId, Timestamp};
 use std::time::Duration;
@@ -55,6 +55,67 @@ pub async fn notes_are_shared_until_they_expire(fixture: &dyn Fixture) -> Result
         matches!(refused, Err(StoreError::Refused(_))),
         "{refused:?}"
     );
+    Ok(())
+}
+
+/// Notes of people are as many as people, and may stand in several places: pages have every one of them
+/// once and in order, whoever wrote them how.
+pub async fn notes_of_people_are_found_wherever_they_stand(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let elsewhere = fixture.another().await;
+    let kind = format!("{PEOPLE}acme");
+    let of = |n: u16| note(&kind, &format!("p-{n:03}"), &n.to_le_bytes(), None);
+    let mut all: Vec<Note> = (0..300).map(of).collect();
+    store.put_notes(all[..200].to_vec(), T0).await?;
+    let mut derived = all[200..].to_vec();
+    derived.push(note("binding/acme", "p-001", b"b", None));
+    derived.push(note(&format!("{PEOPLE}other"), "p-001", b"o", None));
+    store.derive(derived, Vec::new(), T0).await?;
+    for limit in [1_000, 300, 64, 7] {
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let page = elsewhere.notes_after(&kind, after.as_deref(), limit, T0);
+            let page = page.await?;
+            assert!(page.items.len() <= usize::try_from(limit).expect("few"));
+            found.extend(page.items);
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found, all, "in pages of {limit}");
+    }
+    assert_eq!(elsewhere.notes(&kind, T0).await?, all);
+    let keys = (0..400).step_by(3).map(|n| format!("p-{n:03}").into());
+    let mut some = elsewhere.notes_by_key(&kind, keys.collect(), T0).await?;
+    some.sort_by(|a, b| a.key.cmp(&b.key));
+    let third: Vec<Note> = all.iter().step_by(3).cloned().collect();
+    assert_eq!(some, third);
+    // One is swapped, some go, one expires.
+    let newer = note(&kind, "p-007", b"newer", Some(T0 + secs(60)));
+    let before = Some(Box::from(all[7].value.as_ref()));
+    assert!(store.swap_note(newer.clone(), before.clone(), T0).await?);
+    assert!(!store.swap_note(newer.clone(), before, T0).await?);
+    assert_eq!(elsewhere.note(&kind, "p-007", T0).await?, Some(newer));
+    let gone = |n: u16| note(&kind, &format!("p-{n:03}"), b"", None);
+    elsewhere
+        .put_notes((100..150).map(gone).collect(), T0)
+        .await?;
+    store.derive(vec![gone(3)], Vec::new(), T0).await?;
+    let left = |n: usize| n != 3 && n != 7 && !(100..150).contains(&n);
+    let mut at = 0..;
+    all.retain(|_| at.next().is_some_and(left));
+    let late = T0 + secs(60);
+    store.put_notes(vec![of(1)], late).await?;
+    assert_eq!(elsewhere.notes(&kind, late).await?, all);
+    // Too large for one: none of them is written.
+    let over = note(&kind, "over", &vec![7; NOTE_BYTES + 1], None);
+    let refused = store.put_notes(vec![of(900), over, of(901)], late).await;
+    assert!(
+        matches!(refused, Err(StoreError::Refused(_))),
+        "{refused:?}"
+    );
+    assert_eq!(elsewhere.notes(&kind, late).await?, all);
     Ok(())
 }
 

@@ -17,11 +17,13 @@ use crate::transition::Cell;
 use crate::{EventQuery, Result, StoreError};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, Counters, LotNumber, Partition, Timestamp};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use tokio::sync::mpsc;
 
 /// Lots read at once.
 const LOTS: usize = 64;
+/// Notes read at once.
+const NOTES: u32 = 1_000;
 /// Ranges, batches and entries of a list read at once.
 const AT_ONCE: usize = 256;
 
@@ -127,9 +129,26 @@ impl Inner {
         for suspension in self.suspensions(now).await? {
             give(to, Piece::of_suspension(&suspension)).await?;
         }
-        for kind in self.names(HOME, &keys::notes(HOME, "")).await? {
-            for note in self.notes(&kind, now).await? {
-                give(to, Piece::of_note(note)).await?;
+        self.give_notes(to, now).await
+    }
+
+    async fn give_notes(&self, to: &mpsc::Sender<Piece>, now: Timestamp) -> Result<()> {
+        let mut kinds = BTreeSet::new();
+        for p in self.all_partitions() {
+            kinds.extend(self.names(p, &keys::notes(p, "")).await?);
+        }
+        for kind in kinds {
+            let mut after = None;
+            loop {
+                let page = self.notes_after(&kind, after.as_deref(), NOTES, now);
+                let page = page.await?;
+                for note in page.items {
+                    give(to, Piece::of_note(note)).await?;
+                }
+                after = page.next;
+                if after.is_none() {
+                    break;
+                }
             }
         }
         Ok(())

@@ -17,6 +17,7 @@ mod import;
 mod keys;
 mod lease;
 mod link;
+mod notes;
 mod parts;
 mod past;
 mod pool;
@@ -95,6 +96,8 @@ pub struct RedisOptions {
 struct Inner {
     link: Link,
     partitions: u16,
+    /// Notes of people stand in all partitions.
+    spread: bool,
     clock: Clock,
     scripts: Scripts,
     cache: Cache,
@@ -198,6 +201,7 @@ impl RedisStore {
         let inner = Inner {
             link,
             partitions: made.partitions,
+            spread: made.spread,
             clock: options.clock,
             scripts: Scripts::new(),
             cache: Cache::new(),

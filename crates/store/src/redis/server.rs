@@ -11,11 +11,14 @@ use crate::{Result, StoreError};
 use ::redis::{Cmd, Pipeline, Value};
 use std::collections::BTreeSet;
 
-/// The version of everything that is stored: another one is not touched.
+/// The version of everything that is stored: another one is not touched. Rows and facts of form 1 are
+/// read for ever, and new ones are written beside them: such a store has this one from then on.
 const FORM: &str = "2";
-/// What this program reads as well: rows and facts of form 1 are read for ever, and new ones are
-/// written beside them.
-const EARLIER: [&str; 1] = ["1"];
+const EARLIER: &str = "1";
+/// That of a store of several partitions in which notes of people are spread over them. Only a new
+/// store is made so: where notes stand is fixed as the number of partitions is, since nodes of two
+/// versions that looked for them in different places would each write half of what is known.
+const SPREAD: &str = "3";
 /// The oldest server: scripts that say what they do, `ZRANGEBYLEX` within them on every key.
 const OLDEST: u32 = 7;
 
@@ -199,6 +202,8 @@ pub(super) fn read_shard(answered: Value) -> Shard {
 /// What is fixed when a store is made.
 pub(super) struct Made {
     pub(super) partitions: u16,
+    /// Notes of people stand in all partitions.
+    pub(super) spread: bool,
     /// Its name.
     pub(super) generation: String,
     /// It was there before.
@@ -211,7 +216,8 @@ pub(super) async fn made(link: &Link, options: &RedisOptions) -> Result<Made> {
     let mut pipeline = Pipeline::new();
     // Whoever comes before the MTA makes it as well: they have one configuration.
     let configured = options.partitions;
-    pipeline.cmd("HSETNX").arg(&meta).arg("form").arg(FORM);
+    let form = if configured > 1 { SPREAD } else { FORM };
+    pipeline.cmd("HSETNX").arg(&meta).arg("form").arg(form);
     pipeline
         .cmd("HSETNX")
         .arg(&meta)
@@ -237,14 +243,14 @@ pub(super) async fn made(link: &Link, options: &RedisOptions) -> Result<Made> {
         .unwrap_or_default()
         .into_iter();
     let form = of.next().and_then(answer::bytes).unwrap_or_default();
-    if EARLIER.iter().any(|known| form == known.as_bytes()) {
+    if form == EARLIER.as_bytes() {
         // From now on a program that does not know this one's form stays out.
         let mut pipeline = Pipeline::new();
         pipeline.cmd("HSET").arg(&meta).arg("form").arg(FORM);
         link.bulk(&pipeline).await?;
-    } else if form != FORM.as_bytes() {
+    } else if form != FORM.as_bytes() && form != SPREAD.as_bytes() {
         return Err(StoreError::Damaged(format!(
-            "its form is {}, this program knows {FORM}",
+            "its form is {}, this program knows up to {SPREAD}",
             String::from_utf8_lossy(&form)
         )));
     }
@@ -263,6 +269,7 @@ pub(super) async fn made(link: &Link, options: &RedisOptions) -> Result<Made> {
     let generation = of.next().and_then(answer::bytes).unwrap_or_default();
     Ok(Made {
         partitions,
+        spread: form == SPREAD.as_bytes(),
         generation: String::from_utf8_lossy(&generation).into_owned(),
         before: of.next().map_or(0, answer::number) == 1,
     })

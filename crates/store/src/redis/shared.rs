@@ -1,7 +1,7 @@
-//! What nodes share beside mail: settings, notes, job leases, suspensions, announcements; and
+//! What nodes share beside mail and notes: settings, job leases, suspensions, announcements; and
 //! deferred mail made due by hand.
 //!
-//! Must not read a note's value, nor know what a job does.
+//! Must not know what a job does.
 
 use super::books::{Books, Needs};
 use super::commit::{Commit, Outcome};
@@ -9,92 +9,13 @@ use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{Range, new_version};
 use super::{Clock, Inner};
-use crate::{
-    Announcement, Control, DueScope, NOTE_BYTES, Note, Page, Result, StoreError, Suspension,
-};
+use crate::{Announcement, Control, DueScope, Result, StoreError, Suspension};
 use ::redis::{Cmd, Pipeline};
 use model::{BatchId, BatchState, JournalId, Partition, Timestamp};
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Ranges made due in one step.
 const RANGES: usize = 64;
-/// Notes that are forgotten in one step.
-const FORGOTTEN: u32 = 1_000;
-
-/// When a note expires that never does.
-const NEVER: i64 = i64::MAX;
-
-fn read_note(kind: &str, key: &[u8], stored: &[u8]) -> Option<Note> {
-    let (expires, value) = stored.split_first_chunk::<8>()?;
-    let expires = i64::from_le_bytes(*expires);
-    Some(Note {
-        kind: kind.into(),
-        key: std::str::from_utf8(key).ok()?.into(),
-        value: value.into(),
-        expires_at: (expires != NEVER).then(|| Timestamp::from_millis(expires)),
-    })
-}
-
-/// What is written of the notes of a kind.
-#[derive(Default)]
-struct Written {
-    /// Keys and what is kept under them.
-    kept: Vec<Vec<u8>>,
-    /// Scores and keys.
-    listed: Vec<Vec<u8>>,
-    /// Keys.
-    gone: Vec<Vec<u8>>,
-}
-
-/// Writes notes, the last of each key, with few commands however many they are: whoever follows the
-/// events writes one for each person.
-fn write_notes(commit: &mut Commit, notes: Vec<Note>) -> Result<()> {
-    let name = |note: &Note| (note.kind.clone(), note.key.clone());
-    let last: BTreeMap<_, Note> = notes.into_iter().map(|note| (name(&note), note)).collect();
-    let mut kinds: BTreeMap<Box<str>, Written> = BTreeMap::new();
-    let (mut expiring, mut lasting) = (Vec::new(), Vec::new());
-    for ((kind, key), note) in last {
-        let named = format!("{kind}\0{key}").into_bytes();
-        let written = kinds.entry(kind).or_default();
-        if note.value.is_empty() {
-            written.gone.push(key.as_bytes().to_vec());
-            lasting.push(named);
-            continue;
-        }
-        if note.value.len() > NOTE_BYTES {
-            return Err(StoreError::Refused(format!(
-                "a note of {} bytes, at most {NOTE_BYTES} are kept",
-                note.value.len()
-            )));
-        }
-        let until = note.expires_at.map_or(NEVER, Timestamp::millis);
-        let stored = [&until.to_le_bytes()[..], &note.value].concat();
-        written.kept.extend([key.as_bytes().to_vec(), stored]);
-        written
-            .listed
-            .extend([b"0".to_vec(), key.as_bytes().to_vec()]);
-        match note.expires_at {
-            Some(_) => expiring.extend([until.to_string().into_bytes(), named]),
-            None => lasting.push(named),
-        }
-    }
-    for (kind, written) in kinds {
-        let (key, index) = (keys::notes(HOME, &kind), keys::notes_index(HOME, &kind));
-        commit.write_many("HDEL", &key, &written.gone, 1);
-        commit.write_many("ZREM", &index, &written.gone, 1);
-        commit.write_many("HSET", &key, &written.kept, 2);
-        commit.write_many("ZADD", &index, &written.listed, 2);
-    }
-    commit.write_many("ZADD", &keys::notes_expiry(HOME), &expiring, 2);
-    commit.write_many("ZREM", &keys::notes_expiry(HOME), &lasting, 1);
-    Ok(())
-}
-
-fn holds(note: &Note, now: Timestamp) -> bool {
-    note.expires_at.is_none_or(|at| at > now)
-}
-
 impl Inner {
     /// Whoever sets it first is right for everyone.
     pub(super) async fn setting(&self, key: &str, default: &str) -> Result<String> {
@@ -109,168 +30,6 @@ impl Inner {
         let text = found.and_then(answer::bytes);
         text.and_then(|text| String::from_utf8(text).ok())
             .ok_or_else(|| StoreError::Damaged(format!("the setting {key} is not readable")))
-    }
-
-    // ---- notes --------------------------------------------------------------------------
-
-    /// Writes notes, and forgets those that have expired.
-    pub(super) async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()> {
-        let mut commit = Commit::new(HOME);
-        self.forget_expired(&mut commit, now).await?;
-        write_notes(&mut commit, notes)?;
-        // Nothing is checked, so nothing conflicts.
-        commit.run(self, false).await.map(drop)
-    }
-
-    /// Writes a note, unless it is no longer what it was.
-    pub(super) async fn swap_note(
-        &self,
-        note: Note,
-        before: Option<&[u8]>,
-        now: Timestamp,
-    ) -> Result<bool> {
-        let mut tries = self.tries();
-        while tries.again().await? {
-            let key = keys::notes(HOME, &note.kind);
-            let mut get = Cmd::new();
-            get.arg("HGET").arg(&key).arg(&*note.key);
-            let stored = answer::bytes(self.link.short(&get).await?);
-            let found = stored
-                .as_deref()
-                .and_then(|stored| read_note(&note.kind, note.key.as_bytes(), stored))
-                .filter(|found| holds(found, now));
-            if found.as_ref().map(|found| &*found.value) != before {
-                return Ok(false);
-            }
-            let mut commit = Commit::new(HOME);
-            commit.check_field(key, note.key.as_bytes(), stored.as_deref());
-            write_notes(&mut commit, vec![note.clone()])?;
-            if commit.run(self, false).await? != Outcome::Conflict {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Writes notes and puts events into the stream.
-    pub(super) async fn derive(
-        &self,
-        notes: Vec<Note>,
-        news: Vec<Announcement>,
-        now: Timestamp,
-    ) -> Result<()> {
-        let mut books = Books::open(self, HOME, now);
-        self.forget_expired(&mut books.commit, now).await?;
-        write_notes(&mut books.commit, notes)?;
-        news.into_iter().for_each(|of| books.account_event(of));
-        books.close(None, 0)?.0.run(self, false).await?;
-        self.wrote();
-        Ok(())
-    }
-
-    /// Notes of a kind after a key.
-    pub(super) async fn notes_after(
-        &self,
-        kind: &str,
-        after: Option<&str>,
-        limit: u32,
-        now: Timestamp,
-    ) -> Result<Page<Note>> {
-        let mut find = Cmd::new();
-        find.arg("ZRANGEBYLEX")
-            .arg(keys::notes_index(HOME, kind))
-            .arg(after.map_or_else(|| "-".to_owned(), |key| format!("({key}")))
-            .arg("+")
-            .arg("LIMIT")
-            .arg(0)
-            .arg(limit);
-        let found = answer::list(self.link.short(&find).await?);
-        let found: Vec<Vec<u8>> = found.into_iter().filter_map(answer::bytes).collect();
-        let Some(last) = found.last() else {
-            return Ok(Page {
-                items: Vec::new(),
-                next: None,
-            });
-        };
-        let full = found.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
-        let next = full.then(|| String::from_utf8_lossy(last).into_owned());
-        let mut get = Cmd::new();
-        get.arg("HMGET").arg(keys::notes(HOME, kind)).arg(&found);
-        let stored = answer::list(self.link.short(&get).await?);
-        let read = found.iter().zip(stored).filter_map(|(key, stored)| {
-            let stored = answer::bytes(stored)?;
-            read_note(kind, key, &stored)
-        });
-        Ok(Page {
-            items: read.filter(|note| holds(note, now)).collect(),
-            next,
-        })
-    }
-
-    /// Notes by their keys.
-    pub(super) async fn notes_by_key(
-        &self,
-        kind: &str,
-        keys: Vec<Box<str>>,
-        now: Timestamp,
-    ) -> Result<Vec<Note>> {
-        if keys.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut get = Cmd::new();
-        get.arg("HMGET").arg(keys::notes(HOME, kind));
-        for key in &keys {
-            get.arg(key.as_bytes());
-        }
-        let stored = answer::list(self.link.short(&get).await?);
-        let read = keys.iter().zip(stored).filter_map(|(key, stored)| {
-            let stored = answer::bytes(stored)?;
-            read_note(kind, key.as_bytes(), &stored)
-        });
-        Ok(read.filter(|note| holds(note, now)).collect())
-    }
-
-    async fn forget_expired(&self, commit: &mut Commit, now: Timestamp) -> Result<()> {
-        let mut find = Cmd::new();
-        find.arg("ZRANGEBYSCORE")
-            .arg(keys::notes_expiry(HOME))
-            .arg("-inf")
-            .arg(now.millis())
-            .arg("LIMIT")
-            .arg(0)
-            .arg(FORGOTTEN);
-        for named in answer::list(self.link.short(&find).await?) {
-            let named = answer::bytes(named).unwrap_or_default();
-            let text = String::from_utf8_lossy(&named).into_owned();
-            if let Some((kind, key)) = text.split_once('\0') {
-                commit.write("HDEL", keys::notes(HOME, kind), [key]);
-                commit.write("ZREM", keys::notes_index(HOME, kind), [key]);
-            }
-            commit.write("ZREM", keys::notes_expiry(HOME), [named]);
-        }
-        Ok(())
-    }
-
-    /// The notes of a kind.
-    pub(super) async fn notes(&self, kind: &str, now: Timestamp) -> Result<Vec<Note>> {
-        let mut get = Cmd::new();
-        get.arg("HGETALL").arg(keys::notes(HOME, kind));
-        let stored = answer::pairs(self.link.short(&get).await?);
-        let read = stored
-            .iter()
-            .filter_map(|(key, value)| read_note(kind, key, value));
-        let mut notes: Vec<Note> = read.filter(|note| holds(note, now)).collect();
-        notes.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(notes)
-    }
-
-    /// One note.
-    pub(super) async fn note(&self, kind: &str, key: &str, now: Timestamp) -> Result<Option<Note>> {
-        let mut get = Cmd::new();
-        get.arg("HGET").arg(keys::notes(HOME, kind)).arg(key);
-        let stored = answer::bytes(self.link.short(&get).await?);
-        let note = stored.and_then(|stored| read_note(kind, key.as_bytes(), &stored));
-        Ok(note.filter(|note| holds(note, now)))
     }
 
     // ---- jobs ---------------------------------------------------------------------------

@@ -12,8 +12,8 @@ use std::time::Duration;
 use store::redis::{Clock, RedisOptions, RedisStore, RedisUrl};
 use store::sqlite::Role;
 use store::{
-    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Note, Retire, Share, ShareClaim,
-    ShareRequest, Shipment, Store, StoreError, Want, clock_offset,
+    BatchHead, LeaseRequest, LeasedRange, NewBatch, NewLot, Note, PEOPLE, Retire, Share,
+    ShareClaim, ShareRequest, Shipment, Store, StoreError, Want, clock_offset,
 };
 use testkit::redis::{RedisSentinels, RedisServer};
 use testkit::tls::Issuer;
@@ -878,4 +878,57 @@ async fn notes_of_many_people_are_few_commands() {
         .await
         .expect("written");
     assert_eq!(store.notes("person", T0).await.expect("notes").len(), 499);
+}
+
+/// Where the notes of the people of `acme` stand, by partition.
+fn people_of(server: &RedisServer, partitions: u16) -> Vec<usize> {
+    let count = |p: u16| {
+        let key = format!("hikyaku:{{{p}}}:n:{PEOPLE}acme");
+        let count = server.ask(&["HLEN", &key]).expect("an answer");
+        count.parse().expect("a number")
+    };
+    (0..partitions).map(count).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn people_are_spread_over_partitions_and_found_where_an_earlier_version_put_them() {
+    const META: &str = "hikyaku:{0}:meta";
+    let directory = tempfile::tempdir().expect("a directory");
+    let kind = format!("{PEOPLE}acme");
+    let person = |number: usize| Note {
+        kind: kind.as_str().into(),
+        key: format!("p-{number}").into(),
+        value: Box::from([1, 2, 3]),
+        expires_at: None,
+    };
+    let several = |server: &RedisServer| RedisOptions {
+        partitions: 4,
+        ..options(&server.url())
+    };
+    let start = || RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+
+    let server = start();
+    let store = RedisStore::open(several(&server)).await.expect("it opens");
+    let people = (0..400).map(person).collect();
+    store.put_notes(people, T0).await.expect("written");
+    let places = people_of(&server, 4);
+    assert_eq!(places.iter().sum::<usize>(), 400);
+    assert!(places.iter().all(|count| *count > 50), "{places:?}");
+    // Programs that would look for them elsewhere stay out.
+    let form = server.ask(&["HGET", META, "form"]).expect("an answer");
+    assert_eq!(form, "3");
+
+    // As the version before made it, which nodes of that version may still use.
+    let server = start();
+    drop(RedisStore::open(several(&server)).await.expect("it opens"));
+    server.ask(&["HSET", META, "form", "2"]).expect("written");
+    let store = RedisStore::open(several(&server)).await.expect("it opens");
+    let people = (0..400).map(person).collect();
+    store.put_notes(people, T0).await.expect("written");
+    assert_eq!(people_of(&server, 4), [400, 0, 0, 0]);
+    assert_eq!(store.notes(&kind, T0).await.expect("notes").len(), 400);
+    let one = store.note(&kind, "p-7", T0).await.expect("an answer");
+    assert_eq!(one, Some(person(7)));
+    let form = server.ask(&["HGET", META, "form"]).expect("an answer");
+    assert_eq!(form, "2");
 }

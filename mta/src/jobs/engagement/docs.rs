@@ -10,7 +10,8 @@ use ::engagement::prospect::Prospect;
 use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
 
-/// Kinds of note; the account follows.
+/// Kinds of note; the account follows. Prospects are what the store calls notes of people: they are
+/// written before the rest, each by itself.
 pub(crate) const PROSPECTS: &str = "prospect";
 pub(crate) const BINDINGS: &str = "binding";
 const BROWSERS: &str = "browser";
@@ -380,5 +381,15 @@ impl<'a> Docs<'a> {
             return Ok(());
         }
         store.derive(notes, news, now).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prospects_are_what_the_store_calls_notes_of_people() {
+        assert!(kind_of(PROSPECTS, "acme").starts_with(store::PEOPLE));
     }
 }
