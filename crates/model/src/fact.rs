@@ -303,6 +303,17 @@ pub struct Reply {
     pub data: Box<str>,
 }
 
+/// The person called a message spam, and the provider told us or the caller.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Complaint {
+    /// Which message.
+    pub message: MessageId,
+    /// When.
+    pub at: Timestamp,
+    /// What whoever told it says beside, as JSON.
+    pub data: Box<str>,
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fact {
@@ -316,6 +327,8 @@ pub enum Fact {
     Revision(Box<Revision>),
     /// A message was answered.
     Reply(Box<Reply>),
+    /// A message was called spam.
+    Complaint(Box<Complaint>),
 }
 
 impl Fact {
@@ -330,6 +343,7 @@ impl Fact {
             Self::Page(_) => None,
             Self::Revision(revision) => Some(revision.message),
             Self::Reply(reply) => Some(reply.message),
+            Self::Complaint(complaint) => Some(complaint.message),
         }
     }
 
@@ -341,6 +355,7 @@ impl Fact {
             Self::Page(page) => page.at,
             Self::Revision(revision) => revision.at,
             Self::Reply(reply) => reply.at,
+            Self::Complaint(complaint) => complaint.at,
         }
     }
 

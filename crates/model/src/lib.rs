@@ -18,8 +18,8 @@ pub use address::{AddressError, Domain, EmailAddress};
 pub use batch::{BatchState, Counters, Guardrails, Priority, Row, TrackingMode};
 pub use event::{About, Event, EventKind, EventRecipient};
 pub use fact::{
-    Actor, Attempt, AttemptDetail, AttemptResult, EnhancedCode, Fact, FactError, FactId, Hit,
-    HitKind, PageView, Place, Reply, Revision, RuleRef, Seq, Verdict,
+    Actor, Attempt, AttemptDetail, AttemptResult, Complaint, EnhancedCode, Fact, FactError, FactId,
+    Hit, HitKind, PageView, Place, Reply, Revision, RuleRef, Seq, Verdict,
 };
 pub use id::{
     BatchId, IdError, JournalId, LotNumber, MessageId, Partition, VisitorId, WebhookId,

@@ -434,7 +434,11 @@ impl LogColumns {
         for (entry, before) in entries.iter().zip(0_u32..) {
             match &entry.fact {
                 Fact::Attempt(attempt) => attempts.push(&**attempt),
-                Fact::Hit(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => {
+                Fact::Hit(_)
+                | Fact::Page(_)
+                | Fact::Revision(_)
+                | Fact::Reply(_)
+                | Fact::Complaint(_) => {
                     others.push((before, entry.fact.clone()));
                 }
             }

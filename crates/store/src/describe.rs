@@ -41,6 +41,7 @@ pub(crate) struct Facts {
     pub(crate) attempts: Vec<Attempt>,
     pub(crate) hits: Vec<KeptHit>,
     pub(crate) replies: Vec<Timestamp>,
+    pub(crate) complaints: Vec<Timestamp>,
 }
 
 impl Facts {
@@ -54,6 +55,7 @@ impl Facts {
             Fact::Hit(hit) => self.hits.push(KeptHit { id, hit: *hit }),
             Fact::Revision(revision) => self.revise(*revision),
             Fact::Reply(reply) => self.replies.push(reply.at),
+            Fact::Complaint(complaint) => self.complaints.push(complaint.at),
             // Belongs to no message, so it is in no log of one.
             Fact::Page(_) => {}
         }
@@ -158,7 +160,7 @@ pub(crate) fn describe(
         opened_human_at: first_human(HitKind::Open),
         clicked_at: first(HitKind::Click),
         clicked_human_at: first_human(HitKind::Click),
-        complained_at: None,
+        complained_at: facts.complaints.iter().copied().min(),
         unsubscribed_at: first(HitKind::Unsubscribe),
         replied_at: facts.replies.iter().copied().min(),
     }

@@ -7,7 +7,7 @@ use crate::form::LogEntry;
 use crate::{Result, StoreError, Suppression};
 use aws_lc_rs::{hmac, rand};
 use model::{
-    Actor, Attempt, AttemptDetail, EmailAddress, Fact, Hit, Reply, Revision, Row,
+    Actor, Attempt, AttemptDetail, Complaint, EmailAddress, Fact, Hit, Reply, Revision, Row,
     SuppressionReason, Timestamp, Verdict,
 };
 
@@ -116,6 +116,11 @@ pub(crate) fn blank(entry: &mut LogEntry) {
         })),
         Fact::Reply(reply) => Fact::Reply(Box::new(Reply {
             message: reply.message,
+            at: never,
+            data: "{}".into(),
+        })),
+        Fact::Complaint(complaint) => Fact::Complaint(Box::new(Complaint {
+            message: complaint.message,
             at: never,
             data: "{}".into(),
         })),

@@ -6,9 +6,12 @@
 use crate::{Announcement, BatchHead};
 use model::{
     About, Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, FactId, Hit, HitKind,
-    JournalId, MessageId, PageView, Reply, Revision, Row, RuleRef, Seq, Timestamp, partition_hash,
+    JournalId, MessageId, PageView, Revision, Row, RuleRef, Seq, Timestamp, partition_hash,
 };
 use serde_json::{Value, json};
+
+/// The source of a suppression that a complaint led to.
+pub(crate) const COMPLAINT: &str = "complaint";
 
 /// What an event says beside its batch and recipient.
 pub(crate) struct Told {
@@ -203,7 +206,8 @@ fn data_of(id: FactId, fact: &Fact, head: &BatchHead) -> Value {
         Fact::Hit(hit) => data_of_hit(id, hit, head),
         Fact::Page(page) => of_page(id, page).data,
         Fact::Revision(revision) => data_of_revision(revision),
-        Fact::Reply(reply) => data_of_reply(reply),
+        Fact::Reply(reply) => data_as_told(&reply.data),
+        Fact::Complaint(complaint) => data_as_told(&complaint.data),
     }
 }
 
@@ -225,8 +229,8 @@ fn data_of_revision(of: &Revision) -> Value {
     })
 }
 
-fn data_of_reply(reply: &Reply) -> Value {
-    serde_json::from_str(&reply.data).unwrap_or_else(|_| json!({}))
+fn data_as_told(data: &str) -> Value {
+    serde_json::from_str(data).unwrap_or_else(|_| json!({}))
 }
 
 fn data_of_attempt(attempt: &Attempt) -> Value {

@@ -357,6 +357,7 @@ pub(crate) fn later(cell: &mut Cell, counters: &mut Counters, fact: &Fact) -> Op
     match fact {
         Fact::Revision(revision) => revise(cell, counters, revision),
         Fact::Reply(_) => Some(reply(cell, counters)),
+        Fact::Complaint(_) => complaint(cell, counters),
         Fact::Attempt(_) | Fact::Hit(_) | Fact::Page(_) => None,
     }
 }
@@ -365,6 +366,13 @@ pub(crate) fn later(cell: &mut Cell, counters: &mut Counters, fact: &Fact) -> Op
 pub fn reply(cell: &mut Cell, counters: &mut Counters) -> EventKind {
     counters.replied += u64::from(cell.gain(Engagement::Replied));
     EventKind::EmailReplied
+}
+
+/// Notes that the person called it spam; the event that tells of it, the first time.
+pub fn complaint(cell: &mut Cell, counters: &mut Counters) -> Option<EventKind> {
+    let first = cell.gain(Engagement::Complained);
+    counters.complained += u64::from(first);
+    first.then_some(EventKind::EmailComplained)
 }
 
 /// What the mode `last_date` leaves of a hit: that there was one, and the day.

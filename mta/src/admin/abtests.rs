@@ -88,11 +88,9 @@ impl TestView {
             None => (Record::conclude(look.inputs), look.seen),
         };
         let promise = Promise::of(Some(&plan.test), plan.names.len(), batch.counters.accepted);
-        let mut warnings = match (&promise, &decided) {
-            (Some(promise), None) => promise.warnings(plan.test.metric),
-            _ => Vec::new(),
-        };
-        warnings.extend(record.warnings);
+        let undecided = promise.as_ref().filter(|_| decided.is_none());
+        let small = undecided.and_then(Promise::warning);
+        let warnings = small.into_iter().chain(record.warnings).collect();
         let inputs = record.inputs.variants.iter().enumerate();
         let variants = inputs.map(|(place, of)| VariantView {
             name: of.name.clone(),

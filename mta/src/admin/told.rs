@@ -1,4 +1,4 @@
-//! What callers tell us: replies and conversions; a binding undone; history judged anew.
+//! What callers tell us: replies, complaints and conversions; a binding undone; history judged anew.
 //!
 //! A call with an `id` takes effect once however often it is made. Must not apply anything to a
 //! person: the job of engagement does, from the event.
@@ -15,7 +15,8 @@ use axum::http::StatusCode;
 use engagement::identity::Binding;
 use engagement::prospect::Prospect;
 use model::{
-    About, EventKind, EventRecipient, Fact, JournalId, MessageId, Reply, Timestamp, VisitorId,
+    About, Complaint, EventKind, EventRecipient, Fact, JournalId, MessageId, Reply, Timestamp,
+    VisitorId,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -55,7 +56,8 @@ fn read(body: Result<Bytes, BytesRejection>) -> Answer<Told> {
     let kind = fields.required("type", |value| match value.as_str() {
         Some("email.replied") => Ok(EventKind::EmailReplied),
         Some("conversion") => Ok(EventKind::Conversion),
-        _ => Err("is neither \"email.replied\" nor \"conversion\"".to_owned()),
+        Some("email.complained") => Ok(EventKind::EmailComplained),
+        _ => Err("is none of email.replied, email.complained, conversion".to_owned()),
     });
     let told = Told {
         kind: kind.unwrap_or(EventKind::Conversion),
@@ -68,6 +70,11 @@ fn read(body: Result<Bytes, BytesRejection>) -> Answer<Told> {
     };
     if told.message.is_none() && told.prospect.is_none() && !fields.has("message_id") {
         fields.mistake("message_id", "or prospect_id has to say whose it is");
+    } else if told.kind == EventKind::EmailComplained
+        && told.message.is_none()
+        && !fields.has("message_id")
+    {
+        fields.mistake("message_id", "has to say which mail was complained about");
     }
     if told.data.to_string().len() > DATA {
         fields.mistake("data", format!("has more than {DATA} bytes"));
@@ -96,8 +103,10 @@ pub(super) async fn tell(
         None => fresh_id()?,
     };
     let taken = (StatusCode::ACCEPTED, Json(Taken { id: id.clone() }));
-    if let (EventKind::EmailReplied, Some(message)) = (told.kind, told.message) {
-        reply(&api, &caller, &id, message, &told.data).await?;
+    if let Some(message) = told.message
+        && let Some(fact) = fact_of(&told, message, api.clock.now())
+    {
+        ship(&api, &caller, &id, fact).await?;
         return Ok(taken);
     }
     // One at a time, so that the same call made twice at once is one.
@@ -143,15 +152,21 @@ async fn message(api: &Api, caller: &Caller, id: MessageId) -> Answer<MessageSto
         })
 }
 
-/// A reply is a fact of its message. Its journal is named after the call, so the store takes it
-/// once however often it is told.
-async fn reply(
-    api: &Api,
-    caller: &Caller,
-    id: &str,
-    message: MessageId,
-    data: &Value,
-) -> Answer<()> {
+/// The fact of its message that is told; none: what is told is none.
+fn fact_of(told: &Told, message: MessageId, at: Timestamp) -> Option<Fact> {
+    let data = told.data.to_string().into();
+    match told.kind {
+        EventKind::EmailReplied => Some(Fact::Reply(Box::new(Reply { message, at, data }))),
+        EventKind::EmailComplained => {
+            Some(Fact::Complaint(Box::new(Complaint { message, at, data })))
+        }
+        _ => None,
+    }
+}
+
+/// Hands in a fact. Its journal is named after the call, so the store takes it once however often it
+/// is told.
+async fn ship(api: &Api, caller: &Caller, id: &str, fact: Fact) -> Answer<()> {
     let named = format!("told\0{}\0{id}", caller.account);
     let hash = digest::digest(&digest::SHA256, named.as_bytes());
     let mut journal = [0; 16];
@@ -160,11 +175,6 @@ async fn reply(
         .zip(hash.as_ref())
         .for_each(|(to, from)| *to = *from);
     let now = api.clock.now();
-    let fact = Fact::Reply(Box::new(Reply {
-        message,
-        at: now,
-        data: data.to_string().into(),
-    }));
     let shipment = Shipment {
         journal: JournalId::from_bytes(journal),
         facts: vec![(1, fact)],

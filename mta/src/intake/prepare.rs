@@ -55,7 +55,8 @@ impl Prepared {
     pub(crate) fn warnings(&self, advice: Vec<String>, promise: Option<&Promise>) -> Vec<String> {
         let mut all = self.warnings.clone();
         if let (Some(promise), Some(test)) = (promise, &self.released.test) {
-            all.extend(promise.warnings(test.metric));
+            all.extend(promise.warning());
+            all.extend(test.metric.caveat().map(str::to_owned));
         }
         all.extend(advice);
         all

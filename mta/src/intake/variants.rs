@@ -232,10 +232,9 @@ impl Promise {
         })
     }
 
-    /// What the caller should be warned of.
-    pub(crate) fn warnings(&self, metric: Metric) -> Vec<String> {
-        let mut warnings = Vec::new();
-        if self.chance_of_picking_right < LIKELY {
+    /// What the caller should be warned of, where the test is a small one.
+    pub(crate) fn warning(&self) -> Option<String> {
+        (self.chance_of_picking_right < LIKELY).then(|| {
             let found = match self.min_detectable_effect {
                 Some(effect) => format!(
                     "a difference of {:.1} points or more is found in 8 tests of 10",
@@ -243,17 +242,13 @@ impl Promise {
                 ),
                 None => "no difference is found in 8 tests of 10".to_owned(),
             };
-            warnings.push(format!(
+            format!(
                 "a small test: {} recipients for each variant; at a usual rate of {:.0} % {found}, and a variant that is better by a fifth leads in {:.0} %",
                 self.recipients_per_variant,
                 100.0 * self.assumed_rate,
                 100.0 * self.chance_of_picking_right,
-            ));
-        }
-        if metric == Metric::Opens {
-            warnings.push("opens are a weak measure: mail programs open by themselves".to_owned());
-        }
-        warnings
+            )
+        })
     }
 }
 
@@ -359,13 +354,10 @@ mod tests {
         let small = Promise::of(Some(&test), 2, 10_000).expect("a promise");
         assert_eq!(small.recipients_per_variant, 1_000);
         assert!((small.chance_of_picking_right - 0.73).abs() < 0.01);
-        let warnings = small.warnings(test.metric);
-        assert!(
-            warnings.len() == 1 && warnings[0].contains("leads in 73 %"),
-            "{warnings:?}"
-        );
+        let warning = small.warning().expect("a warning");
+        assert!(warning.contains("leads in 73 %"), "{warning}");
         let large = Promise::of(Some(&test), 2, 100_000).expect("a promise");
-        assert_eq!(large.warnings(test.metric), Vec::<String>::new());
+        assert_eq!(large.warning(), None);
         assert_eq!(Promise::of(Some(&test), 2, 0), None);
     }
 

@@ -1,32 +1,21 @@
 //! Tests of variants over HTTP: submitted, sent to a real peer, clicked, decided, sent on.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper::{Method, StatusCode};
-use model::{Actor, Fact, Hit, HitKind, JournalId, MessageId, Timestamp, Verdict};
+use model::{Actor, Fact, Hit, HitKind, MessageId, Timestamp, Verdict};
 use serde_json::{Value, json};
-use service::clock::SystemClock;
-use store::sqlite::{Role, SqliteOptions, SqliteStore};
-use store::{Shipment, Store as _};
 use testkit::smtp_peer::{SmtpPeer, Temper};
 
 use crate::harness::{Home, Service, batch, recipients};
-
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::hits::{Tracker, click, now, person};
 
 /// A daemon whose mail goes to a peer, and a tracker's store beside it.
 struct Place {
     service: Service,
     peer: SmtpPeer,
-    tracker: SqliteStore,
-    journal: JournalId,
-    seq: AtomicU64,
-}
-
-fn now() -> Timestamp {
-    SystemClock::shared().now()
+    tracker: Tracker,
 }
 
 impl Place {
@@ -40,15 +29,8 @@ impl Place {
         std::fs::write(home.config_file().with_file_name("shaping.toml"), shaping)
             .expect("written");
         let service = Service::at(home).await;
-        let options = SqliteOptions {
-            path: service.home.store_file(),
-            partitions: 1,
-            role: Role::Tracker,
-        };
         Self {
-            tracker: SqliteStore::open(options).await.expect("a store"),
-            journal: JournalId::new(now(), 7),
-            seq: AtomicU64::new(0),
+            tracker: Tracker::beside(&service).await,
             service,
             peer,
         }
@@ -61,19 +43,7 @@ impl Place {
     }
 
     async fn until(&self, path: &str, so: impl Fn(&Value) -> bool) -> Value {
-        let waiting = async {
-            loop {
-                let answer = self.get(path).await;
-                if so(&answer) {
-                    return answer;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        match tokio::time::timeout(PATIENCE, waiting).await {
-            Ok(answer) => answer,
-            Err(_) => panic!("still {}", self.get(path).await),
-        }
+        self.service.api.until(path, so).await
     }
 
     /// Submits and gives the id.
@@ -84,14 +54,7 @@ impl Place {
     }
 
     async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
-        let body = serde_json::to_vec(body).expect("JSON");
-        let headers = [("content-type", "application/json")];
-        let reply = self
-            .service
-            .api
-            .call(Method::POST, path, &headers, body.into())
-            .await;
-        (reply.status.as_u16(), reply.json())
+        self.service.api.with_json(Method::POST, path, body).await
     }
 
     /// The counters once everybody in the test has it: delivered and held back.
@@ -116,45 +79,25 @@ impl Place {
 
     /// These people click, a moment after they got it.
     async fn click(&self, id: &str, rows: &[&Value]) {
+        self.hit(id, rows, HitKind::Click, &person()).await;
+    }
+
+    /// Hits on these messages, a moment after they were delivered.
+    async fn hit(&self, id: &str, rows: &[&Value], kind: HitKind, verdict: &Verdict) {
         let fact = |row: &&Value| {
-            let at: Timestamp = {
-                let at = row["delivered_at"].as_str().expect("delivered");
-                Timestamp::parse(at).expect("a time")
+            let at = row["delivered_at"].as_str().expect("delivered");
+            let at = Timestamp::parse(at).expect("a time") + Duration::from_millis(1);
+            let message = MessageId {
+                batch: id.parse().expect("an id"),
+                index: u32::try_from(row["index"].as_u64().expect("an index")).expect("few"),
             };
             Fact::Hit(Box::new(Hit {
-                kind: HitKind::Click,
-                message: MessageId {
-                    batch: id.parse().expect("an id"),
-                    index: u32::try_from(row["index"].as_u64().expect("an index")).expect("few"),
-                },
-                at: at + Duration::from_millis(1),
-                link: Some(0),
-                target: Some("https://shop.example/".into()),
-                user_agent: "Firefox".into(),
-                network: "203.0.113.0/24".into(),
-                visitor: None,
-                method: None,
-                verdict: Verdict {
-                    actor: Actor::Human,
-                    machine_reasons: Vec::new(),
-                    rules: 1,
-                },
+                kind,
+                verdict: verdict.clone(),
+                ..click(message, at)
             }))
         };
-        let facts: Vec<_> = rows
-            .iter()
-            .map(|row| (self.seq.fetch_add(1, Ordering::Relaxed) + 1, fact(row)))
-            .collect();
-        let shipment = Shipment {
-            journal: self.journal,
-            through: self.seq.load(Ordering::Relaxed),
-            facts,
-            windows: Vec::new(),
-            finished: Vec::new(),
-            now: now(),
-        };
-        let shipped = self.tracker.ship(shipment).await.expect("shipped");
-        assert_eq!(shipped.unknown, 0);
+        self.tracker.ship(rows.iter().map(fact).collect()).await;
     }
 
     /// What each address got: its subjects, in order.
@@ -495,4 +438,216 @@ async fn variants_are_judged_one_by_one() {
     assert_eq!(checked["variants"][1]["variant"], "B");
     assert!(checked["ab_test"]["chance_of_picking_right"].is_number());
     service.api.assert_nothing_accepted().await;
+}
+
+fn of_variant<'r>(rows: &'r [Value], name: &str) -> Vec<&'r Value> {
+    rows.iter().filter(|row| row["variant"] == name).collect()
+}
+
+fn warnings_of(answer: &Value) -> Vec<&str> {
+    let all = answer["warnings"].as_array().expect("warnings").iter();
+    all.filter_map(Value::as_str).collect()
+}
+
+/// Submits a test of 60, half of them in it, by this metric: its id, and the rows once the test left.
+async fn sent(place: &Place, metric: &str, caveat: Option<&str>) -> (String, Vec<Value>) {
+    let test = json!({"test_fraction": 0.5, "wait": "8s", "metric": metric});
+    let reply = place.service.api.submit(&tested(60, test)).await;
+    assert_eq!(reply.status, StatusCode::ACCEPTED, "{:?}", reply.bytes);
+    let answer = reply.json();
+    let id = answer["id"].as_str().expect("an id").to_owned();
+    place.tested(&format!("/v1/batches/{id}"), 60).await;
+    let test = place.get(&format!("/v1/batches/{id}/ab_test")).await;
+    for answer in [&answer, &test] {
+        let (small, rest): (Vec<_>, Vec<_>) = warnings_of(answer)
+            .into_iter()
+            .partition(|warning| warning.contains("a small test: 15 recipients"));
+        assert_eq!(
+            (small.len(), rest.len()),
+            (1, caveat.iter().count()),
+            "{answer}"
+        );
+        let is_told = |caveat: &str| rest.iter().any(|warning| warning.contains(caveat));
+        assert!(caveat.is_none_or(is_told), "{answer}");
+    }
+    assert_eq!(test["plan"], answer["ab_test"]);
+    let rows = place.rows(&id).await;
+    (id, rows)
+}
+
+/// The test of a batch once it is decided.
+async fn decided(place: &Place, id: &str) -> Value {
+    let path = format!("/v1/batches/{id}/ab_test");
+    place.until(&path, |of| !of["decision"].is_null()).await
+}
+
+/// Each metric counts what it says, of people alone; what a machine did is told.
+#[tokio::test]
+async fn every_metric_counts_what_it_says() {
+    let place = Place::new().await;
+    let machine = Verdict {
+        actor: Actor::Machine,
+        ..person()
+    };
+    let (opens, rows) = sent(&place, "opens", Some("opens are a weak measure")).await;
+    let (a, b) = (of_variant(&rows, "A"), of_variant(&rows, "B"));
+    place.hit(&opens, &b, HitKind::Open, &person()).await;
+    place.hit(&opens, &a, HitKind::Open, &machine).await;
+    // Without an open a click says nothing of those who opened.
+    let caveat = Some("click_to_open does not compare subjects");
+    let (per_open, rows) = sent(&place, "click_to_open", caveat).await;
+    let (a, b) = (of_variant(&rows, "A"), of_variant(&rows, "B"));
+    let both: Vec<&Value> = a.iter().chain(&b).copied().collect();
+    place.hit(&per_open, &both, HitKind::Open, &person()).await;
+    place.hit(&per_open, &b, HitKind::Click, &person()).await;
+    place.hit(&per_open, &a, HitKind::Click, &machine).await;
+    let (bought, rows) = sent(&place, "conversion", None).await;
+    let b = of_variant(&rows, "B");
+    for row in &b {
+        let body = json!({"type": "conversion", "message_id": row["message_id"], "id": row["index"].to_string()});
+        for _ in 0..2 {
+            let (status, answer) = place.post("/v1/events", &body).await;
+            assert_eq!(status, 202, "{answer}");
+        }
+    }
+
+    for (id, machines, warns) in [
+        (&opens, 0.5, true),
+        (&per_open, 0.5, true),
+        (&bought, 0.0, false),
+    ] {
+        let test = decided(&place, id).await;
+        assert_eq!(
+            (&test["decision"], &test["variant"]),
+            (&json!("confident"), &json!("B")),
+            "{test}"
+        );
+        let (of_a, of_b) = (&test["variants"][0], &test["variants"][1]);
+        assert_eq!(
+            (&of_a["rate"], &of_b["rate"]),
+            (&json!(0.0), &json!(1.0)),
+            "{test}"
+        );
+        assert!(of_a["compared"].as_u64() > Some(12), "{test}");
+        let share = test["machine_share"].as_f64().expect("a share");
+        assert!((share - machines).abs() < 0.1, "{test}");
+        let told = warnings_of(&test)
+            .iter()
+            .any(|of| of.contains("is machines"));
+        assert_eq!(told, warns, "{test}");
+    }
+}
+
+/// The part of a variant leaves at its own time, and the clock begins with the last of them.
+#[tokio::test]
+async fn a_variant_leaves_at_its_own_time() {
+    let place = Place::new().await;
+    let mut submission = tested(40, json!({"test_fraction": 0.5, "wait": "1s"}));
+    let at = now() + Duration::from_secs(4);
+    let at = Timestamp::from_millis(at.millis() / 1_000 * 1_000);
+    submission["variants"][1]["send_at"] = json!(at);
+    let id = place.submit(&submission).await;
+    let path = format!("/v1/batches/{id}");
+    let sent = |of: &Value| of["counters"]["delivered"].as_u64() > Some(8);
+    place.until(&path, sent).await;
+    if now() < at {
+        let rows = place.rows(&id).await;
+        let b = of_variant(&rows, "B");
+        assert!(!b.is_empty() && b.iter().all(|row| row["status"] == "scheduled"));
+    }
+    let test = place.get(&format!("{path}/ab_test")).await;
+    assert_eq!(
+        test["decide_at"],
+        json!(at + Duration::from_secs(1)),
+        "{test}"
+    );
+    let done = place.until(&path, |of| of["state"] == "completed").await;
+    assert_eq!(done["counters"]["delivered"], 40);
+    let test = place.get(&format!("{path}/ab_test")).await;
+    assert!(test["at"].as_str() >= test["decide_at"].as_str(), "{test}");
+    let rows = place.rows(&id).await;
+    let late = |row: &&Value| row["delivered_at"].as_str() >= json!(at).as_str();
+    let b = of_variant(&rows, "B");
+    assert!(!b.is_empty() && b.iter().all(late), "{b:?}");
+    let early = of_variant(&rows, "A").into_iter().filter(|row| !late(row));
+    assert!(early.count() > 8);
+    let date = |subject: &str| -> HashSet<String> {
+        let messages = place.peer.messages();
+        let texts = messages
+            .iter()
+            .map(|message| String::from_utf8_lossy(&message.content));
+        let theirs = texts.filter(|text| text.contains(subject));
+        theirs
+            .filter_map(|text| {
+                Some(
+                    text.lines()
+                        .find_map(|line| line.strip_prefix("Date: "))?
+                        .to_owned(),
+                )
+            })
+            .collect()
+    };
+    // Nobody clicked, so the rest got the first: at the decision.
+    assert_eq!((date("Subject A").len(), date("Subject B").len()), (2, 1));
+}
+
+/// A variant that too many complain about is not chosen, however well it is clicked; a complaint is
+/// the recipient's, counts once, and stops what is not awaited.
+#[tokio::test]
+async fn a_variant_that_is_complained_about_is_not_chosen() {
+    let place = Place::new().await;
+    let mut submission = tested(120, json!({"test_fraction": 0.5, "wait": "8s"}));
+    submission["guardrails"] = json!({"complaint_rate": 0.1, "min_delivered": 20});
+    let id = place.submit(&submission).await;
+    let path = format!("/v1/batches/{id}");
+    let (delivered, _) = place.tested(&path, 120).await;
+    let rows = place.rows(&id).await;
+    let b = of_variant(&rows, "B");
+    place.click(&id, &b).await;
+    // More than a tenth of those who got it, and less of all.
+    let angry = 5;
+    assert!(angry * 10 > b.len() && (angry as u64) * 10 < delivered);
+    for row in b.iter().take(angry) {
+        let mut body = json!({"type": "email.complained", "message_id": row["message_id"],
+                              "id": format!("fbl-{}", row["index"]), "data": {"provider": "x"}});
+        for _ in 0..2 {
+            let (status, answer) = place.post("/v1/events", &body).await;
+            assert_eq!(status, 202, "{answer}");
+        }
+        // Told twice, in other words.
+        body["id"] = json!(null);
+        assert_eq!(place.post("/v1/events", &body).await.0, 202);
+    }
+    let nobody = json!({"type": "email.complained", "prospect_id": "p-1"});
+    let (status, problem) = place.post("/v1/events", &nobody).await;
+    assert_eq!(
+        (status, &problem["errors"][0]["path"]),
+        (422, &json!("/message_id"))
+    );
+
+    let test = decided(&place, &id).await;
+    assert_eq!(test["variant"], "A", "{test}");
+    assert_eq!(test["variants"][1]["complained"], angry, "{test}");
+    assert_eq!(test["variants"][1]["breach"], "complaint_rate", "{test}");
+    let done = place.until(&path, |of| of["state"] == "completed").await;
+    assert_eq!(done["counters"]["complained"], angry, "{done}");
+    assert_eq!(done["pause_reason"], Value::Null, "{done}");
+    let rows = place.rows(&id).await;
+    let complained = rows.iter().filter(|row| row["complained_at"].is_string());
+    let complained: Vec<&Value> = complained.collect();
+    assert!(complained.len() == angry && complained.iter().all(|row| row["variant"] == "B"));
+    let email = complained[0]["email"].as_str().expect("an address");
+    let known = place.get(&format!("/v1/suppressions/{email}")).await;
+    assert_eq!(known["items"][0]["reason"], "complaint", "{known}");
+    let report = place.get(&format!("{path}/report")).await;
+    assert_eq!(report["variants"][1]["complained"], angry, "{report}");
+    let events = place
+        .get(&format!("/v1/events?types=email.complained&batch={id}"))
+        .await;
+    let events = events["events"].as_array().expect("events");
+    assert_eq!(events.len(), angry);
+    assert_eq!(
+        (&events[0]["variant"], &events[0]["data"]["provider"]),
+        (&json!("B"), &json!("x"))
+    );
 }

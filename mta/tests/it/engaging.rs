@@ -1,36 +1,21 @@
 //! Engagement from outside: hits come as a tracker ships them; people, browsers and verdicts are
 //! read through the API.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::{Method, StatusCode};
-use model::{
-    Actor, BatchId, Fact, Hit, HitKind, JournalId, MessageId, PageView, Timestamp, Verdict,
-    VisitorId,
-};
+use model::{BatchId, Fact, Hit, MessageId, PageView, Timestamp, VisitorId};
 use serde_json::{Value, json};
-use service::clock::SystemClock;
-use store::sqlite::{Role, SqliteOptions, SqliteStore};
-use store::{Shipment, Store as _};
 
 use crate::harness::{Service, batch};
-
-const PATIENCE: Duration = Duration::from_secs(30);
-const PERSON: &str = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0";
+use crate::hits::{PERSON, Tracker, click, now, person};
 
 /// A service with a short settle time, and a tracker's store beside it.
 struct Place {
     service: Service,
-    store: SqliteStore,
-    journal: JournalId,
-    seq: AtomicU64,
+    tracker: Tracker,
     batch: BatchId,
-}
-
-fn now() -> Timestamp {
-    SystemClock::shared().now()
 }
 
 fn browser(byte: u8) -> VisitorId {
@@ -58,50 +43,26 @@ impl Place {
         let id = accepted["id"]
             .as_str()
             .unwrap_or_else(|| panic!("{accepted}"));
-        let options = SqliteOptions {
-            path: service.home.store_file(),
-            partitions: 1,
-            role: Role::Tracker,
-        };
         Self {
             batch: id.parse().expect("an id"),
-            store: SqliteStore::open(options).await.expect("a store"),
-            journal: JournalId::new(now(), 7),
-            seq: AtomicU64::new(0),
+            tracker: Tracker::beside(&service).await,
             service,
         }
     }
 
     async fn ship(&self, facts: Vec<Fact>) {
-        let number = |fact| (self.seq.fetch_add(1, Ordering::Relaxed) + 1, fact);
-        let facts: Vec<_> = facts.into_iter().map(number).collect();
-        let shipment = Shipment {
-            journal: self.journal,
-            through: self.seq.load(Ordering::Relaxed),
-            facts,
-            windows: Vec::new(),
-            finished: Vec::new(),
-            now: now(),
-        };
-        let shipped = self.store.ship(shipment).await.expect("shipped");
-        assert_eq!(shipped.unknown, 0);
+        self.tracker.ship(facts).await;
     }
 
     fn click(&self, index: u32, link: u16, visitor: VisitorId, at: Timestamp) -> Fact {
+        let message = MessageId {
+            batch: self.batch,
+            index,
+        };
         Fact::Hit(Box::new(Hit {
-            kind: HitKind::Click,
-            message: MessageId {
-                batch: self.batch,
-                index,
-            },
-            at,
             link: Some(link),
-            target: Some("https://shop.example/".into()),
-            user_agent: PERSON.into(),
-            network: "203.0.113.0/24".into(),
             visitor: Some(visitor),
-            method: None,
-            verdict: person(),
+            ..click(message, at)
         }))
     }
 
@@ -119,24 +80,8 @@ impl Place {
         }))
     }
 
-    /// The answer at `path` once `enough` says so.
     async fn once(&self, path: &str, enough: impl Fn(&Value) -> bool) -> Value {
-        let mut last = Value::Null;
-        let reached = async {
-            loop {
-                let reply = self.service.api.get(path).await;
-                if reply.status == StatusCode::OK {
-                    last = reply.json();
-                    if enough(&last) {
-                        return;
-                    }
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        let in_time = tokio::time::timeout(PATIENCE, reached).await;
-        assert!(in_time.is_ok(), "{path} never came so far: {last}");
-        last
+        self.service.api.until(path, enough).await
     }
 
     /// The events of a type, once there are `count`.
@@ -152,25 +97,12 @@ impl Place {
     }
 
     async fn tell(&self, body: &Value) -> (u16, Value) {
-        self.call(Method::POST, "/v1/events", body).await
+        let api = &self.service.api;
+        api.with_json(Method::POST, "/v1/events", body).await
     }
 
     async fn put(&self, path: &str, body: &Value) -> (u16, Value) {
-        self.call(Method::PUT, path, body).await
-    }
-
-    async fn call(&self, method: Method, path: &str, body: &Value) -> (u16, Value) {
-        let body = Bytes::from(body.to_string());
-        let reply = self.service.api.call(method, path, &[], body).await;
-        (reply.status.as_u16(), reply.json())
-    }
-}
-
-fn person() -> Verdict {
-    Verdict {
-        actor: Actor::Human,
-        machine_reasons: Vec::new(),
-        rules: 2,
+        self.service.api.with_json(Method::PUT, path, body).await
     }
 }
 

@@ -21,6 +21,9 @@ use service::tasks::{Shutdown, Tasks};
 /// The key that the configuration names.
 pub(crate) const KEY: &str = "hk_test_key";
 
+/// For how long something is waited for that has to come.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// The domain that has a DKIM key.
 pub(crate) const BRAND: &str = "brand.example";
 
@@ -279,6 +282,32 @@ impl Caller {
 
     pub(crate) async fn get(&self, path: &str) -> Reply {
         self.call(Method::GET, path, &[], Bytes::new()).await
+    }
+
+    /// The answer at `path` once it is there and `enough` says so.
+    pub(crate) async fn until(&self, path: &str, enough: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let reached = async {
+            loop {
+                let reply = self.get(path).await;
+                last = reply.json();
+                if reply.status == StatusCode::OK && enough(&last) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(PATIENCE, reached).await;
+        assert!(in_time.is_ok(), "{path} never came so far: {last}");
+        last
+    }
+
+    /// Calls with a document: the status and the answer.
+    pub(crate) async fn with_json(&self, method: Method, path: &str, body: &Value) -> (u16, Value) {
+        let headers = [("content-type", "application/json")];
+        let body = Bytes::from(body.to_string());
+        let reply = self.call(method, path, &headers, body).await;
+        (reply.status.as_u16(), reply.json())
     }
 
     pub(crate) async fn post(&self, path: &str) -> Reply {

@@ -7,6 +7,7 @@ mod engaging;
 mod explaining;
 mod fair;
 mod harness;
+mod hits;
 mod hours;
 mod intake;
 mod outage;

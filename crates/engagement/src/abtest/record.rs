@@ -28,6 +28,19 @@ pub enum Metric {
     Conversion,
 }
 
+impl Metric {
+    /// What whoever is judged by it should know.
+    pub const fn caveat(self) -> Option<&'static str> {
+        match self {
+            Self::Opens => Some("opens are a weak measure: mail programs open by themselves"),
+            Self::ClickToOpen => {
+                Some("who opens depends on the subject: click_to_open does not compare subjects")
+            }
+            Self::Clicks | Self::Conversion => None,
+        }
+    }
+}
+
 /// What is done with a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -191,14 +204,7 @@ fn warnings(inputs: &Inputs, sound: bool, machine_share: f64) -> Vec<String> {
     if !sound {
         warnings.push("the variants did not get the shares that they should have".to_owned());
     }
-    if inputs.metric == Metric::Opens {
-        warnings.push("opens are a weak measure: mail programs open by themselves".to_owned());
-    }
-    if inputs.metric == Metric::ClickToOpen {
-        warnings.push(
-            "who opens depends on the subject: click_to_open does not compare subjects".to_owned(),
-        );
-    }
+    warnings.extend(inputs.metric.caveat().map(str::to_owned));
     if machine_share > MANY_MACHINES {
         let percent = 100.0 * machine_share;
         warnings.push(format!(

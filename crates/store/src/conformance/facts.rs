@@ -4,9 +4,9 @@ use super::Fixture;
 use super::support::*;
 use crate::{Result, SuppressionQuery};
 use model::{
-    Actor, AttemptResult, BatchState, Class, EventKind, Fact, FactId, HitKind, LotNumber,
-    MessageId, PageView, Reply, Revision, Status, SuppressionReason, Timestamp, TrackingMode,
-    Verdict, VisitorId,
+    Actor, AttemptResult, BatchState, Class, Complaint, EventKind, Fact, FactId, HitKind,
+    LotNumber, MessageId, PageView, Reply, Revision, Status, SuppressionReason, Timestamp,
+    TrackingMode, Verdict, VisitorId,
 };
 use std::time::Duration;
 
@@ -562,6 +562,56 @@ pub async fn an_unsubscribe_leaves_the_list_in_the_same_step(fixture: &dyn Fixtu
         serde_json::json!({"list": "news", "method": "one_click"})
     );
     assert_eq!(events[3].data["reason"], "unsubscribed");
+    Ok(())
+}
+
+/// One step: flag, counter, event, suppression of all bulk mail; who complains twice did so once.
+pub async fn a_complaint_counts_once_and_stops_bulk_mail(fixture: &dyn Fixture) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    let spec = Spec::new(1, people(2, "x.example"));
+    let batch = spec.submit(&*store, T0).await?;
+    let leased = node.lease(&*store, T0, "x.example", 2).await?;
+    node.report(&*store, outcomes(&leased, AttemptResult::Delivered, T0), T0)
+        .await?;
+    let complaint = |after| {
+        Fact::Complaint(Box::new(Complaint {
+            message: MessageId { batch, index: 1 },
+            at: T0 + secs(after),
+            data: r#"{"provider":"x"}"#.into(),
+        }))
+    };
+    let facts = vec![complaint(60), complaint(90)];
+    let shipped = node.report(&*store, facts, T0 + secs(90)).await?;
+    assert_eq!(shipped.unknown, 0);
+    assert_eq!(checked(&*store, batch).await?.counters.complained, 1);
+    let rows = all_rows(&*store, batch).await?;
+    let at: Vec<_> = rows.iter().map(|row| row.complained_at).collect();
+    assert_eq!(at, [None, Some(T0 + secs(60))]);
+    let events = all_events(&*store).await?;
+    let told: Vec<_> = events
+        .iter()
+        .filter(|event| event.kind == EventKind::EmailComplained)
+        .collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].message_id, Some(MessageId { batch, index: 1 }));
+    assert_eq!(told[0].data["provider"], "x");
+    let known = store.address("acme", "n1@x.example").await?.suppressions;
+    let known: Vec<_> = known
+        .iter()
+        .map(|of| (of.reason, of.list.as_deref(), of.source.as_str()))
+        .collect();
+    assert_eq!(known, [(SuppressionReason::Complaint, None, "complaint")]);
+    // The next of any list does not leave; what a person waits for does.
+    let next = Spec::new(2, people(2, "x.example"));
+    let next = next.submit(&*store, T0 + secs(99)).await?;
+    let mut urgent = Spec::new(3, people(2, "x.example"));
+    urgent.head.priority = model::Priority::Transactional;
+    urgent.submit(&*store, T0 + secs(99)).await?;
+    let leased = node.lease(&*store, T0 + secs(99), "x.example", 9).await?;
+    let count = leased.iter().map(|range| range.items.len()).sum::<usize>();
+    assert_eq!(count, 3);
+    assert_eq!(checked(&*store, next).await?.counters.suppressed, 1);
     Ok(())
 }
 

@@ -111,6 +111,7 @@ macro_rules! conformance_tests {
             a_revision_moves_the_counters_of_people
             page_views_and_replies_are_facts
             an_unsubscribe_leaves_the_list_in_the_same_step
+            a_complaint_counts_once_and_stops_bulk_mail
             tracking_modes_are_kept
             an_archived_batch_leaves_no_trace_of_opens
             what_a_person_lets_be_kept_binds_mail_already_sent

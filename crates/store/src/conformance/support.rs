@@ -294,7 +294,11 @@ pub(super) fn with(fact: Fact, change: impl FnOnce(&mut Attempt)) -> Fact {
             change(&mut attempt);
             Fact::Attempt(attempt)
         }
-        other @ (Fact::Hit(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_)) => other,
+        other @ (Fact::Hit(_)
+        | Fact::Page(_)
+        | Fact::Revision(_)
+        | Fact::Reply(_)
+        | Fact::Complaint(_)) => other,
     }
 }
 

@@ -14,6 +14,7 @@ use super::link::answer;
 use super::record::{BatchRecord, Holder, Range};
 use super::suppress;
 use crate::form::Ref;
+use crate::tell::COMPLAINT;
 use crate::transition::{self, Applied};
 use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression, tell};
 use ::redis::Pipeline;
@@ -104,12 +105,14 @@ impl Inner {
         for (seq, fact) in shipment.facts {
             let place = match &fact {
                 Fact::Attempt(attempt) => Some(attempt.place),
-                Fact::Hit(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => {
-                    match fact.message() {
-                        Some(of) => self.place_of(of.batch, of.index).await?,
-                        None => None,
-                    }
-                }
+                Fact::Hit(_)
+                | Fact::Page(_)
+                | Fact::Revision(_)
+                | Fact::Reply(_)
+                | Fact::Complaint(_) => match fact.message() {
+                    Some(of) => self.place_of(of.batch, of.index).await?,
+                    None => None,
+                },
             };
             let of = place.map_or(HOME, |place| place.lot.partition());
             let known = parts.contains_key(&of);
@@ -234,7 +237,11 @@ async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Res
 fn is_tracked(fact: &Fact) -> bool {
     match fact {
         Fact::Hit(hit) => hit.kind != HitKind::Unsubscribe,
-        Fact::Attempt(_) | Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => false,
+        Fact::Attempt(_)
+        | Fact::Page(_)
+        | Fact::Revision(_)
+        | Fact::Reply(_)
+        | Fact::Complaint(_) => false,
     }
 }
 
@@ -242,6 +249,7 @@ fn suppresses(fact: &Fact) -> bool {
     match fact {
         Fact::Attempt(attempt) => attempt.suppress.is_some(),
         Fact::Hit(hit) => hit.kind == HitKind::Unsubscribe,
+        Fact::Complaint(_) => true,
         Fact::Page(_) | Fact::Revision(_) | Fact::Reply(_) => false,
     }
 }
@@ -318,7 +326,7 @@ fn apply(
             (journal, placed),
             hit,
         ),
-        Fact::Revision(_) | Fact::Reply(_) => {
+        Fact::Revision(_) | Fact::Reply(_) | Fact::Complaint(_) => {
             apply_later(books, (key, place.position), (journal, placed))
         }
         Fact::Page(_) => Ok(true),
@@ -344,6 +352,19 @@ fn apply_later(
     books.log(key, position, placed.seq, placed.fact.clone());
     if let Some(kind) = event {
         books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
+    }
+    if let (Fact::Complaint(complaint), Some(_)) = (&placed.fact, event)
+        && let Some((account, email)) = address_of(books, placed)
+    {
+        let entry = Suppression {
+            email,
+            account,
+            list: None,
+            reason: SuppressionReason::Complaint,
+            source: COMPLAINT.into(),
+            created_at: complaint.at,
+        };
+        suppress::add(books, entry, true);
     }
     Ok(true)
 }

@@ -12,6 +12,7 @@ use super::stage::is_mixed;
 use super::suppress;
 use super::writer::Step;
 use crate::form::Ref;
+use crate::tell::COMPLAINT;
 use crate::transition::{self, Applied};
 use crate::{Result, Shipment, Shipped, tell};
 use model::{
@@ -123,7 +124,9 @@ fn apply(
     match fact {
         Fact::Attempt(attempt) => apply_attempt(books, &batch, seq, *attempt, shipped),
         Fact::Hit(hit) => apply_hit(books, &batch, seq, *hit),
-        Fact::Revision(_) | Fact::Reply(_) => apply_later(books, &batch, seq, message, fact),
+        Fact::Revision(_) | Fact::Reply(_) | Fact::Complaint(_) => {
+            apply_later(books, &batch, seq, message, fact)
+        }
         Fact::Page(_) => Ok(true),
     }
 }
@@ -318,9 +321,17 @@ fn apply_later(
     if cell.erased() {
         return Ok(true);
     }
+    let complained = matches!(fact, Fact::Complaint(_)) && event.is_some();
+    let at = fact.at();
     let entry = books.log(lot, place.position, seq, fact)?;
     if let Some(kind) = event {
         books.fact_event(kind, lot, entry);
+    }
+    if complained && let Some(email) = address_of(books, lot, place.position)? {
+        let account = books.head(batch.no)?.account.clone();
+        let reason = SuppressionReason::Complaint;
+        let entry = suppress::entry(&account, email, None, reason, COMPLAINT, at);
+        suppress::add(books, entry, true)?;
     }
     Ok(true)
 }
