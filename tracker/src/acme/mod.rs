@@ -152,6 +152,8 @@ impl Acme {
 
     /// Takes the certificate that was kept, if there is one.
     async fn known(&self, name: &str) -> Host {
+        // There from the beginning, so that the first failure is seen to be one.
+        self.metrics.certificates(name, CertificateOrigin::Acme);
         let mut host = Host {
             name: name.to_owned(),
             due: self.clock.now(),
@@ -193,7 +195,6 @@ impl Acme {
         if let Err(error) = ended.await {
             tracing::debug!(%error, "others may have to wait for their turn");
         }
-        let counters = &self.metrics.tracker_certificates;
         match fetched {
             Ok(validity) => {
                 host.failures = 0;
@@ -201,8 +202,10 @@ impl Acme {
                 tracing::info!(host = host.name, until = %validity.until, "certificate was fetched");
             }
             Err(error) => {
-                let result = CertificateResult::Failed;
-                counters.at(CertificateOrigin::Acme, result).inc();
+                let of = self
+                    .metrics
+                    .certificates(&host.name, CertificateOrigin::Acme);
+                of.at(CertificateResult::Failed).inc();
                 let pause = pause(&error, host.failures);
                 host.failures = host.failures.saturating_add(1);
                 host.due = now + pause;

@@ -132,10 +132,8 @@ impl Certificates {
                     });
                 }
                 Err(error) => {
-                    let counters = &self.metrics.tracker_certificates;
-                    counters
-                        .at(CertificateOrigin::File, CertificateResult::Failed)
-                        .inc();
+                    let counters = self.metrics.certificates(host, CertificateOrigin::File);
+                    counters.at(CertificateResult::Failed).inc();
                     tracing::error!(%error, host, "certificate stays as it was");
                 }
             }
@@ -145,8 +143,8 @@ impl Certificates {
     fn note(&self, host: &str, loaded: &Loaded, origin: CertificateOrigin) {
         let until = loaded.validity.until;
         self.metrics.certificate_expiry(host, until.seconds());
-        let counters = &self.metrics.tracker_certificates;
-        counters.at(origin, CertificateResult::Ok).inc();
+        let counters = self.metrics.certificates(host, origin);
+        counters.at(CertificateResult::Ok).inc();
         if until < self.clock.now() {
             // Shown all the same: a warning in the browser is more than a dead connection.
             tracing::error!(host, %until, "THE CERTIFICATE HAS ENDED");

@@ -170,9 +170,18 @@ async fn changed_files_are_taken_and_bad_ones_change_nothing() -> Result<()> {
     running.tracker.reload();
     assert_eq!(shown().await, first);
     let metrics = running.admin("/metrics").await.text();
-    let failed = "hikyaku_tracker_certificates_total{origin=\"file\",result=\"failed\"} ";
-    let failures = metrics.lines().find_map(|line| line.strip_prefix(failed));
-    assert!(failures.is_some_and(|count| count != "0"), "{metrics}");
+    let failures = |host: &str| {
+        let of = format!(
+            "hikyaku_tracker_certificates_total{{host=\"{host}\",origin=\"file\",result=\"failed\"}} "
+        );
+        let count = metrics.lines().find_map(|line| line.strip_prefix(&of));
+        count.map(str::to_owned)
+    };
+    assert!(
+        failures(HOST).is_some_and(|count| count != "0"),
+        "{metrics}"
+    );
+    assert_eq!(failures(OTHER).as_deref(), Some("0"), "{metrics}");
 
     files.issue(HOST)?;
     running.tracker.reload();

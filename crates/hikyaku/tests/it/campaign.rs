@@ -318,8 +318,9 @@ async fn pause_cancel_and_suppression_hold_on_all_nodes_within_a_second() -> Res
         batch["state"] == "paused" && batch["counters"]["queued"].as_u64() > Some(0),
         "{batch}"
     );
-    // For as long others would have sent thousands.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Two seconds of mail at full speed: what was stopped would have left meanwhile.
+    let after = submit_to(&one, "after", 2_400).await?;
+    one.completed(&after).await?;
     let late_after = |what: &str, at: Instant, is_his: &dyn Fn(&str) -> bool| {
         let late = late(&sink, at, is_his);
         println!(

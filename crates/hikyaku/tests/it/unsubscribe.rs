@@ -1,6 +1,8 @@
-//! One click out of a list: nothing more of it arrives, not even what is queued already.
+//! What people want to stop: one click out of a list, and nothing more of it arrives, not even what is
+//! queued already; consent withdrawn, and nothing more is kept of them.
 
 use crate::harness::{Service, Site, newsletter, until};
+use crate::sink::Sink;
 use anyhow::{Context, Result};
 use hikyaku::client::Client;
 use hyper::Method;
@@ -98,5 +100,81 @@ async fn who_unsubscribes_gets_no_more_of_the_list() -> Result<()> {
     let before = service.batch(&first).await?;
     assert_eq!(before["counters"]["unsubscribed"], 1, "{before}");
     assert_eq!(peer.counts().messages, 3);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_withdraws_consent_still_comes_where_links_lead() -> Result<()> {
+    let sink = Sink::keeping_messages().await?;
+    let site = Site::unsigned(&sink.address())?;
+    let service = site.up().await?;
+    let first = service.submit(&newsletter(1, 1)).await?;
+    service.completed(&first).await?;
+    let link = sink.links(&site.tracker()).pop().context("a link")?;
+    let browser = Client::new("", None);
+    let click = async |link: &str| {
+        let answer = browser.get(link).await?;
+        let location = answer.headers.get("location").cloned();
+        assert_eq!(answer.status, 302);
+        assert_eq!(
+            location.context("where to")?,
+            "https://shop.example/?a=1&b=2"
+        );
+        Ok::<_, anyhow::Error>(())
+    };
+    let clicks = async |id: &str| {
+        Ok::<_, anyhow::Error>(service.batch(id).await?["counters"]["clicked_total"].clone())
+    };
+    let counted = async |id: &str| {
+        until("a click in the counters", async || {
+            Ok((clicks(id).await? == 1).then_some(()))
+        })
+        .await
+    };
+    click(&link).await?;
+    counted(&first).await?;
+
+    let json = Some("application/json");
+    let path = "/v1/tracking/user0@d0.example";
+    let put = service
+        .client
+        .call(Method::PUT, path, json, r#"{"mode": "off"}"#.into());
+    put.await?.ok()?;
+    click(&link).await?;
+    // The next mail: theirs is as it was written, another person's link comes to the store after their click.
+    let next = service.submit(&newsletter(2, 1)).await?;
+    service.completed(&next).await?;
+    let html = |to: &str| -> Result<String> {
+        let messages = sink.messages().into_iter().rev();
+        let mut theirs = messages.filter(|message| message.recipients == [to]);
+        let content = theirs.next().context("a message")?.content;
+        let parsed = mail_parser::MessageParser::default().parse(&content);
+        let html = parsed.as_ref().and_then(|message| message.body_html(0));
+        Ok(html.context("HTML")?.into_owned())
+    };
+    let (theirs, other) = (html("user0@d0.example")?, html("user1@d0.example")?);
+    assert!(
+        theirs.contains(r#"href="https://shop.example/?a=1&amp;b=2""#),
+        "{theirs}"
+    );
+    assert!(
+        !theirs.contains("/o/") && other.contains("/o/"),
+        "{theirs} {other}"
+    );
+    let all = sink.links(&site.tracker());
+    let other = all.iter().find(|other| **other != link).context("a link")?;
+    click(other).await?;
+    counted(&next).await?;
+    assert_eq!(clicks(&first).await?, 1, "what came before it stays");
+    let story: Value = service
+        .client
+        .get(&format!("/v1/messages/{first}.0"))
+        .await?
+        .json()?;
+    assert_eq!(
+        story["engagement"].as_array().map(Vec::len),
+        Some(1),
+        "{story}"
+    );
     Ok(())
 }

@@ -209,7 +209,7 @@ pub(super) const TRACKER_CERTIFICATE_EXPIRY: Family = family(
 pub(super) const TRACKER_CERTIFICATES: Family = family(
     "hikyaku_tracker_certificates_total",
     "Certificates that were read or fetched, or were to be",
-    &["origin", "result"],
+    &["host", "origin", "result"],
 );
 pub(super) const ENGAGEMENT: Family = family(
     "hikyaku_engagement_total",

@@ -28,11 +28,13 @@ impl<L: Label, M> Resolved<L, M> {
         B: MetricVecBuilder<M = M>,
         M: prometheus::core::Metric,
     {
-        let handles = L::ALL
-            .iter()
-            .map(|value| family.with_label_values(&[value.text()]));
+        Self::made(|value| family.with_label_values(&[value.text()]))
+    }
+
+    /// The handles that `handle` makes.
+    pub(super) fn made(handle: impl Fn(L) -> M) -> Self {
         Self {
-            handles: handles.collect(),
+            handles: L::ALL.iter().map(|value| handle(*value)).collect(),
             _label: std::marker::PhantomData,
         }
     }

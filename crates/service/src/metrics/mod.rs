@@ -89,8 +89,7 @@ pub struct Metrics {
     /// `hikyaku_tracker_seconds[kind]`
     pub tracker_seconds: Resolved<TrackerKind, Histogram>,
     tracker_certificate_expiry: IntGaugeVec,
-    /// `hikyaku_tracker_certificates_total[origin,result]`
-    pub tracker_certificates: Resolved2<CertificateOrigin, CertificateResult, IntCounter>,
+    tracker_certificates: IntCounterVec,
     /// `hikyaku_engagement_total[kind,actor]`
     pub engagement: Resolved2<HitKind, Actor, IntCounter>,
     /// `hikyaku_engagement_lag_seconds`
@@ -149,7 +148,7 @@ impl Metrics {
             tracker_requests: Resolved2::of(&r.counters(&families::TRACKER_REQUESTS)),
             tracker_seconds: Resolved::of(&r.histograms(&families::TRACKER_SECONDS)),
             tracker_certificate_expiry: r.gauges(&families::TRACKER_CERTIFICATE_EXPIRY),
-            tracker_certificates: Resolved2::of(&r.counters(&families::TRACKER_CERTIFICATES)),
+            tracker_certificates: r.counters(&families::TRACKER_CERTIFICATES),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
             engagement_lag_seconds: r.gauge(&families::ENGAGEMENT_LAG_SECONDS),
             engagement_reclassified: Resolved2::of(&r.counters(&families::ENGAGEMENT_RECLASSIFIED)),
@@ -233,6 +232,21 @@ impl Metrics {
     pub fn certificate_expiry(&self, host: &str, seconds: i64) {
         let gauge = self.tracker_certificate_expiry.with_label_values(&[host]);
         gauge.set(seconds);
+    }
+
+    /// The counters `hikyaku_tracker_certificates_total[host,origin,result]` of a host of the
+    /// configuration or of an account. They stand at zero once they were asked for, so that the
+    /// first failure is seen to be one.
+    pub fn certificates(
+        &self,
+        host: &str,
+        origin: CertificateOrigin,
+    ) -> Resolved<CertificateResult, IntCounter> {
+        let of = |result: CertificateResult| {
+            let labels = [host, origin.text(), result.text()];
+            self.tracker_certificates.with_label_values(&labels)
+        };
+        Resolved::made(of)
     }
 
     /// `hikyaku_store_seconds`; `op` is a name in our code, never data.
@@ -390,6 +404,7 @@ mod tests {
         metrics.egress_source("ip1", true);
         metrics.abtest_rate("01JD", "A", 0.2);
         metrics.certificate_expiry("t.brand.example", 1);
+        metrics.certificates("t.brand.example", CertificateOrigin::Acme);
         metrics.store_seconds("lease").observe(0.001);
         let open = metrics.connection(&there);
         let page = metrics.render();

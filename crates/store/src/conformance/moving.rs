@@ -54,6 +54,28 @@ fn called(attempt: BatchId) -> NewCall {
     }
 }
 
+/// A batch whose time has not come, of a call that takes effect once.
+async fn promised(store: &dyn Store) -> Result<BatchId> {
+    let mut coming = Spec::new(3, people(5, "later.example"));
+    coming.head.release_at = T0 + secs(5_000);
+    let call = called(coming.head.id);
+    assert_eq!(store.begin_call(call.clone(), T0, TTL).await?, Begun::Fresh);
+    store
+        .stage_lots(coming.head.id, coming.lots(store.partitions()))
+        .await?;
+    let answered = EndedCall {
+        key: call.key,
+        attempt: call.attempt,
+        answer: b"202".as_slice().into(),
+    };
+    let committed = NewBatch {
+        call: Some(answered),
+        ..coming.committed()
+    };
+    store.commit_batch(committed, T0).await?;
+    Ok(coming.head.id)
+}
+
 /// What a store of every kind of thing has: the batches of it.
 async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
     let ended = Spec::new(1, people(700, "x.example"))
@@ -88,24 +110,7 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
     for range in &leased {
         node.finish(store, range.range, T0).await?;
     }
-    let mut coming = Spec::new(3, people(5, "later.example"));
-    coming.head.release_at = T0 + secs(5_000);
-    let call = called(coming.head.id);
-    assert_eq!(store.begin_call(call.clone(), T0, TTL).await?, Begun::Fresh);
-    store
-        .stage_lots(coming.head.id, coming.lots(store.partitions()))
-        .await?;
-    let answered = EndedCall {
-        key: call.key,
-        attempt: call.attempt,
-        answer: b"202".as_slice().into(),
-    };
-    let committed = NewBatch {
-        call: Some(answered),
-        ..coming.committed()
-    };
-    store.commit_batch(committed, T0).await?;
-    let coming = coming.head.id;
+    let coming = promised(store).await?;
     let suppression = Suppression {
         email: "gone@x.example".into(),
         account: "acme".into(),
@@ -115,10 +120,9 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
         created_at: T0,
     };
     store.suppress(vec![suppression], T0).await?;
+    let mode = Some(TrackingMode::Aggregate);
     for email in ["n1@x.example", "n9@x.example"] {
-        store
-            .set_consent("acme", email, Some(TrackingMode::Aggregate), T0)
-            .await?;
+        store.set_consent("acme", email, mode, T0).await?;
     }
     let mut erase = Erase {
         account: "acme".into(),
@@ -157,6 +161,21 @@ async fn filled(store: &dyn Store, node: &mut Node) -> Result<Vec<BatchId>> {
     store.suspend(suspension, T0).await?;
     assert_eq!(store.setting("key", "value").await?, "value");
     Ok(vec![ended, mixed, coming])
+}
+
+/// What people let be kept came along, and holds for mail that was sent by the old store.
+async fn consents_moved(old: &dyn Store, new: &dyn Store, batch: BatchId) -> Result<()> {
+    for (email, noted) in [("n1", true), ("n9", true), ("n8", false)] {
+        let email = format!("{email}@x.example");
+        let was = old.consent("acme", &email).await?;
+        assert_eq!(was.is_some(), noted, "{email}");
+        assert_eq!(new.consent("acme", &email).await?, was, "{email}");
+    }
+    let told = all_events(new).await?.len();
+    let click = vec![hit(batch, 1, HitKind::Click, Actor::Human, T0)];
+    Node::new(7).report(new, click, T0).await?;
+    assert_eq!(all_events(new).await?.len(), told, "counted, and no event");
+    Ok(())
 }
 
 /// A store that was moved has every batch, status, fact, event and suppression; it starts paused, who
@@ -201,16 +220,7 @@ pub async fn a_store_moves(from: &dyn Fixture, to: &dyn Fixture) -> Result<()> {
         let (was, is) = of(email).await?;
         assert_eq!(is, was, "{email}");
     }
-    for (email, noted) in [("n1", true), ("n9", true), ("n8", false)] {
-        let email = format!("{email}@x.example");
-        let was = old.consent("acme", &email).await?;
-        assert_eq!(was.is_some(), noted, "{email}");
-        assert_eq!(new.consent("acme", &email).await?, was, "{email}");
-    }
-    let click = vec![hit(batches[0], 1, HitKind::Click, Actor::Human, T0)];
-    Node::new(7).report(&*new, click, T0).await?;
-    let moved = all_events(&*new).await?;
-    assert_eq!(ids_of(&moved), ids_of(&told), "counted, and no event");
+    consents_moved(&*old, &*new, batches[0]).await?;
     assert_eq!(new.setting("key", "other").await?, "value");
     assert_eq!(new.notes("limit", T0).await?, old.notes("limit", T0).await?);
     let people = format!("{PEOPLE}acme");
