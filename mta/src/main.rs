@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// A message is some hundred small pieces of memory, made on one thread and often freed on another.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let about = "Takes batches in over HTTP and delivers them over SMTP.";
     service::daemon::main("mta", about, mta::daemon::run)

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// A message is some hundred small pieces of memory, made on one thread and often freed on another.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let about = "Answers open pixels, click redirects and unsubscribes, and keeps what was asked.";
     service::daemon::main("tracker", about, tracker::daemon::run)

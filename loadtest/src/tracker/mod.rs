@@ -35,8 +35,14 @@ const MOST: u64 = 20_000_000;
 /// A process that uses less than this share of a CPU is at rest.
 const REST: f64 = 0.02;
 const REST_WINDOW: Duration = Duration::from_millis(500);
+/// Windows in a row in which a service that judges is at rest: it pauses for a second in between.
+const REST_WINDOWS: u32 = 4;
 /// For a backlog of hits to be handed on.
 const REST_PATIENCE: Duration = Duration::from_secs(300);
+/// Hits in the journal that are not in the store.
+const PENDING: &str = "hikyaku_journal_pending_records";
+/// Hits in the store that are not judged.
+const WAITING: &str = "hikyaku_engagement_waiting_hits";
 /// How often it is looked how far a backlog is.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -195,14 +201,19 @@ async fn beside_each_other(
     let (expected, address) = (args.kind.status(), target.address);
     let mut servers = Servers::new(nginx.is_some());
     let usage = |pid| move || process::usage(pid);
+    // Without its store nothing is judged.
+    let judge = target.site.as_ref().filter(|_| target.redis.is_none());
     for _ in 0..ROUNDS {
         let asked = plan(address, expected, None);
-        servers.tracker.round(&asked, target.pid.map(usage)).await?;
+        let used = target.pid.map(usage);
+        servers.tracker.round(&asked, used, judge).await?;
         let asked = plan(bare.address(), 302, None);
-        servers.bare.round(&asked, Some(usage(bare.pid()))).await?;
+        let used = Some(usage(bare.pid()));
+        servers.bare.round(&asked, used, None).await?;
         if let (Some(server), Some(measured)) = (nginx, &mut servers.nginx) {
             let asked = plan(server.address(), expected, None);
-            measured.round(&asked, Some(|| server.usage())).await?;
+            let used = Some(|| server.usage());
+            measured.round(&asked, used, None).await?;
         }
     }
     let half = Some(servers.tracker.per_second() / 2.0);
@@ -231,7 +242,6 @@ async fn backlog(
     let (Some(site), Some(redis), Some(before)) = (&target.site, &mut target.redis, memory) else {
         bail!("a backlog needs a service of our own");
     };
-    const PENDING: &str = "hikyaku_journal_pending_records";
     let pid = site.pid();
     let mut waiting = report::whole(site.gauge(PENDING).await?);
     while waiting < args.backlog {
@@ -261,7 +271,7 @@ async fn backlog(
     };
     let (answered, drained) = tokio::join!(load::run(&plan), drained);
     let (answered, drained) = (answered?, drained?);
-    at_rest(pid).await?;
+    at_rest(site).await?;
     let cpu = process::usage(pid)?.since(&cpu).cpu();
     let drain = report::Drain {
         waiting,
@@ -339,7 +349,7 @@ async fn start(args: &Args, out: &mut (dyn Write + Send)) -> Result<Target> {
     let Some(batch) = report.batches.first() else {
         bail!("no batch");
     };
-    at_rest(site.pid()).await?;
+    at_rest(&site).await?;
     Ok(Target {
         address: site.tracker(),
         pid: Some(site.pid()),
@@ -403,11 +413,13 @@ fn request(host: &str, path: &str) -> Bytes {
 }
 
 impl Measured {
-    /// Asks as planned; `usage` tells what the server has used so far.
+    /// Asks as planned; `usage` tells what the server has used so far, `judge` is who judges what
+    /// was asked for.
     async fn round(
         &mut self,
         plan: &Plan,
         usage: Option<impl Fn() -> Result<process::Usage>>,
+        judge: Option<&Site>,
     ) -> Result<()> {
         let before = usage.as_ref().map(|usage| usage()).transpose()?;
         let answered = load::run(plan).await?;
@@ -416,7 +428,7 @@ impl Measured {
         if let (Some(usage), Some(before)) = (usage, before) {
             let loaded = usage()?.since(&before).cpu();
             let asked = SystemClock.instant();
-            rested(&usage).await?;
+            rested(&usage, judge).await?;
             self.resting += SystemClock.instant().duration_since(asked);
             let settled = usage()?.since(&before).cpu();
             let (sum_loaded, sum_settled) = self.cpu.unwrap_or_default();
@@ -430,22 +442,34 @@ impl Measured {
     }
 }
 
-/// Waits until the process has handed on what it had to.
-async fn at_rest(pid: u32) -> Result<()> {
-    rested(&|| process::usage(pid)).await
+/// Waits until the service has handed on and judged what it had to.
+async fn at_rest(site: &Site) -> Result<()> {
+    rested(&|| process::usage(site.pid()), Some(site)).await
 }
 
-async fn rested(usage: &impl Fn() -> Result<process::Usage>) -> Result<()> {
+async fn rested(usage: &impl Fn() -> Result<process::Usage>, judge: Option<&Site>) -> Result<()> {
+    let windows = judge.map_or(1, |_| REST_WINDOWS);
     let rest = async {
-        loop {
+        let mut quiet = 0;
+        while quiet < windows {
             let before = usage()?;
             tokio::time::sleep(REST_WINDOW).await;
             let used = usage()?.since(&before).cpu();
-            if used.as_secs_f64() < REST_WINDOW.as_secs_f64() * REST {
-                return anyhow::Ok(());
-            }
+            let busy = used.as_secs_f64() >= REST_WINDOW.as_secs_f64() * REST;
+            let waits = match judge {
+                Some(site) => waits(site).await?,
+                None => false,
+            };
+            quiet = if busy || waits { 0 } else { quiet + 1 };
         }
+        anyhow::Ok(())
     };
     let rested = tokio::time::timeout(REST_PATIENCE, rest).await;
     rested.with_context(|| format!("a server is not at rest after {REST_PATIENCE:?}"))?
+}
+
+/// Whether hits wait to be shipped or judged.
+async fn waits(site: &Site) -> Result<bool> {
+    let waiting = site.gauge(PENDING).await? + site.gauge(WAITING).await?;
+    Ok(waiting > 0.0)
 }

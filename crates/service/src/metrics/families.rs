@@ -221,6 +221,11 @@ pub(super) const ENGAGEMENT_LAG_SECONDS: Family = family(
     "Age of the oldest event that the judgement of hits has not read yet, on the node that does it",
     &[],
 );
+pub(super) const ENGAGEMENT_WAITING: Family = family(
+    "hikyaku_engagement_waiting_hits",
+    "Hits that wait for company before they are judged, on the node that does it",
+    &[],
+);
 pub(super) const ENGAGEMENT_RECLASSIFIED: Family = family(
     "hikyaku_engagement_reclassified_total",
     "Verdicts that were revised, by what they are now",

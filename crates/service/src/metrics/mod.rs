@@ -94,6 +94,8 @@ pub struct Metrics {
     pub engagement: Resolved2<HitKind, Actor, IntCounter>,
     /// `hikyaku_engagement_lag_seconds`
     pub engagement_lag_seconds: Gauge,
+    /// `hikyaku_engagement_waiting_hits`
+    pub engagement_waiting: Gauge,
     /// `hikyaku_engagement_reclassified_total[kind,actor]`
     pub engagement_reclassified: Resolved2<HitKind, Actor, IntCounter>,
     /// `hikyaku_webhook_deliveries_total[result]`: attempts, each with up to 500 events.
@@ -151,6 +153,7 @@ impl Metrics {
             tracker_certificates: r.counters(&families::TRACKER_CERTIFICATES),
             engagement: Resolved2::of(&r.counters(&families::ENGAGEMENT)),
             engagement_lag_seconds: r.gauge(&families::ENGAGEMENT_LAG_SECONDS),
+            engagement_waiting: r.gauge(&families::ENGAGEMENT_WAITING),
             engagement_reclassified: Resolved2::of(&r.counters(&families::ENGAGEMENT_RECLASSIFIED)),
             webhook_deliveries: Resolved::of(&r.counters(&families::WEBHOOK_DELIVERIES)),
             webhook_lag_seconds: r.gauge(&families::WEBHOOK_LAG_SECONDS),

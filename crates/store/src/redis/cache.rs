@@ -14,8 +14,10 @@ use model::{BatchId, LotNumber, Place};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Lots kept decoded: 128,000 rows, some 30 MB.
-const LOTS: usize = 256;
+/// Rows of lots kept decoded: some 30 MB.
+const ROWS: usize = 128_000;
+/// What a lot weighs beside its rows, in rows.
+const LOT: usize = 4;
 const HEADS: usize = 256;
 /// Pieces of index maps: 1.5 MB.
 const MAPS: usize = 256;
@@ -41,7 +43,7 @@ pub(super) struct Cache {
 impl Cache {
     pub(super) fn new() -> Self {
         Self {
-            lots: Recent::new(LOTS),
+            lots: Recent::new(ROWS),
             heads: Recent::new(HEADS),
             maps: Recent::new(MAPS),
         }
@@ -61,7 +63,8 @@ impl Cache {
     pub(super) fn keep_lot(&self, key: LotKey, lot: Arc<Lot>) {
         let mut lots = self.lots.lock().unwrap_or_else(PoisonError::into_inner);
         if lots.find(&key).is_none() {
-            lots.keep(key, lot);
+            let weight = LOT + lot.rows.len();
+            lots.keep(key, lot, weight);
         }
     }
 }
@@ -105,7 +108,7 @@ impl Inner {
             .heads
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        heads.keep(batch, Arc::clone(&head));
+        heads.keep(batch, Arc::clone(&head), 1);
         Ok(Some(head))
     }
 
@@ -153,7 +156,7 @@ impl Inner {
             .maps
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        maps.keep(key, Arc::clone(&bytes));
+        maps.keep(key, Arc::clone(&bytes), 1);
         Ok(Some(bytes))
     }
 

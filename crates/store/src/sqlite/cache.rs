@@ -10,8 +10,10 @@ use rusqlite::{Connection, OptionalExtension as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Lots kept decoded: 64,000 rows, some 15 MB.
-const LOTS: usize = 128;
+/// Rows of lots kept decoded: some 15 MB.
+const ROWS: usize = 64_000;
+/// What a lot weighs beside its rows, in rows.
+const LOT: usize = 4;
 const HEADS: usize = 256;
 
 /// A lot as it was staged.
@@ -34,7 +36,7 @@ impl Cache {
     pub(super) fn new() -> Self {
         Self {
             unreadable: AtomicU64::new(0),
-            lots: Recent::new(LOTS),
+            lots: Recent::new(ROWS),
             heads: Recent::new(HEADS),
         }
     }
@@ -71,7 +73,7 @@ impl Cache {
         self.lots
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .keep(id, lot.clone());
+            .keep(id, lot.clone(), LOT + lot.rows.len());
         Ok(Some(lot))
     }
 
@@ -106,7 +108,7 @@ impl Cache {
         self.heads
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .keep(no, head.clone());
+            .keep(no, head.clone(), 1);
         Ok(head)
     }
 }

@@ -136,14 +136,17 @@ fn gather<'a, T>(
         origins: HashMap::new(),
     };
     let mut told = Vec::new();
+    let mut step = None;
     while let Some(block) = blocks.next()? {
         let id: i64 = block.get(0)?;
         let recorded_at = ids::time(block.get(1)?);
         let packed: Vec<u8> = block.get(2)?;
         let stored: EventBlock = form::unpack(version::EVENTS, &packed)?;
-        // A log is of one step, and so is a block.
-        telling.logs.clear();
-        telling.brief.clear();
+        // A log is of one step, which has a time and may have several blocks.
+        if step.replace(recorded_at) != Some(recorded_at) {
+            telling.logs.clear();
+            telling.brief.clear();
+        }
         for (seq, event) in (id << ORDINAL_BITS..).zip(&stored.events) {
             if seq <= after {
                 continue;

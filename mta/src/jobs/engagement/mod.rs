@@ -224,6 +224,10 @@ impl<'a> Worker<'a> {
                 }
                 held.holds()?;
             }
+            self.of
+                .metrics
+                .engagement_waiting
+                .set(self.hits.len() as f64);
             if caught_up || held.keep().await?.is_none() {
                 return Ok(());
             }
