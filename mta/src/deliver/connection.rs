@@ -638,7 +638,7 @@ impl Connection<'_> {
         let delivered = matches!(finding, Finding::Delivered(_));
         let may_have_come = delivered || matches!(finding, Finding::Ambiguous(_));
         if may_have_come && job.item.ambiguous_before {
-            self.deliver.recorder.maybe_duplicate();
+            self.deliver.recorder.maybe_duplicate(job.item.message());
         }
         let heard = heard(&finding, self.deliver.clock.instant(), took);
         let mut attempt = decide(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use journal::{AppendError, Journal, RecordKind, WriteError};
 use model::{Attempt, AttemptResult, Fact, MessageId, Place, Seq, Status, Timestamp};
 use serde::{Deserialize, Serialize};
-use service::metrics::{DuplicateCause, Metrics};
+use service::metrics::{DuplicateCause, Label as _, Metrics};
 use tokio_util::sync::CancellationToken;
 
 use crate::queue::job::Item;
@@ -89,7 +89,7 @@ impl Recorder {
         };
         // Lost, it only makes a later start more careful.
         if let Err(error) = self.journal.append(RecordKind::Start, &record.to_bytes()) {
-            tracing::debug!(%error, message = %item.message(), "start not taken back");
+            tracing::debug!(%error, message_id = %item.message(), "start not taken back");
         }
     }
 
@@ -104,8 +104,10 @@ impl Recorder {
     }
 
     /// A message of which a former copy may have arrived was delivered, or may have been.
-    pub fn maybe_duplicate(&self) {
-        self.metrics.duplicates.at(DuplicateCause::ReplyLost).inc();
+    pub fn maybe_duplicate(&self, message: MessageId) {
+        let cause = DuplicateCause::ReplyLost;
+        tracing::warn!(message_id = %message, cause = cause.text(), "may be delivered twice: a former copy may have arrived");
+        self.metrics.duplicates.at(cause).inc();
     }
 
     /// Whether the journal has room for what a transaction leaves.
@@ -135,7 +137,7 @@ impl Recorder {
                 .observe(attempt.at.since(released_at).as_secs_f64());
         }
         tracing::debug!(
-            message = %attempt.message, batch = %attempt.message.batch, attempt = attempt.number, outcome = outcome.as_str(), class,
+            message_id = %attempt.message, batch = %attempt.message.batch, attempt = attempt.number, outcome = outcome.as_str(), class,
             destination = %detail.destination, host = %detail.host, reply = %detail.reply, "attempt"
         );
     }

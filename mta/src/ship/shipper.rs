@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use journal::{Journal, RecordKind};
 use model::{Attempt, BatchId, Fact, MessageId, Place, Seq};
 use service::clock::SharedClock;
-use service::metrics::{DuplicateCause, Metrics};
+use service::metrics::{DuplicateCause, Label as _, Metrics};
 use service::tasks::{Shutdown, Stage, blocking};
 use store::{LeasedRange, RangeRef, Release, Shipment, Shipped, Store, StoreError};
 use tokio::sync::mpsc;
@@ -481,7 +481,7 @@ impl Shipper {
         }
         let cause = self.cause_of_repeat();
         for message in &shipped.duplicates {
-            tracing::warn!(%message, "delivered twice: a former holder's outcome came late");
+            tracing::warn!(message_id = %message, cause = cause.text(), "delivered twice: a former holder's outcome came late");
             self.deps.metrics.duplicates.at(cause).inc();
         }
         if shipped.unknown > 0 {

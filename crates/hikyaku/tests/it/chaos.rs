@@ -86,6 +86,13 @@ async fn metrics(node: &Service) -> Result<String> {
     Ok(node.client.get("/metrics").await?.ok()?.text())
 }
 
+/// The second copies of which the nodes of a site said why: one line of log each.
+fn second_copies_told(site: &Site) -> Vec<String> {
+    let log = std::fs::read_to_string(site.dir.path().join("log")).unwrap_or_default();
+    let told = |line: &&str| line.contains("delivered twice") && line.contains("\"cause\"");
+    log.lines().filter(told).map(str::to_owned).collect()
+}
+
 /// Ends the server that is the primary, once its replica has everything; starts it again as a
 /// replica of the other, which takes over.
 async fn kill_primary(servers: &mut RedisSentinels) -> Result<()> {
@@ -177,8 +184,21 @@ async fn nodes_and_primaries_die_and_the_books_balance() -> Result<()> {
     for node in nodes.iter().flatten() {
         counted += sum_of(&metrics(node).await?, "hikyaku_duplicates_total");
     }
+    // What a node counted goes with it; its log says it of each message, with the cause.
+    let told: Vec<String> = sites.iter().flat_map(second_copies_told).collect();
+    for (recipient, copies) in sink.several() {
+        // People are numbered in order of index.
+        let number = recipient.trim_start_matches("user").split('@').next();
+        let name = format!("\"{id}.{}\"", number.context("a number")?);
+        let of = told.iter().filter(|line| line.contains(&name)).count();
+        ensure!(
+            u64::try_from(of)? + 1 >= copies,
+            "{copies} copies to {recipient}, {of} told with their cause"
+        );
+    }
+    let told = told.len();
     println!(
-        "{second} second copies, {allowed} allowed, {counted} counted, {kills} kills, {failovers} failovers"
+        "{second} second copies, {allowed} allowed, {counted} counted, {told} told, {kills} kills, {failovers} failovers"
     );
     ensure!(failovers == 2 && kills >= 3, "too little happened");
     ensure!(

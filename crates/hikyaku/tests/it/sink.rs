@@ -18,7 +18,17 @@ impl Sink {
 
     /// Keeps the messages themselves.
     pub(crate) async fn keeping_messages() -> Result<Self> {
-        Ok(Self(SmtpPeer::start(Temper::accepting()).await?))
+        Self::keeping_messages_of(Temper::accepting()).await
+    }
+
+    /// With a temper of its own, and keeps the messages themselves.
+    pub(crate) async fn keeping_messages_of(temper: Temper) -> Result<Self> {
+        Ok(Self(SmtpPeer::start(temper).await?))
+    }
+
+    /// From now on it is in another temper.
+    pub(crate) fn set_temper(&self, temper: Temper) {
+        self.0.set_temper(temper);
     }
 
     /// The messages kept, in order.
@@ -68,10 +78,16 @@ impl Sink {
 
     /// Nobody is missing, and nobody got a second copy.
     pub(crate) fn assert_one_copy_each(&self, recipients: usize) {
-        let copies = self.0.copies();
-        let several: Vec<_> = copies.iter().filter(|(_, of)| of.count > 1).collect();
+        let several = self.several();
         assert!(several.is_empty(), "second copies: {several:?}");
-        assert_eq!(copies.len(), recipients, "people who got a copy");
+        assert_eq!(self.distinct(), recipients, "people who got a copy");
+    }
+
+    /// Who got how many copies, of those who got more than one.
+    pub(crate) fn several(&self) -> Vec<(String, u64)> {
+        let copies = self.0.copies().into_iter();
+        let several = copies.map(|(recipient, of)| (recipient, of.count));
+        several.filter(|(_, count)| *count > 1).collect()
     }
 
     /// Every copy that a recipient got has the same bytes, and so the same Message-ID.
