@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, bail};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, USER_AGENT};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::client::legacy::Client as Http;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -71,6 +71,8 @@ impl Answer {
 pub struct Client {
     base: String,
     key: Option<String>,
+    /// What it calls itself; none: nothing.
+    agent: Option<&'static str>,
     http: Http<HttpConnector, Full<Bytes>>,
 }
 
@@ -81,7 +83,17 @@ impl Client {
         Self {
             base,
             key,
+            agent: None,
             http: Http::builder(TokioExecutor::new()).build_http(),
+        }
+    }
+
+    /// The same, calling itself so.
+    #[must_use]
+    pub fn named(&self, agent: &'static str) -> Self {
+        Self {
+            agent: Some(agent),
+            ..self.clone()
         }
     }
 
@@ -197,6 +209,9 @@ impl Client {
         let mut request = request.method(method).uri(&url);
         if let Some(content_type) = content_type {
             request = request.header(CONTENT_TYPE, content_type);
+        }
+        if let Some(agent) = self.agent {
+            request = request.header(USER_AGENT, agent);
         }
         if let (Some(key), false) = (&self.key, whole) {
             request = request.header(AUTHORIZATION, format!("Bearer {key}"));

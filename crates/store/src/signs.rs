@@ -202,41 +202,47 @@ impl OfHit {
     }
 }
 
+impl<D, M> Told<D, M> {
+    /// As a sign of what `what` makes of the rest: data, variant and metadata.
+    fn sign(
+        self,
+        what: impl FnOnce(D, Option<Box<str>>, M) -> Option<Happened>,
+    ) -> Option<MailSign> {
+        Some(MailSign {
+            event_id: self.id,
+            at: self.occurred_at,
+            recorded_at: self.recorded_at,
+            account: self.account,
+            campaign: self.campaign,
+            message: self.message_id,
+            email: self.recipient.email,
+            prospect_id: self.recipient.prospect_id,
+            what: what(self.data, self.variant, self.metadata)?,
+        })
+    }
+}
+
 fn delivery(json: &[u8]) -> serde_json::Result<Option<MailSign>> {
     let told: Told<OfDelivery, IgnoredAny> = serde_json::from_slice(json)?;
-    Ok(Some(MailSign {
-        event_id: told.id,
-        at: told.occurred_at,
-        recorded_at: told.recorded_at,
-        account: told.account,
-        campaign: told.campaign,
-        message: told.message_id,
-        email: told.recipient.email,
-        prospect_id: told.recipient.prospect_id,
-        what: Happened::Delivered {
-            dot_at: told.data.dot_at,
-        },
+    Ok(told.sign(|data, _, _| {
+        Some(Happened::Delivered {
+            dot_at: data.dot_at,
+        })
     }))
 }
 
 fn hit(json: &[u8], kind: HitKind) -> serde_json::Result<Option<MailSign>> {
     let told: Told<OfHit, Value> = serde_json::from_slice(json)?;
-    let named = told.data.named(kind, told.message_id, told.occurred_at);
-    Ok(named.map(|(id, hit)| MailSign {
-        event_id: told.id,
-        at: told.occurred_at,
-        recorded_at: told.recorded_at,
-        account: told.account,
-        campaign: told.campaign,
-        message: told.message_id,
-        email: told.recipient.email,
-        prospect_id: told.recipient.prospect_id,
-        what: Happened::Hit(Box::new(HitSign {
+    let (message, at) = (told.message_id, told.occurred_at);
+    Ok(told.sign(|data, variant, metadata| {
+        let (id, hit) = data.named(kind, message, at)?;
+        let sign = HitSign {
             id,
             hit,
-            variant: told.variant,
-            metadata: told.metadata,
-        })),
+            variant,
+            metadata,
+        };
+        Some(Happened::Hit(Box::new(sign)))
     }))
 }
 

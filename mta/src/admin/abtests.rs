@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::Json;
 use axum::extract::State;
 use bytes::Bytes;
-use engagement::abtest::{Breach, Fallback, Metric, Mode, Record};
+use engagement::abtest::{Breach, Decision, Fallback, Metric, Mode, Record};
 use model::units::format_duration;
 use model::{BatchId, BatchState, Timestamp};
 use serde::Serialize;
@@ -27,6 +27,8 @@ use crate::intake::fields::{Mistakes, string};
 use crate::intake::variants::Promise;
 use axum::extract::rejection::BytesRejection;
 
+/// What the decision `none` means.
+const NOTHING_TO_DECIDE_ON: &str = "there was nothing to decide on (nobody did it, the best are equal, or fewer than two variants were delivered): the first variant was sent";
 /// For how long a look at a running test is shown again.
 const FRESH: Duration = Duration::from_secs(2);
 /// Looks that are kept.
@@ -90,7 +92,11 @@ impl TestView {
         let promise = Promise::of(Some(&plan.test), plan.names.len(), batch.counters.accepted);
         let undecided = promise.as_ref().filter(|_| decided.is_none());
         let small = undecided.and_then(Promise::warning);
-        let warnings = small.into_iter().chain(record.warnings).collect();
+        let undone = decided
+            .as_ref()
+            .filter(|of| of.decision == Decision::None.as_str());
+        let undone = undone.map(|_| NOTHING_TO_DECIDE_ON.to_owned());
+        let warnings = undone.into_iter().chain(small).chain(record.warnings);
         let inputs = record.inputs.variants.iter().enumerate();
         let variants = inputs.map(|(place, of)| VariantView {
             name: of.name.clone(),
@@ -113,7 +119,7 @@ impl TestView {
             age: format_duration(Duration::from_millis(record.inputs.age_ms)),
             machine_share: record.machine_share,
             sample_ratio: record.sample_ratio,
-            warnings,
+            warnings: warnings.collect(),
             plan: promise,
             decide_at: plan.decide_at(batch, round, now),
             rounds: kept.rounds,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use aws_lc_rs::rand;
 use content::{Content, ContentError, ContentSpec, LinkReport, Mailbox, TrackingSpec};
 use engagement::abtest::{Metric, Mode};
-use model::{BatchId, Timestamp, TrackingMode};
+use model::{BatchId, Domain, Timestamp, TrackingMode};
 use serde_json::Value;
 use service::config::{Account, DkimPolicy, Pool};
 use store::{BatchHead, Variants};
@@ -152,13 +152,26 @@ fn account<'a>(
     };
     let allowed = account.from_domains.as_deref();
     if !head::domain_is_allowed(&request.from.email, allowed) {
-        let detail = format!(
-            "the account does not send from {}",
-            request.from.email.domain()
-        );
-        return Err(Refusal::at(Code::ForbiddenFrom, "/from/email", detail));
+        return Err(foreign(&request.from, allowed, "/from/email"));
     }
     Ok(account)
+}
+
+/// The refusal of a sender that is not of the account.
+fn foreign(from: &Mailbox, allowed: Option<&[Domain]>, path: &str) -> Refusal {
+    /// Names told.
+    const SOME: usize = 5;
+    let own = allowed.unwrap_or_default().iter().map(Domain::as_str);
+    let mut own: Vec<&str> = own.take(SOME + 1).collect();
+    if own.len() > SOME {
+        own[SOME] = "…";
+    }
+    let detail = format!(
+        "the account does not send from {}, but from {}",
+        from.email.domain(),
+        own.join(", ")
+    );
+    Refusal::at(Code::ForbiddenFrom, path, detail)
 }
 
 /// The pool of the batch has to be one of the configuration's.
@@ -356,9 +369,7 @@ fn sign(
         let Some(from) = &variant.from else { continue };
         let path = format!("/variants/{place}/from/email");
         if !head::domain_is_allowed(&from.email, allowed) {
-            let domain = from.email.domain();
-            let detail = format!("the account does not send from {domain}");
-            return Err(Refusal::at(Code::ForbiddenFrom, &path, detail));
+            return Err(foreign(from, allowed, &path));
         }
         let (own, more) = signing(from, account, dir, &path)?;
         variant.dkim_selectors = own;

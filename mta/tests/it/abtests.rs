@@ -336,6 +336,10 @@ async fn a_pause_stops_the_clock_and_a_cancel_the_rest() {
         (&json!("none"), &json!("A"))
     );
     assert!(
+        warnings_of(&decided)[0].contains("nothing to decide on"),
+        "{decided}"
+    );
+    assert!(
         decided["at"].as_str() >= decided["decide_at"].as_str(),
         "{decided}"
     );

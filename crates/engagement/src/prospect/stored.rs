@@ -9,6 +9,7 @@
 use super::{Day, Entry, InCampaign, Prospect, Seen};
 use model::{MessageId, Timestamp, VisitorId};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -51,11 +52,11 @@ pub(super) fn write(person: &Prospect) -> Vec<u8> {
     });
     let visitors = visitors.collect();
     let stored = Stored {
-        email: &person.email,
+        email: Cow::Borrowed(&*person.email),
         last_human_at: person.last_human_at,
         last_delivered_at: person.last_delivered_at,
         delivery: person.delivery,
-        days: &person.days,
+        days: Cow::Borrowed(&person.days),
         texts: tables.texts,
         messages: tables
             .messages
@@ -78,7 +79,7 @@ pub(super) fn write(person: &Prospect) -> Vec<u8> {
 
 pub(super) fn read(bytes: &[u8]) -> Option<Prospect> {
     match bytes.split_first() {
-        Some((&FORM, rest)) => postcard::from_bytes::<Owned<'_>>(rest).ok()?.person(),
+        Some((&FORM, rest)) => postcard::from_bytes::<Stored<'_>>(rest).ok()?.person(),
         Some((&FORM_1, rest)) => Some(postcard::from_bytes::<Person1>(rest).ok()?.person()),
         Some(_) | None => None,
     }
@@ -117,31 +118,14 @@ fn place_of<T: PartialEq>(all: &mut Vec<T>, one: T) -> u16 {
     u16::try_from(place).unwrap_or(u16::MAX)
 }
 
-/// Form 2, with its tables.
-#[derive(Serialize)]
+/// Form 2, with its tables. What is borrowed when it is written is owned when it was read.
+#[derive(Serialize, Deserialize)]
 struct Stored<'a> {
-    email: &'a str,
+    email: Cow<'a, str>,
     last_human_at: Option<Timestamp>,
     last_delivered_at: Option<Timestamp>,
     delivery: Option<u8>,
-    days: &'a BTreeMap<u32, Day>,
-    texts: Vec<&'a str>,
-    messages: Vec<([u8; 16], u32)>,
-    browsers: Vec<[u8; 16]>,
-    visitors: Vec<(u16, [u8; 16], Timestamp)>,
-    campaigns: Vec<(u16, u8)>,
-    timeline: Vec<Happened>,
-    first_clicks: Vec<(u16, u16)>,
-}
-
-/// [`Stored`] as it is read.
-#[derive(Deserialize)]
-struct Owned<'a> {
-    email: Box<str>,
-    last_human_at: Option<Timestamp>,
-    last_delivered_at: Option<Timestamp>,
-    delivery: Option<u8>,
-    days: BTreeMap<u32, Day>,
+    days: Cow<'a, BTreeMap<u32, Day>>,
     #[serde(borrow)]
     texts: Vec<&'a str>,
     messages: Vec<([u8; 16], u32)>,
@@ -166,7 +150,7 @@ struct Happened {
     human: bool,
 }
 
-impl Owned<'_> {
+impl Stored<'_> {
     /// `None` when it names what is not in a table.
     fn person(self) -> Option<Prospect> {
         let texts: Vec<Arc<str>> = self.texts.into_iter().map(Arc::from).collect();
@@ -227,11 +211,11 @@ impl Owned<'_> {
         let first_clicks = self.first_clicks.into_iter();
         let first_clicks = first_clicks.map(|(id, by)| Some((message(id)?, browser(by)?)));
         Some(Prospect {
-            email: self.email,
+            email: self.email.into(),
             last_human_at: self.last_human_at,
             last_delivered_at: self.last_delivered_at,
             delivery: self.delivery,
-            days: self.days,
+            days: self.days.into_owned(),
             visitors: visitors.collect::<Option<_>>()?,
             campaigns: campaigns.collect::<Option<_>>()?,
             timeline,

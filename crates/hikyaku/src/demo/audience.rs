@@ -4,16 +4,28 @@
 //! Who does what is decided by the address, so that every run is the same.
 
 use crate::client::Client;
+use crate::demo::sandbox::Sandbox;
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use hyper::body::Bytes;
 use mail_parser::MessageParser;
 use std::collections::BTreeSet;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// How many people are busy at the same moment.
 const AT_ONCE: usize = 16;
+
+/// What people read their mail with.
+const BROWSERS: [&str; 4] = [
+    "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0",
+    "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/141.0.0.0 Safari/537.36",
+    "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.6 Safari/605.1.15",
+    "Mozilla/5.0 (Linux; Android 10; K) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/141.0.0.0 Mobile Safari/537.36",
+];
+/// How often people look whether more mail has come.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What the audience did, each counted when the tracker had answered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,6 +52,31 @@ impl Played {
 
 /// Plays everyone who got one of `mails` (recipient and message).
 pub(crate) async fn play(mails: Vec<(String, Bytes)>) -> Result<Played> {
+    let mut played = Played::default();
+    let mut people = people(mails);
+    while let Some(one) = people.join_next().await {
+        played.add(one??);
+    }
+    Ok(played)
+}
+
+/// Plays whoever gets mail from now on, for as long as it is polled. What is not like the newsletter
+/// (a pixel, links, a header to unsubscribe by) is not read to its end.
+pub(crate) async fn follow(sandbox: &Sandbox) {
+    let mut seen = Vec::new();
+    sandbox.new_mails(&mut seen);
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let mut people = people(sandbox.new_mails(&mut seen));
+        while let Some(one) = people.join_next().await {
+            if let Ok(Err(error)) = one {
+                tracing::debug!(%error, "somebody did not read on");
+            }
+        }
+    }
+}
+
+fn people(mails: Vec<(String, Bytes)>) -> JoinSet<Result<Played>> {
     let client = Client::new("", None);
     let room = std::sync::Arc::new(Semaphore::new(AT_ONCE));
     let mut people = JoinSet::new();
@@ -52,20 +89,18 @@ pub(crate) async fn play(mails: Vec<(String, Bytes)>) -> Result<Played> {
                 .with_context(|| format!("playing {address}"))
         });
     }
-    let mut played = Played::default();
-    while let Some(one) = people.join_next().await {
-        played.add(one??);
-    }
-    Ok(played)
+    people
 }
 
-/// A number below `of` that belongs to the address and the `salt`.
-fn lot(address: &str, salt: &str, of: u64) -> u64 {
-    model::partition_hash(salt, address) % of
+/// A number below `of` that belongs to the address (or the subject) and the `salt`.
+fn lot(name: &str, salt: &str, of: u64) -> u64 {
+    model::partition_hash(salt, name) % of
 }
 
 async fn person(client: &Client, address: &str, message: &[u8]) -> Result<Played> {
     let mail = Mail::read(message)?;
+    let browser = usize::try_from(lot(address, "browser", BROWSERS.len() as u64))?;
+    let client = &client.named(BROWSERS[browser]);
     let mut played = Played::default();
     if lot(address, "scanner", 100) < 4 {
         for link in &mail.links {
@@ -86,7 +121,9 @@ async fn person(client: &Client, address: &str, message: &[u8]) -> Result<Played
             played.opens += 1;
         }
         played.opened.insert(address.to_owned());
-        if lot(address, "clicks", 100) < 35 {
+        // Some subjects are liked better than others.
+        let liked = 20 + lot(&mail.subject, "subject", 31);
+        if lot(address, "clicks", 100) < liked {
             let link =
                 &mail.links[usize::try_from(lot(address, "which", mail.links.len() as u64))?];
             click(client, link).await?;
@@ -137,6 +174,7 @@ async fn unsubscribe(client: &Client, mail: &Mail) -> Result<()> {
 
 /// What a mail client sees of the newsletter.
 struct Mail {
+    subject: String,
     pixel: String,
     links: Vec<String>,
     unsubscribe: String,
@@ -163,6 +201,7 @@ impl Mail {
             .context("no pixel")?
             .replace("&amp;", "&");
         let mail = Self {
+            subject: message.subject().unwrap_or_default().to_owned(),
             pixel,
             links,
             unsubscribe: unsubscribe.split_whitespace().collect(),

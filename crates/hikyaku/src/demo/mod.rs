@@ -57,8 +57,24 @@ async fn play(arguments: &Args, terminal: &mut Terminal<'_>) -> Result<(), Failu
     introduce(&setup, api, running.tracker(), terminal)?;
     let agrees = arguments.no_traffic || traffic(&setup, &sandbox, api, terminal).await?;
     if !arguments.exit {
+        if !arguments.no_traffic {
+            writeln!(
+                terminal.out,
+                "\nWho gets more mail reads it, too, some subjects more than others: try an A/B test (docs/api.md),\nfrom news@{}, to the people of people.csv.",
+                setup::DOMAIN
+            )?;
+        }
         writeln!(terminal.out, "\nThe service stays up. Ctrl-C ends it.")?;
-        running.stopped().await?;
+        let reading = async {
+            match arguments.no_traffic {
+                true => std::future::pending().await,
+                false => audience::follow(&sandbox).await,
+            }
+        };
+        tokio::select! {
+            stopped = running.stopped() => stopped?,
+            () = reading => {}
+        }
     }
     running.drain().await?;
     if agrees { Ok(()) } else { Err(Failure::No) }

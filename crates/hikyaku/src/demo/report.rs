@@ -97,6 +97,11 @@ impl Report {
         );
         report.line("clicks", counter("clicked_total"), played.clicks);
         report.line(
+            "clicks known as people's",
+            counter("clicked_total_human"),
+            played.clicks,
+        );
+        report.line(
             "unsubscribed",
             counter("unsubscribed"),
             played.unsubscribed.len() as u64,
@@ -201,7 +206,7 @@ mod tests {
 
     fn counters(delivered: u64) -> Value {
         json!({"accepted": 2, "delivered": delivered, "bounce": 1, "failed": 0, "opened_unique": 0, "opened_total": 0,
-               "clicked_unique": 0, "clicked_total": 0, "unsubscribed": 0})
+               "clicked_unique": 0, "clicked_total": 0, "clicked_total_human": 0, "unsubscribed": 0})
     }
 
     fn received(copies: u64) -> Received {

@@ -122,7 +122,21 @@ impl Sandbox {
 
     /// Every message accepted, with its recipient.
     pub(crate) fn mails(&self) -> Vec<(String, Bytes)> {
-        let messages = self.peers.iter().flat_map(SmtpPeer::messages);
+        self.new_mails(&mut Vec::new())
+    }
+
+    /// Those that came since it was asked with `seen` before, which notes how many each server had.
+    pub(crate) fn new_mails(&self, seen: &mut Vec<u64>) -> Vec<(String, Bytes)> {
+        seen.resize(self.peers.len(), 0);
+        let messages = self.peers.iter().zip(seen).flat_map(|(peer, seen)| {
+            let before = usize::try_from(*seen).unwrap_or(usize::MAX);
+            if peer.counts().messages == *seen {
+                return Vec::new();
+            }
+            let new: Vec<_> = peer.messages().into_iter().skip(before).collect();
+            *seen += new.len() as u64;
+            new
+        });
         messages
             .flat_map(|message| {
                 message
