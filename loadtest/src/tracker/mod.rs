@@ -35,8 +35,8 @@ const MOST: u64 = 20_000_000;
 /// A process that uses less than this share of a CPU is at rest.
 const REST: f64 = 0.02;
 const REST_WINDOW: Duration = Duration::from_millis(500);
-/// Windows in a row in which a service that judges is at rest: it pauses for a second in between.
-const REST_WINDOWS: u32 = 4;
+/// That of a service that judges: it pauses for a second in between.
+const REST_WINDOW_OF_JUDGE: Duration = Duration::from_secs(2);
 /// For a backlog of hits to be handed on.
 const REST_PATIENCE: Duration = Duration::from_secs(300);
 /// Hits in the journal that are not in the store.
@@ -448,21 +448,20 @@ async fn at_rest(site: &Site) -> Result<()> {
 }
 
 async fn rested(usage: &impl Fn() -> Result<process::Usage>, judge: Option<&Site>) -> Result<()> {
-    let windows = judge.map_or(1, |_| REST_WINDOWS);
+    let window = judge.map_or(REST_WINDOW, |_| REST_WINDOW_OF_JUDGE);
     let rest = async {
-        let mut quiet = 0;
-        while quiet < windows {
+        loop {
             let before = usage()?;
-            tokio::time::sleep(REST_WINDOW).await;
+            tokio::time::sleep(window).await;
             let used = usage()?.since(&before).cpu();
-            let busy = used.as_secs_f64() >= REST_WINDOW.as_secs_f64() * REST;
             let waits = match judge {
                 Some(site) => waits(site).await?,
                 None => false,
             };
-            quiet = if busy || waits { 0 } else { quiet + 1 };
+            if !waits && used.as_secs_f64() < window.as_secs_f64() * REST {
+                return anyhow::Ok(());
+            }
         }
-        anyhow::Ok(())
     };
     let rested = tokio::time::timeout(REST_PATIENCE, rest).await;
     rested.with_context(|| format!("a server is not at rest after {REST_PATIENCE:?}"))?

@@ -25,10 +25,13 @@ pub(super) struct Turns {
     bulk: Class,
 }
 
+/// Those of one priority.
 #[derive(Debug, Default)]
 struct Class {
     /// The start tag of the latest turn.
     now: u64,
+    /// Domains at which batches wait: every destination is asked at each tick whether there are any.
+    waiting: usize,
     accounts: BTreeMap<Box<str>, Account>,
 }
 
@@ -91,6 +94,7 @@ impl Turns {
         }
         if batch.members.insert(domain.into()) {
             batch.domains.push_back(domain.into());
+            class.waiting += 1;
         }
     }
 
@@ -138,6 +142,8 @@ impl Turns {
             && batch.members.remove(domain)
         {
             batch.domains.retain(|other| **other != *domain);
+            let class = self.class(turn.priority);
+            class.waiting = class.waiting.saturating_sub(1);
         }
     }
 
@@ -202,6 +208,7 @@ impl Turns {
             class
                 .accounts
                 .retain(|_, account| !account.is_idle() || account.tag > now);
+            class.waiting = class.accounts.values().map(Account::waits).sum();
         }
     }
 
@@ -265,7 +272,7 @@ impl Turns {
 
 impl Class {
     fn is_idle(&self) -> bool {
-        self.accounts.values().all(Account::is_idle)
+        self.waiting == 0
     }
 
     /// Those that wait: their tags, account and batch.
@@ -285,6 +292,11 @@ impl Account {
 
     fn is_idle(&self) -> bool {
         self.batches.values().all(|batch| batch.domains.is_empty())
+    }
+
+    /// Domains at which its batches wait.
+    fn waits(&self) -> usize {
+        self.batches.values().map(|batch| batch.domains.len()).sum()
     }
 }
 
@@ -428,6 +440,27 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn nobody_waits_when_nobody_is_in_order(
+            steps in proptest::collection::vec((0_u8..4, 0_u8..3, 0_u8..3, any::<bool>()), 0..60),
+        ) {
+            let mut turns = Turns::default();
+            for (what, batch, domain, is_urgent) in steps {
+                let priority = if is_urgent { Priority::Transactional } else { Priority::Bulk };
+                let (batch, domain) = (id(batch), format!("{domain}.example"));
+                match what {
+                    0 | 1 => turns.add(priority, ("a", 1), batch, &domain),
+                    2 => {
+                        let turn = Turn { priority, account: "a".into(), batch };
+                        turns.remove(&turn, &domain);
+                    }
+                    _ => turns.retain(|other, name| other != batch || name != domain),
+                }
+                prop_assert_eq!(turns.is_empty(), turns.order().is_empty());
+                prop_assert_eq!(turns.has_urgent(), turns.order().iter().any(|turn| turn.priority == Priority::Transactional));
+            }
+        }
+
         /// With any weights, nobody who always waits is more than a few turns from the own share.
         #[test]
         fn shares_are_weights(weights in proptest::collection::vec(1_u32..20, 1..8), turns_taken in 100_usize..2_000) {

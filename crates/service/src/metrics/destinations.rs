@@ -14,6 +14,11 @@ pub const MOST_DESTINATIONS: usize = 100;
 const MOST_CANDIDATES: usize = 400;
 /// A candidate must be this many times busier, so that two of a size do not swap for ever.
 const CLEARLY_BUSIER: u64 = 4;
+/// Of so many uses of names without a label one is counted, for all of them: which is quietest takes a
+/// look at all, and each message asks for its label.
+const COUNTED: u64 = 8;
+/// 2^64 by the golden ratio: its multiples are spread evenly, in step with nobody's turns.
+const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
 const OTHER: &str = "other";
 
 /// A value of the label `destination`. Resolve it each time: an election may take it away.
@@ -37,6 +42,8 @@ impl Destination {
 pub struct Destinations {
     labelled: RwLock<HashMap<Arc<str>, AtomicU64>>,
     candidates: Mutex<HashMap<Box<str>, u64>>,
+    /// Uses of names without a label.
+    unlabelled: AtomicU64,
     other: Destination,
 }
 
@@ -45,6 +52,7 @@ impl Default for Destinations {
         Self {
             labelled: RwLock::default(),
             candidates: Mutex::default(),
+            unlabelled: AtomicU64::new(0),
             other: Destination(OTHER.into()),
         }
     }
@@ -93,12 +101,16 @@ impl Destinations {
     /// Counts with the space-saving algorithm: memory is bounded, and a name that is truly busy
     /// cannot be pushed out by any number of quiet ones.
     fn count_candidate(&self, name: &str) {
+        let nth = self.unlabelled.fetch_add(1, Ordering::Relaxed);
+        if nth.wrapping_mul(SPREAD) > u64::MAX / COUNTED {
+            return;
+        }
         let mut candidates = self
             .candidates
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(uses) = candidates.get_mut(name) {
-            *uses += 1;
+            *uses += COUNTED;
             return;
         }
         let mut inherited = 0;
@@ -109,7 +121,7 @@ impl Destinations {
                 inherited = uses;
             }
         }
-        candidates.insert(name.into(), inherited + 1);
+        candidates.insert(name.into(), inherited + COUNTED);
     }
 
     /// Gives labels to candidates that are clearly busier than the quietest labelled destinations,

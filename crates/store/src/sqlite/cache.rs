@@ -10,8 +10,8 @@ use rusqlite::{Connection, OptionalExtension as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Rows of lots kept decoded: some 15 MB.
-const ROWS: usize = 64_000;
+/// Rows of lots kept decoded: some 30 MB.
+const ROWS: usize = 128_000;
 /// What a lot weighs beside its rows, in rows.
 const LOT: usize = 4;
 const HEADS: usize = 256;
