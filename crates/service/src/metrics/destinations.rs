@@ -147,7 +147,7 @@ impl Destinations {
                 .map(|(label, uses)| (uses.load(Ordering::Relaxed), label.clone()))
                 .min();
             match quietest {
-                Some((least, label)) if uses > CLEARLY_BUSIER * least.max(1) => {
+                Some((least, label)) if uses > CLEARLY_BUSIER * least.max(COUNTED) => {
                     labelled.remove(&label);
                     labelled.insert(name.clone().into(), AtomicU64::new(uses));
                     candidates.remove(&name);
