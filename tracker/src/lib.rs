@@ -38,7 +38,7 @@ use links::KeyRing;
 use model::JournalId;
 use service::clock::SharedClock;
 use service::config::{Config, ReadFile};
-use service::metrics::Metrics;
+use service::metrics::{Metrics, Portion};
 use service::tasks::{Shutdown, Stage, Tasks};
 use ship::{Reported, Shipper};
 use std::io;
@@ -288,6 +288,7 @@ fn run(
         clock: deps.clock.clone(),
         metrics: deps.metrics.clone(),
         shutdown: deps.shutdown.clone(),
+        pending: Portion::of(&deps.metrics.journal_pending_records),
         reported: Reported::default(),
         store: deps.store.clone(),
     };

@@ -7,7 +7,7 @@
 use journal::{Journal, Pending, RecordKind};
 use model::{Fact, Seq};
 use service::clock::SharedClock;
-use service::metrics::{DroppedKind, Metrics};
+use service::metrics::{DroppedKind, Metrics, Portion};
 use service::tasks::{Hold, Shutdown, Stage};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,15 +32,15 @@ pub(crate) struct Shipper<S: ?Sized> {
     pub(crate) clock: SharedClock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) shutdown: Shutdown,
-    /// What the gauge and counters have of this journal so far; other journals of the process add
-    /// theirs.
+    /// What the gauge has of this journal; other journals of the process have theirs.
+    pub(crate) pending: Portion,
+    /// What the counters have of it.
     pub(crate) reported: Reported,
     pub(crate) store: Arc<S>,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Reported {
-    pending: i64,
     opens: u64,
     clicks: u64,
 }
@@ -281,12 +281,8 @@ impl<S: Store + ?Sized> Shipper<S> {
 
     /// Brings the gauge and the counters up to date.
     fn measure(&mut self) {
+        self.pending.set(self.journal.pending_records());
         let reported = &mut self.reported;
-        let pending = i64::try_from(self.journal.pending_records()).unwrap_or(i64::MAX);
-        self.metrics
-            .journal_pending_records
-            .add(pending - reported.pending);
-        reported.pending = pending;
         for (kind, label, before) in [
             (RecordKind::Open, DroppedKind::Open, &mut reported.opens),
             (RecordKind::Click, DroppedKind::Click, &mut reported.clicks),
@@ -324,10 +320,12 @@ mod tests {
             partitions: 1,
             role: Role::Tracker,
         };
+        let metrics = Arc::new(Metrics::new());
         let shipper = Shipper {
             journal,
             clock: Arc::new(Manual::at(Timestamp::from_millis(1))),
-            metrics: Arc::new(Metrics::new()),
+            pending: Portion::of(&metrics.journal_pending_records),
+            metrics,
             shutdown: Shutdown::new(),
             reported: Reported::default(),
             store: Arc::new(SqliteStore::open(options).await.expect("a store")),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use journal::{Journal, RecordKind};
 use model::{Attempt, BatchId, Fact, MessageId, Place, Seq};
 use service::clock::SharedClock;
-use service::metrics::{DuplicateCause, Label as _, Metrics};
+use service::metrics::{DuplicateCause, Label as _, Metrics, Portion};
 use service::tasks::{Shutdown, Stage, blocking};
 use store::{LeasedRange, RangeRef, Release, Shipment, Shipped, Store, StoreError};
 use tokio::sync::mpsc;
@@ -84,6 +84,8 @@ pub struct ShipDeps<S: ?Sized> {
 /// The task; see the module.
 pub struct Shipper {
     deps: ShipDeps<dyn Store>,
+    /// What the gauge has of this journal; that of hits has its own.
+    pending: Portion,
     ledger: Ledger,
     /// Everything through here is in the store.
     shipped: Seq,
@@ -124,6 +126,7 @@ impl Shipper {
         note_lost(&deps.journal, &deps.metrics, mark);
         deps.journal.resume(mark, deps.clock.instant());
         Self {
+            pending: Portion::of(&deps.metrics.journal_pending_records),
             deps,
             ledger: Ledger::default(),
             shipped: mark,
@@ -212,10 +215,7 @@ impl Shipper {
                 tokio::time::sleep(BACKOFF.1).await;
             }
             self.release_due().await;
-            self.deps
-                .metrics
-                .journal_pending_records
-                .set(i64::try_from(self.deps.journal.pending_records()).unwrap_or(i64::MAX));
+            self.pending.set(self.deps.journal.pending_records());
             let closing = self.deps.shutdown.clone().reached_close();
             tokio::select! {
                 biased;

@@ -7,6 +7,7 @@
 mod destinations;
 mod families;
 mod labels;
+mod portion;
 
 use std::collections::HashMap;
 
@@ -25,6 +26,7 @@ pub use labels::{
     QueueState, Resolved, Resolved2, SignatureAlgorithm, SignatureResult, SmtpStage,
     ThrottleReason, TlsHandshake, TlsResult, TrackerKind, TrackerResult, WebhookResult,
 };
+pub use portion::Portion;
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
