@@ -38,6 +38,8 @@ needs=(
   "chromium /usr/bin/chromium"
   "python3-yaml /usr/lib/python3/dist-packages/yaml/__init__.py"
 )
+# For the build of jemalloc; wherever this machine has it from.
+command -v make >/dev/null || needs+=("make /usr/bin/make")
 # Clients of registries, wherever this machine has them from.
 command -v node >/dev/null || needs+=("nodejs /usr/bin/node")
 command -v npm >/dev/null || needs+=("npm /usr/bin/npm")
