@@ -66,7 +66,7 @@ async fn a_backup_and_a_lost_nodes_journal_together_lose_nobody() -> Result<()> 
     assert_eq!(status.code(), Some(1), "{said}");
     service
         .client
-        .post(&format!("{path}/resume"), &json!({}))
+        .post(&format!("{HELD}/resume"), &json!({}))
         .await?
         .ok()?;
     service.completed(&flying).await?;
@@ -237,6 +237,74 @@ fn bounces_in(got: &[Delivery]) -> usize {
     ids.len()
 }
 
+/// The destination that is suspended.
+const HELD: &str = "/v1/destinations/held.example";
+
+/// Makes a webhook, stops mail to one person, sends a batch of which some bounce and some are to come
+/// again, and submits one to a destination that is suspended; these two.
+async fn filled(service: &Service, receiver: &HookReceiver) -> Result<(String, String)> {
+    let hook = json!({"url": receiver.url("/hook"), "types": ["email.bounced"]});
+    let made = service.client.post("/v1/webhooks", &hook).await?;
+    ensure!(made.status == 201, "{}", made.text());
+    let stopped = "/v1/suppressions/user3@held.example";
+    let (json, reason) = (Some("application/json"), br#"{"reason": "manual"}"#);
+    let put = hyper::Method::PUT;
+    let stop = service
+        .client
+        .call(put, stopped, json, reason.as_slice().into());
+    stop.await?.ok()?;
+    // Of sixty six do not exist, and six are told to come again.
+    let some = service.submit(&newsletter(60, 3)).await?;
+    until("everybody to have been tried", async || {
+        let of = &service.batch(&some).await?["counters"];
+        let (delivered, bounced) = (&of["delivered"], &of["bounce"]);
+        let all = *delivered == 48 && *bounced == 6 && of["temporary_error"] == 6;
+        all.then_some(Some(())).with_context(|| of.to_string())
+    })
+    .await?;
+    let hold = json!({"for": "1h", "reason": "a test"});
+    let suspend = format!("{HELD}/suspend");
+    service.client.post(&suspend, &hold).await?.ok()?;
+    let held = service.submit(&to_held(30)?).await?;
+    until("nobody else to be sent to", async || {
+        let of = &service.batch(&held).await?["counters"];
+        let all = of["queued"] == 29 && of["suppressed"] == 1;
+        all.then_some(Some(())).with_context(|| of.to_string())
+    })
+    .await?;
+    Ok((some, held))
+}
+
+/// Somebody clicks, and is known for it.
+async fn clicked(service: &Service, site: &Site, sink: &Sink) -> Result<()> {
+    let link = sink
+        .links(&site.tracker())
+        .into_iter()
+        .next()
+        .context("a link")?;
+    assert_eq!(Client::new("", None).get(&link).await?.status, 302);
+    let first = sink.messages().into_iter().next().context("a message")?;
+    let number: String = first.recipients.concat();
+    let number: String = number
+        .chars()
+        .take_while(|c| *c != '@')
+        .filter(char::is_ascii_digit)
+        .collect();
+    let person = format!("/v1/prospects/p-{number}");
+    until("the click at its person", async || {
+        let person: Value = service.client.get(&person).await?.ok()?.json()?;
+        let timeline = person["timeline"].as_array().context("a timeline")?;
+        let clicked = timeline
+            .iter()
+            .any(|entry| entry["type"] == "email.clicked");
+        clicked
+            .then_some(Some(()))
+            .with_context(|| person.to_string())
+    })
+    .await?;
+    Ok(())
+}
+
 /// A Redis that is outgrown: everything moves to a Cluster, is finished there, and moves to a file.
 #[tokio::test(flavor = "multi_thread")]
 async fn from_one_redis_to_a_cluster_and_back_to_a_file() -> Result<()> {
@@ -261,61 +329,8 @@ async fn from_one_redis_to_a_cluster_and_back_to_a_file() -> Result<()> {
     let service = one.up().await?;
     let receiver = HookReceiver::start().await?;
     receiver.mood(Mood::Refuse(500));
-    let hook = json!({"url": receiver.url("/hook"), "types": ["email.bounced"]});
-    let made = service.client.post("/v1/webhooks", &hook).await?;
-    ensure!(made.status == 201, "{}", made.text());
-    let stopped = "/v1/suppressions/user3@held.example";
-    let (json, reason) = (Some("application/json"), br#"{"reason": "manual"}"#);
-    let put = hyper::Method::PUT;
-    let stop = service
-        .client
-        .call(put, stopped, json, reason.as_slice().into());
-    stop.await?.ok()?;
-    // Of sixty six do not exist, and six are told to come again.
-    let some = service.submit(&newsletter(60, 3)).await?;
-    until("everybody to have been tried", async || {
-        let of = &service.batch(&some).await?["counters"];
-        let (delivered, bounced) = (&of["delivered"], &of["bounce"]);
-        let all = *delivered == 48 && *bounced == 6 && of["temporary_error"] == 6;
-        all.then_some(Some(())).with_context(|| of.to_string())
-    })
-    .await?;
-    let path = "/v1/destinations/held.example";
-    let hold = json!({"for": "1h", "reason": "a test"});
-    let suspend = format!("{path}/suspend");
-    service.client.post(&suspend, &hold).await?.ok()?;
-    let held = service.submit(&to_held(30)?).await?;
-    until("nobody else to be sent to", async || {
-        let of = &service.batch(&held).await?["counters"];
-        let all = of["queued"] == 29 && of["suppressed"] == 1;
-        all.then_some(Some(())).with_context(|| of.to_string())
-    })
-    .await?;
-    let link = sink
-        .links(&one.tracker())
-        .into_iter()
-        .next()
-        .context("a link")?;
-    assert_eq!(Client::new("", None).get(&link).await?.status, 302);
-    let first = sink.messages().into_iter().next().context("a message")?;
-    let number: String = first.recipients.concat();
-    let number: String = number
-        .chars()
-        .take_while(|c| *c != '@')
-        .filter(char::is_ascii_digit)
-        .collect();
-    let person = format!("/v1/prospects/p-{number}");
-    until("the click at its person", async || {
-        let person: Value = service.client.get(&person).await?.ok()?.json()?;
-        let timeline = person["timeline"].as_array().context("a timeline")?;
-        let clicked = timeline
-            .iter()
-            .any(|entry| entry["type"] == "email.clicked");
-        clicked
-            .then_some(Some(()))
-            .with_context(|| person.to_string())
-    })
-    .await?;
+    let (some, held) = filled(&service, &receiver).await?;
+    clicked(&service, &one, &sink).await?;
     let batches = [&*some, &*held];
     let was = reading(&service, &batches).await?;
     let copies = sink.copies();
@@ -339,11 +354,12 @@ async fn from_one_redis_to_a_cluster_and_back_to_a_file() -> Result<()> {
             .all(|count| count.parse().unwrap_or(0) == 0)
     };
     ensure!(!(0..4).any(nobody), "people in few partitions");
-    // A webhook that took nothing there is told all of it here. The rest is finished: those that were held, and those that were to come again.
+    // A webhook that took nothing there is told all of it here. The rest is finished: those that were
+    // held, and those that were to come again.
     receiver.mood(Mood::Take);
     sink.set_temper(unknown());
     for call in [
-        format!("{path}/resume"),
+        format!("{HELD}/resume"),
         format!("/v1/batches/{held}/resume"),
         format!("/v1/batches/{some}/resume"),
         format!("/v1/batches/{some}/retry"),
