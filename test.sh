@@ -23,6 +23,8 @@ step() { printf '\n== %s\n' "$*"; }
 # processes on loopback ports of their own; no system service is used or left running.
 needs=(
   "postfix /usr/sbin/postfix"
+  "libsasl2-modules /usr/share/doc/libsasl2-modules"
+  "sasl2-bin /usr/sbin/saslpasswd2"
   "opendkim /usr/sbin/opendkim"
   "python3-dkim /usr/lib/python3/dist-packages/dkim/__init__.py"
   "python3-nacl /usr/lib/python3/dist-packages/nacl/__init__.py"

@@ -8,7 +8,7 @@ use crate::scope::{LinkTable, Scope, Tracked};
 use crate::spec::{ContentError, ContentSpec, Mailbox, RecipientError, RenderContext, ReportPart};
 use crate::template::{FieldIndex, Glimpse, Templates};
 use crate::url::Rules;
-use crate::{dkim, header, mime};
+use crate::{NotEncodable, dkim, header, mime, seven_bit};
 use links::{Flags, Kind};
 use minijinja::Value;
 use model::{EmailAddress, MessageId, Row, Timestamp};
@@ -343,6 +343,20 @@ impl Message {
             keys,
             signed_at,
         )
+    }
+
+    /// The same in seven bits, for a server without 8BITMIME; not signed. What is composed here is so
+    /// from the start, but for a header with an address beyond ASCII.
+    ///
+    /// # Errors
+    /// When that would break it.
+    pub fn into_seven_bit(self) -> Result<Self, NotEncodable> {
+        let (headers, body) = seven_bit::encode(&self.headers, &self.body)?;
+        Ok(Self {
+            signatures: Vec::new(),
+            headers,
+            body,
+        })
     }
 
     /// Whether no byte of the header is above 127: otherwise it needs SMTPUTF8 (RFC 6531).

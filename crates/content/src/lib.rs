@@ -16,6 +16,7 @@ mod mime;
 mod raw;
 mod rewrite;
 mod scope;
+mod seven_bit;
 mod sink;
 mod spec;
 mod template;
@@ -24,6 +25,7 @@ mod url;
 pub use content::{Content, Message};
 pub use raw::from_of_raw;
 pub use rewrite::{LinkReport, SkippedLink};
+pub use seven_bit::NotEncodable;
 pub use spec::{
     Attachment, BaseUrlError, ContentError, ContentSpec, Mailbox, RecipientError, RenderContext,
     ReportPart, Tracker, TrackingSpec,

@@ -98,32 +98,46 @@ fn must_escape(byte: u8) -> bool {
 }
 
 fn quoted_printable(out: &mut Vec<u8>, text: &[u8]) {
+    quoted(out, text, false);
+}
+
+/// As [`quoted_printable`], for a part whose boundary somebody else chose: no line begins with `--`,
+/// so none that is broken can become a delimiter.
+pub(crate) fn quoted_printable_in_part(out: &mut Vec<u8>, text: &[u8]) {
+    quoted(out, text, true);
+}
+
+fn quoted(out: &mut Vec<u8>, text: &[u8], is_guarded: bool) {
     out.reserve(text.len() + text.len() / 8 + 16);
     let mut start = 0;
     for end in memmem::find_iter(text, b"\r\n") {
-        quoted_line(out, text.get(start..end).unwrap_or_default());
+        quoted_line(out, text.get(start..end).unwrap_or_default(), is_guarded);
         out.extend_from_slice(b"\r\n");
         start = end + 2;
     }
-    quoted_line(out, text.get(start..).unwrap_or_default());
+    quoted_line(out, text.get(start..).unwrap_or_default(), is_guarded);
 }
 
-fn quoted_line(out: &mut Vec<u8>, line: &[u8]) {
+fn quoted_line(out: &mut Vec<u8>, line: &[u8], is_guarded: bool) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     let mut column = 0;
     let last = line.len().wrapping_sub(1);
     let from = line.starts_with(b"From ");
     for (at, &byte) in line.iter().enumerate() {
-        let escape = must_escape(byte)
+        let mut escape = must_escape(byte)
             || matches!(byte, b'\r' | b'\n')
             || (at == last && matches!(byte, b' ' | b'\t'))
             || (at == 0 && from);
-        let width = if escape { 3 } else { 1 };
         // One column stays free for the `=` of a soft line break.
-        if column + width > ENCODED_LINE - 1 {
+        if column + if escape { 3 } else { 1 } > ENCODED_LINE - 1 {
             out.extend_from_slice(b"=\r\n");
             column = 0;
         }
+        escape |= is_guarded
+            && column == 0
+            && byte == b'-'
+            && line.get(at + 1).is_some_and(|b| *b == b'-');
+        let width = if escape { 3 } else { 1 };
         if escape {
             out.extend([
                 b'=',

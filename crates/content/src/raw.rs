@@ -83,11 +83,13 @@ impl Lines {
         }
         self.headers.extend_from_slice(line);
         self.headers.extend_from_slice(b"\r\n");
-        let text = String::from_utf8_lossy(line);
+        // RFC 6532: what is not ASCII is UTF-8, and SMTPUTF8 would say so of it.
+        let text = std::str::from_utf8(line);
+        let text = text.map_err(|_| "is a header and not UTF-8: encode it (RFC 2047)")?;
         if line.starts_with(b" ") || line.starts_with(b"\t") {
             let last = self.fields.last_mut();
             let (_, value) = last.ok_or("begins with a space, but is the first")?;
-            value.push_str(&text);
+            value.push_str(text);
             return Ok(());
         }
         let (name, value) = text.split_once(':').ok_or("is no header field")?;

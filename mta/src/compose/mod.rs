@@ -23,6 +23,15 @@ use smtp::{Body, Envelope};
 
 use crate::queue::job::Job;
 
+/// What the server takes that a message is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    /// The message as it is.
+    Eight,
+    /// Seven bits only: it offers no 8BITMIME (RFC 6152 §3).
+    Seven,
+}
+
 /// What the messages of one batch are made of.
 pub struct Prepared {
     context: RenderContext,
@@ -72,11 +81,17 @@ impl Composed {
 }
 
 impl Prepared {
-    /// Makes the message of a job. The same bytes whenever it is called.
+    /// Makes the message of a job: its reverse-path, its content, and whether that needs SMTPUTF8.
+    /// The same bytes whenever it is called with the same `bits`.
     ///
     /// # Errors
     /// The reason, for people: this recipient cannot get this content.
-    pub fn compose(&self, job: &Job, metrics: &Metrics) -> Result<(String, Body, bool), String> {
+    pub fn compose(
+        &self,
+        job: &Job,
+        bits: Bits,
+        metrics: &Metrics,
+    ) -> Result<(String, Body, bool), String> {
         // Variants are counted from 1; 0 has whoever is in a batch without them.
         let place = usize::from(job.item.variant.saturating_sub(1));
         let of = self.variants.get(place);
@@ -91,6 +106,10 @@ impl Prepared {
             .content
             .render(&job.item.row, context)
             .map_err(|error| error.to_string())?;
+        if bits == Bits::Seven {
+            let narrowed = message.into_seven_bit();
+            message = narrowed.map_err(|error| error.to_string())?;
+        }
         let signed = message.sign(&of.from_domain, &of.keys, context.released_at);
         for key in of.keys.iter() {
             let algorithm = match key.algorithm() {

@@ -14,7 +14,7 @@ use service::metrics::Metrics;
 use service::tasks::Tasks;
 use tokio::sync::{Notify, mpsc};
 
-use super::{Composed, Contents};
+use super::{Bits, Composed, Contents};
 use crate::queue::Event;
 use crate::queue::job::{Fate, Job, JobId, Returned};
 use model::Priority;
@@ -233,7 +233,8 @@ fn compose(job: Job, contents: &Contents, metrics: &Metrics) -> Result<Composed,
     let prepared = contents
         .get(job.item.batch.id)
         .ok_or(Fate::Returned(Returned::ContentGone))?;
-    let (reverse_path, body, smtp_utf8) = prepared.compose(&job, metrics).map_err(Fate::Unmade)?;
+    let made = prepared.compose(&job, Bits::Eight, metrics);
+    let (reverse_path, body, smtp_utf8) = made.map_err(Fate::Unmade)?;
     Ok(Composed {
         job,
         reverse_path,

@@ -6,9 +6,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::{Blame, Class, Priority, Seq, Timestamp};
-use service::clock::SharedClock;
 use service::config::Source;
 use service::metrics::{OpenConnection, SmtpStage, ThrottleReason};
+use service::tasks::blocking;
 use smtp::client::{BeginError, Event as Spoken, Interruption, Outcome};
 use smtp::{ClientSession, Reply, Stage, TxId};
 
@@ -18,9 +18,10 @@ use tokio::time::Sleep;
 use super::dial::Established;
 use super::io::Wire;
 use super::network::Pulse;
+use super::permit::{Held, Usual};
 use super::{Deliver, Plan};
 use crate::classify::{Action, Classification, Peer, Scope};
-use crate::compose::Composed;
+use crate::compose::{Bits, Composed};
 use crate::queue::control::Permission;
 use crate::queue::decide::{Finding, decide};
 use crate::queue::job::{Fate, Job, Returned, Trouble};
@@ -54,8 +55,12 @@ pub(super) struct Unfit {
 /// A message that was begun.
 struct Begun {
     id: TxId,
+    /// Until the reply to its MAIL.
+    permit: Option<Held>,
+    /// Its MAIL has been answered.
+    answered: bool,
     /// Its MAIL travels behind content whose reply is awaited.
-    behind: Option<Behind>,
+    is_behind: bool,
     job: Job,
     began: Instant,
     /// A start record is in the journal.
@@ -76,6 +81,7 @@ struct Connection<'a> {
     source: &'a str,
     security: Arc<Security>,
     pacer: SharedPacer,
+    usual: Usual,
     /// Composed, not begun.
     next: Option<Composed>,
     /// Behind it; bounded by the channel that they came by.
@@ -107,19 +113,6 @@ struct Deadline {
     progress: u64,
     since: Instant,
     at: Instant,
-}
-
-/// A permit in use by a MAIL that the peer reads when it is done with what is before it.
-struct Behind {
-    pacer: SharedPacer,
-    clock: SharedClock,
-}
-
-impl Drop for Behind {
-    fn drop(&mut self) {
-        let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
-        pacer.arrived(self.clock.instant());
-    }
 }
 
 /// Carries messages over a session until it ends.
@@ -178,6 +171,7 @@ fn connection<'a>(
         source: &source.name,
         security: Arc::new(established.security),
         pacer,
+        usual: Usual::new(established.connect, now),
         next: None,
         ahead: VecDeque::new(),
         claim: None,
@@ -239,6 +233,7 @@ impl Connection<'_> {
 
     /// Takes the session's events; the end of the connection when it is over.
     async fn hear(&mut self) -> Option<ConnEnd> {
+        self.note_answers();
         while let Some(spoken) = self.session.poll_event() {
             match spoken {
                 Spoken::BodyDue(id) => self.body_due(id).await,
@@ -259,10 +254,35 @@ impl Connection<'_> {
                     });
                 }
                 // Once, before this loop.
-                Spoken::Ready | Spoken::HandshakeDue => {}
+                Spoken::Ready | Spoken::HandshakeDue | Spoken::ChallengeDue => {}
             }
         }
         None
+    }
+
+    /// Tells the pacer of each MAIL that has been answered when it was read.
+    fn note_answers(&mut self) {
+        if self.begun.iter().all(|begun| begun.answered) {
+            return;
+        }
+        let now = self.deliver.clock.instant();
+        for begun in self.begun.iter_mut().filter(|begun| !begun.answered) {
+            if !self.session.is_mail_answered(begun.id) {
+                continue;
+            }
+            begun.answered = true;
+            // Behind content, it was read some time between.
+            let took = if begun.is_behind {
+                Duration::ZERO
+            } else {
+                let took = now.saturating_duration_since(begun.began);
+                self.usual.note(took, now);
+                self.usual.shortest()
+            };
+            if let Some(permit) = begun.permit.take() {
+                permit.answered(now, took);
+            }
+        }
     }
 
     // ---- beginning ----------------------------------------------------------------------
@@ -312,6 +332,10 @@ impl Connection<'_> {
         if self.quitting || self.next.is_none() || !self.session.can_begin() {
             return;
         }
+        self.narrow().await;
+        if self.next.is_none() {
+            return;
+        }
         if let Some(why) = self.stopped() {
             if let Some(composed) = self.next.take() {
                 self.report(&composed.job, Fate::Returned(why)).await;
@@ -319,16 +343,16 @@ impl Connection<'_> {
             return;
         }
         if let Some(why) = self.misfit() {
-            return self.turn_away(&why).await;
+            return self.turn_away(&why, why.to_string()).await;
         }
         if !self.is_alive().await || !self.session.can_begin() {
             return;
         }
         let now = self.deliver.clock.instant();
         match self.permit(now) {
-            Ok(behind) => {
+            Ok(permit) => {
                 if let Some(composed) = self.next.take() {
-                    self.begin(composed, behind, now).await;
+                    self.begin(composed, permit, now).await;
                 }
             }
             Err(at) => {
@@ -347,7 +371,7 @@ impl Connection<'_> {
 
     /// A permit of the destination, and one of the batch where it asked for a rate, for MAIL to
     /// leave now; both or none. Else when to ask again, or never mind when: with the next reply.
-    fn permit(&mut self, now: Instant) -> Result<Option<Behind>, Option<Instant>> {
+    fn permit(&mut self, now: Instant) -> Result<Option<Held>, Option<Instant>> {
         let urgent = self.next.as_ref().is_some_and(is_urgent);
         let pace = self.next.as_ref().and_then(|next| next.job.pace.as_ref());
         let mut pace = pace.map(|pace| pace.lock().unwrap_or_else(PoisonError::into_inner));
@@ -364,16 +388,10 @@ impl Connection<'_> {
         }
         let mut pacer = self.pacer.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = if self.begun.is_empty() {
-            let taken = match urgent {
-                true => pacer.take(now),
-                false => pacer.take_unclaimed(now),
-            };
-            taken.map(|()| None).map_err(Some)
-        } else if (urgent || !pacer.is_claimed()) && pacer.take_behind(now) {
-            let (pacer, clock) = (Arc::clone(&self.pacer), self.deliver.clock.clone());
-            Ok(Some(Behind { pacer, clock }))
+            let begun = pacer.begin(now, urgent, self.usual.shortest());
+            begun.map_err(Some)
         } else {
-            Err(None)
+            pacer.begin_behind(now, urgent).ok_or(None)
         };
         if let (Ok(_), Some(pace)) = (&taken, &mut pace) {
             pace.reserve(now);
@@ -383,7 +401,8 @@ impl Connection<'_> {
         if claims != self.claim.is_some() {
             self.claim = claims.then(|| Claim::on(&self.pacer));
         }
-        taken
+        let clock = &self.deliver.clock;
+        taken.map(|permit| Held::new(permit, &self.pacer, clock))
     }
 
     /// Whether a connection that was idle for a while is still there. Without a look, a whole
@@ -433,9 +452,40 @@ impl Connection<'_> {
         misfit.err()
     }
 
+    /// Makes the next message anew where this server takes only seven bits of its eight (RFC 6152
+    /// §3), and signs it anew.
+    async fn narrow(&mut self) {
+        if self.misfit() != Some(BeginError::EightBit) {
+            return;
+        }
+        let Some(mut composed) = self.next.take() else {
+            return;
+        };
+        let Some(prepared) = self.deliver.contents.get(composed.job.item.batch.id) else {
+            let gone = Fate::Returned(Returned::ContentGone);
+            return self.report(&composed.job, gone).await;
+        };
+        let (job, metrics) = (composed.job.clone(), Arc::clone(&self.deliver.metrics));
+        match blocking(move || prepared.compose(&job, Bits::Seven, &metrics)).await {
+            Ok(Ok((_, body, _))) => {
+                composed.body = body;
+                self.next = Some(composed);
+            }
+            Ok(Err(why)) => {
+                self.next = Some(composed);
+                let text = format!("{}, and {why}", BeginError::EightBit);
+                self.turn_away(&BeginError::EightBit, text).await;
+            }
+            Err(error) => {
+                let fate = Fate::Unmade(error.to_string());
+                self.report(&composed.job, fate).await;
+            }
+        }
+    }
+
     /// Takes the message to another host of the route if there is one that may do, once this
     /// session's work is done; or tells that it cannot be sent.
-    async fn turn_away(&mut self, why: &BeginError) {
+    async fn turn_away(&mut self, why: &BeginError, text: String) {
         let Some(composed) = self.next.take() else {
             return;
         };
@@ -443,11 +493,15 @@ impl Connection<'_> {
             why,
             BeginError::TooLarge { .. } | BeginError::EightBit | BeginError::SmtpUtf8
         );
+        let trouble = Trouble {
+            text,
+            ..unsendable(why, &self.host)
+        };
         if may_do_elsewhere && self.plan.route.hosts().len() > 1 {
-            self.unfit = Some((composed, unsendable(why, &self.host)));
+            self.unfit = Some((composed, trouble));
             self.quit();
         } else {
-            let finding = Finding::Unreachable(unsendable(why, &self.host));
+            let finding = Finding::Unreachable(trouble);
             self.record(&composed.job, finding, None, Duration::ZERO)
                 .await;
         }
@@ -466,7 +520,7 @@ impl Connection<'_> {
         (!self.deliver.recorder.has_room()).then_some(Returned::JournalFull)
     }
 
-    async fn begin(&mut self, mut composed: Composed, behind: Option<Behind>, now: Instant) {
+    async fn begin(&mut self, mut composed: Composed, permit: Option<Held>, now: Instant) {
         let id = TxId(composed.job.id.0);
         let body = std::mem::take(&mut composed.body);
         let recipient = [composed.job.item.row.email.as_str()];
@@ -477,7 +531,9 @@ impl Connection<'_> {
                 self.messages += 1;
                 self.begun.push(Begun {
                     id,
-                    behind,
+                    permit,
+                    answered: false,
+                    is_behind: !self.begun.is_empty(),
                     job,
                     began: now,
                     started: false,
@@ -573,10 +629,6 @@ impl Connection<'_> {
             return;
         };
         let begun = self.begun.swap_remove(at);
-        // The peer has read what is behind it by now.
-        self.begun
-            .iter_mut()
-            .for_each(|other| drop(other.behind.take()));
         let took = self.since(begun.began);
         let finding = match outcome {
             Outcome::Delivered(reply) => {

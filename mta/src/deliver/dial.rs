@@ -6,15 +6,16 @@ use std::time::{Duration, Instant};
 
 use model::{Blame, Class};
 use rustls::pki_types::ServerName;
-use service::config::{Smarthost, Source, TlsPolicy};
+use service::config::{Families, Source, TlsPolicy};
 use service::metrics::{SmtpStage, TlsHandshake, TlsResult};
+use service::tasks::blocking;
 use smtp::client::{Event as Spoken, Interruption, StartTls};
 use smtp::{ClientSession, SessionError, Stage};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::Deliver;
-use super::auth::auth;
+use super::auth::Relay;
 use super::connect::ConnectError;
 use super::io::{Stream, Wire};
 use super::secure::Terms;
@@ -36,6 +37,8 @@ const ADDRESSES_MAX: usize = 8;
 pub(super) struct Established {
     pub(super) wire: Wire,
     pub(super) session: ClientSession,
+    /// How long connecting took: a packet there and back, or longer.
+    pub(super) connect: Duration,
     /// Its name in the route.
     pub(super) name: Arc<str>,
     /// `mx1.x.example (192.0.2.1)`.
@@ -56,7 +59,7 @@ struct Target<'a> {
     terms: &'a Terms,
     route: &'a Route,
     /// Who we are to it, where it wants to know.
-    smarthost: Option<&'a Smarthost>,
+    relay: Option<&'a Relay>,
     /// Found by DNS, which may lead back to us.
     is_found: bool,
     /// For whoever reads along.
@@ -81,8 +84,8 @@ impl Target<'_> {
         } else {
             session
         };
-        match self.smarthost {
-            Some(smarthost) => session.with_auth(auth(smarthost)),
+        match self.relay {
+            Some(relay) => session.with_auth(relay.auth()),
             None => session,
         }
     }
@@ -143,12 +146,14 @@ impl Deliver {
         let hosts = self.hosts_in_order(route).into_iter();
         for host in hosts.filter(|host| !avoided.contains(&host.name)) {
             let started = self.clock.instant();
-            let smarthost = self.smarthost(&host, route);
-            let floor = smarthost.map_or(policy.limits.tls, |smarthost| smarthost.tls);
+            let relay = self.relay(&host, route);
+            let floor = relay.map_or(policy.limits.tls, |relay| relay.config.tls);
             let found = self.look_up(&host, route, floor).await;
             self.measure(SmtpStage::Dns, started);
             let (addresses, terms) = match found {
-                Ok((addresses, terms)) => (self.addresses_in_order(&host, &addresses), terms),
+                Ok((addresses, terms)) => {
+                    (self.addresses_in_order(&host, &addresses, policy), terms)
+                }
                 Err(trouble) => {
                     last = Some(DialError::Hosts(trouble));
                     continue;
@@ -168,7 +173,7 @@ impl Deliver {
                     source,
                     terms: &terms,
                     route,
-                    smarthost,
+                    relay,
                     is_found: !route.is_static(),
                     conn,
                     destination: &policy.destination,
@@ -193,7 +198,7 @@ impl Deliver {
                 }
             }
         }
-        Err(last.unwrap_or_else(|| DialError::NoWay(no_address(source))))
+        Err(last.unwrap_or_else(|| DialError::NoWay(no_address(source, self.families(policy)))))
     }
 
     /// Notes what went wrong with an address, and says what that means for the whole.
@@ -223,23 +228,34 @@ impl Deliver {
     }
 
     /// The relay at a static route that wants to know who we are.
-    fn smarthost(&self, host: &Host, route: &Route) -> Option<&Smarthost> {
-        let mut smarthosts = self.smarthosts.iter();
-        let fits = |known: &&Smarthost| {
-            known.port == host.port && known.host.eq_ignore_ascii_case(&host.name)
+    fn relay(&self, host: &Host, route: &Route) -> Option<&Relay> {
+        let mut relays = self.relays.iter();
+        let fits = |known: &&Relay| {
+            known.config.port == host.port && known.config.host.eq_ignore_ascii_case(&host.name)
         };
-        smarthosts.find(fits).filter(|_| route.is_static())
+        relays.find(fits).filter(|_| route.is_static())
     }
 
     /// Those that did not answer lately come last.
-    fn addresses_in_order(&self, host: &Host, addresses: &Addresses) -> Vec<IpAddr> {
-        let mut ordered = addresses.in_order(self.families, &mut fastrand::Rng::new());
+    fn addresses_in_order(
+        &self,
+        host: &Host,
+        addresses: &Addresses,
+        policy: &Policy,
+    ) -> Vec<IpAddr> {
+        let families = self.families(policy);
+        let mut ordered = addresses.in_order(families, &mut fastrand::Rng::new());
         let now = self.clock.instant();
         ordered.sort_by_key(|ip| {
             let at = SocketAddr::new(*ip, host.port);
             self.hosts.is_down(&at.to_string(), now)
         });
         ordered
+    }
+
+    /// The destination's own, else the node's.
+    fn families(&self, policy: &Policy) -> Families {
+        policy.limits.families.unwrap_or(self.families)
     }
 
     fn came_up(&self, target: &Target<'_>) {
@@ -335,10 +351,19 @@ impl Deliver {
         tap.dials();
         let stream = self.connect(target.source, target.address).await?;
         self.measure(SmtpStage::Connect, started);
+        let connected = self.clock.instant();
+        let connect = connected.saturating_duration_since(started);
         let mut wire = Wire::new(Stream::Plain(stream));
         wire.tap = Some(Box::new(tap));
         let mut session = target.session(starttls);
         let mut tls = None;
+        if target.relay.is_some_and(Relay::is_implicit) {
+            let encrypted = self.handshake(wire, target).await;
+            let (encrypted, label) = encrypted.map_err(SessionError::TlsFailed)?;
+            (wire, tls) = (encrypted, Some(label));
+            session = session.within_tls();
+            self.measure(SmtpStage::Tls, connected);
+        }
         let connected = self.clock.instant();
         let mut greeted = false;
         loop {
@@ -351,6 +376,7 @@ impl Deliver {
                     return Ok(Established {
                         wire,
                         session,
+                        connect,
                         name: Arc::clone(&target.host.name),
                         host: target.label(),
                         host_key: target.key().into(),
@@ -371,6 +397,9 @@ impl Deliver {
                         }
                         Err(why) => return Err(Failure::Session(SessionError::TlsFailed(why))),
                     }
+                }
+                Some(Spoken::ChallengeDue) => {
+                    session = answer_challenge(session).await?;
                 }
                 Some(Spoken::Closed(Some(error)))
                     if starttls == StartTls::Opportunistic && is_lost_at_starttls(&error) =>
@@ -540,6 +569,7 @@ impl Deliver {
             SessionError::AuthWithoutTls | SessionError::AuthNotOffered => {
                 (Class::AuthFailed, Blame::Us, None)
             }
+            SessionError::AuthUnproven => (Class::AuthFailed, Blame::Destination, None),
             SessionError::AuthRefused(reply) => (Class::AuthFailed, Blame::Us, Some(reply.clone())),
             SessionError::Disconnected { .. }
             | SessionError::TimedOut { .. }
@@ -560,6 +590,18 @@ impl Deliver {
             is_final: false,
         }
     }
+}
+
+/// Answers what AUTH asks for; that may take a second of CPU.
+async fn answer_challenge(mut session: ClientSession) -> Result<ClientSession, SessionError> {
+    let answered = blocking(move || {
+        session.answer_challenge();
+        session
+    });
+    answered.await.map_err(|_| SessionError::Io {
+        stage: Stage::Auth,
+        kind: std::io::ErrorKind::Other,
+    })
 }
 
 /// The connection broke between our STARTTLS and the handshake.
@@ -600,12 +642,17 @@ fn protocol(connection: &rustls::ClientConnection) -> String {
     format!("{version} {cipher}")
 }
 
-fn no_address(source: &Source) -> Trouble {
+fn no_address(source: &Source, families: Families) -> Trouble {
+    let kind = match families {
+        Families::PreferIpv4 | Families::PreferIpv6 => "address",
+        Families::Ipv4 => "IPv4 address",
+        Families::Ipv6 => "IPv6 address",
+    };
     Trouble {
         class: Class::ConnectFailure,
         blame: Blame::Destination,
         text: format!(
-            "no host has an address that source {} can reach",
+            "no host has an {kind} that source {} can reach",
             source.name
         ),
         reply: None,

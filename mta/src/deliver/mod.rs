@@ -11,7 +11,9 @@ mod dial;
 mod hosts;
 mod io;
 mod network;
+mod permit;
 mod proxy;
+mod scram;
 mod secure;
 mod tls;
 
@@ -30,7 +32,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::Rules;
-use crate::compose::Composed;
+use crate::compose::{Composed, Contents};
 use crate::explain::troubles::Troubles;
 use crate::queue::control::ControlView;
 use crate::queue::decide::{Finding, decide};
@@ -41,6 +43,7 @@ use crate::shaping::SharedPacer;
 use crate::ship::Recorder;
 use crate::tlspolicy::Policies;
 use crate::trace::Traces;
+use auth::Relay;
 use connection::{Served, Unfit};
 use dial::{DialError, Established};
 use hosts::HostMemory;
@@ -52,6 +55,7 @@ const QUIT: Duration = Duration::from_secs(5);
 pub struct Deliver {
     resolver: Arc<Resolver>,
     recorder: Arc<Recorder>,
+    contents: Arc<Contents>,
     rules: Arc<ArcSwap<Rules>>,
     view: Arc<ControlView>,
     clock: SharedClock,
@@ -62,7 +66,7 @@ pub struct Deliver {
     tls: Arc<TlsConfigs>,
     policies: Arc<Policies>,
     families: Families,
-    smarthosts: Vec<Smarthost>,
+    relays: Vec<Relay>,
     hosts: HostMemory,
     queue: mpsc::Sender<Event>,
     troubles: Arc<Troubles>,
@@ -76,6 +80,8 @@ pub struct DeliverDeps {
     pub resolver: Arc<Resolver>,
     /// Facts into the journal.
     pub recorder: Arc<Recorder>,
+    /// What messages are made of, for those that have to be made anew.
+    pub contents: Arc<Contents>,
     /// How replies are read.
     pub rules: Arc<ArcSwap<Rules>>,
     /// What must not be sent (any more).
@@ -131,6 +137,7 @@ impl Deliver {
         Self {
             resolver: deps.resolver,
             recorder: deps.recorder,
+            contents: deps.contents,
             rules: deps.rules,
             view: deps.view,
             clock: deps.clock,
@@ -138,7 +145,7 @@ impl Deliver {
             metrics: deps.metrics,
             timeouts: deps.timeouts,
             sources: deps.sources,
-            smarthosts: deps.smarthosts,
+            relays: deps.smarthosts.into_iter().map(Relay::new).collect(),
             tls: deps.tls,
             policies: deps.policies,
             families: deps.families,

@@ -2,6 +2,8 @@
 
 use crate::harness::{FROM_DOMAIN, Site, free_port, until};
 use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -41,7 +43,7 @@ impl Postfix {
             .tempdir()?;
         let port = free_port();
         let root = dir.path();
-        for folder in ["etc", "queue", "data", "mail"] {
+        for folder in ["etc", "etc/sasl", "queue", "data", "mail"] {
             std::fs::create_dir(root.join(folder))?;
         }
         // Postfix drops its rights: its users must reach the folder.
@@ -162,17 +164,23 @@ pub(crate) fn dkim_records(site: &Site) -> Result<Vec<(String, String)>> {
 
 #[tokio::test]
 async fn a_real_postfix_takes_a_batch_and_both_signatures_verify() -> Result<()> {
-    takes_a_batch("").await
+    takes_a_batch("", "8bit\r\n\r\nGrüße\r\n").await
 }
 
-/// DATA instead of BDAT, and content that needs no more than seven bits: the same batch, and
-/// signatures that hold.
+/// DATA instead of BDAT, and content that needs no more than seven bits, or is brought down to them:
+/// the same batch, and signatures that hold.
 #[tokio::test]
 async fn a_real_postfix_without_8bitmime_and_chunking_takes_the_same() -> Result<()> {
-    takes_a_batch("smtpd_discard_ehlo_keywords = 8bitmime, chunking\n").await
+    let encoded = "quoted-printable\r\n\r\nGr=C3=BC=C3=9Fe\r\n";
+    takes_a_batch(
+        "smtpd_discard_ehlo_keywords = 8bitmime, chunking\n",
+        encoded,
+    )
+    .await
 }
 
-async fn takes_a_batch(more: &str) -> Result<()> {
+/// `raw_end` is how a complete message with 8-bit bytes arrives.
+async fn takes_a_batch(more: &str, raw_end: &str) -> Result<()> {
     let postfix = Postfix::with(more, None).await?;
     let site = Site::new(&format!("127.0.0.1:{}", postfix.port))?;
     let service = site.up().await?;
@@ -197,9 +205,16 @@ async fn takes_a_batch(more: &str) -> Result<()> {
         .await?;
     let batch = service.completed(&id).await?;
     assert_eq!(batch["counters"]["delivered"], 25, "{batch}");
+    let raw = format!(
+        "From: news@{FROM_DOMAIN}\r\nTo: you@d0.example\r\nSubject: raw\r\nMIME-Version: 1.0\r\n\
+         Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\nGrüße\r\n"
+    );
+    let raw =
+        json!({"raw": STANDARD.encode(raw), "recipients": [{"email": "user-raw@d0.example"}]});
+    service.completed(&service.submit(&raw).await?).await?;
 
-    let messages = until("25 messages in the mailbox", async || {
-        Ok(Some(postfix.messages()?).filter(|m| m.len() == 25))
+    let messages = until("26 messages in the mailbox", async || {
+        Ok(Some(postfix.messages()?).filter(|m| m.len() == 26))
     })
     .await?;
     let records = dkim_records(&site)?;
@@ -207,12 +222,69 @@ async fn takes_a_batch(more: &str) -> Result<()> {
         let message = std::fs::read(path)?;
         let (envelope, message) = split_delivery_headers(&message)?;
         assert!(envelope.contains("Delivered-To: user"), "{envelope}");
-        assert!(message.is_ascii(), "{}", path.display());
+        if envelope.contains("Delivered-To: user-raw@") {
+            assert!(message.ends_with(raw_end.as_bytes()), "{}", path.display());
+        } else {
+            assert!(message.is_ascii(), "{}", path.display());
+        }
         verify_with_dkimpy(&message, &records).with_context(|| path.display().to_string())?;
     }
     verify_with_opendkim(&messages, &records)?;
     let status = service.terminate().await?;
     assert!(status.success(), "{status}");
+    Ok(())
+}
+
+/// The password never leaves, and Postfix with Cyrus proves that it knows it.
+#[tokio::test]
+async fn a_real_postfix_lets_us_in_by_scram() -> Result<()> {
+    let files = tempfile::Builder::new().prefix("hikyaku-sasl-").tempdir()?;
+    let root = files.path().to_owned();
+    let database = root.join("sasldb2");
+    let conf = format!(
+        "pwcheck_method: auxprop\nauxprop_plugin: sasldb\nsasldb_path: {}\nmech_list: SCRAM-SHA-256 PLAIN\n",
+        database.display()
+    );
+    std::fs::write(root.join("password"), "correct horse")?;
+    let make = "saslpasswd2 -p -c -f \"$1\" -u test.example brand < \"$2\" && chmod 755 \"$3\" && chmod 644 \"$1\"";
+    run(Command::new("sh").args(["-c", make, "sh"]).args([
+        &database,
+        &root.join("password"),
+        &root,
+    ]))?;
+    let more = "smtpd_sasl_auth_enable = yes\nsmtpd_sasl_local_domain = test.example\n\
+         smtpd_recipient_restrictions = permit_sasl_authenticated, reject\n";
+    let own = [("etc/sasl/smtpd.conf", conf.as_str())];
+    let postfix = Postfix::make(&own, more, Some(files)).await?;
+    let smarthost = format!(
+        "[[smtp.smarthosts]]\nhost = \"127.0.0.1\"\nport = {}\nusername = \"brand\"\npassword_file = {:?}\ntls = \"none\"\n",
+        postfix.port,
+        root.join("password")
+    );
+    let shaping = format!(
+        "{}[mx]\n\"*\" = \"127.0.0.1:{}\"\n",
+        Site::quick_shaping(),
+        postfix.port
+    );
+    let site = Site::with(&shaping, &smarthost)?;
+    let service = site.up().await?;
+    let recipients: Vec<_> = (0..20)
+        .map(|i| json!({"email": format!("user{i}@d0.example")}))
+        .collect();
+    let id = service
+        .submit(&json!({
+            "from": {"email": format!("news@{FROM_DOMAIN}")}, "subject": "Hello", "text": "Hello",
+            "recipients": recipients,
+        }))
+        .await?;
+    let batch = service.completed(&id).await?;
+    assert_eq!(batch["counters"]["delivered"], 20, "{batch}");
+    let log = std::fs::read_to_string(postfix.dir.path().join("queue/maillog"))?;
+    assert!(
+        log.contains("sasl_method=SCRAM-SHA-256, sasl_username=brand@test.example"),
+        "{log}"
+    );
+    assert!(!log.contains("sasl_method=PLAIN"), "{log}");
     Ok(())
 }
 

@@ -17,8 +17,15 @@ pub trait Sasl: fmt::Debug + Send + Sync {
     /// Chooses among the mechanisms offered, which are in upper case; `None` if none will do.
     fn start(&mut self, offered: &[String]) -> Option<SaslStart>;
 
-    /// Answers a challenge; `None` ends the dialogue: it is not one that this mechanism has.
+    /// Answers a challenge; `None` ends the dialogue: it is not one that this mechanism has. May
+    /// compute for a second.
     fn respond(&mut self, challenge: &[u8]) -> Option<Vec<u8>>;
+
+    /// Whether the server has proven all that this mechanism has it prove. A session into which it
+    /// lets us without is given up.
+    fn is_proven(&self) -> bool {
+        true
+    }
 }
 
 /// What stands in the AUTH command.

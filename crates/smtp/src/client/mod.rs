@@ -131,6 +131,9 @@ pub enum Event {
     /// STARTTLS was granted: do the handshake, then call
     /// [`ClientSession::tls_established`], or [`ClientSession::interrupted`].
     HandshakeDue,
+    /// AUTH asks for something: call [`ClientSession::answer_challenge`], off the threads that serve
+    /// connections, as it may compute for a second.
+    ChallengeDue,
     /// Transactions can begin; [`ClientSession::capabilities`] is final.
     Ready,
     /// The content of this transaction goes next, with its end. Journal first,
@@ -217,6 +220,8 @@ pub struct ClientSession {
     tls_refused: Option<Reply>,
     /// What is still to be done to be let in.
     auth: Option<Auth>,
+    /// What AUTH asked for last, unanswered.
+    challenge: Option<Reply>,
     refuses_itself: bool,
     capabilities: Capabilities,
     parser: ReplyParser,
@@ -246,6 +251,7 @@ impl ClientSession {
             tls: false,
             tls_refused: None,
             auth: None,
+            challenge: None,
             refuses_itself: false,
             capabilities: Capabilities::default(),
             parser: ReplyParser::new(),
@@ -264,6 +270,13 @@ impl ClientSession {
     #[must_use]
     pub fn with_auth(mut self, auth: Auth) -> Self {
         self.auth = Some(auth);
+        self
+    }
+
+    /// The connection is encrypted from its first byte (RFC 8314): there is no STARTTLS.
+    #[must_use]
+    pub fn within_tls(mut self) -> Self {
+        self.tls = true;
         self
     }
 
@@ -487,6 +500,21 @@ impl ClientSession {
             self.capabilities = Capabilities::default();
             self.say_hello(Hello::Ehlo);
         }
+    }
+
+    /// Answers what AUTH asked for, after [`Event::ChallengeDue`].
+    pub fn answer_challenge(&mut self) {
+        if let Some(challenge) = self.challenge.take().filter(|_| self.state == State::Auth) {
+            self.challenged(&challenge);
+        }
+    }
+
+    /// Whether the peer has answered the MAIL of a transaction: then it has read it. One that is over
+    /// has been answered, or never will be.
+    #[must_use]
+    pub fn is_mail_answered(&self, id: TxId) -> bool {
+        let open = self.transactions.iter().find(|tx| tx.id == id);
+        open.is_none_or(Transaction::is_mail_answered)
     }
 
     /// Tells that the connection is lost, or that its deadline passed.

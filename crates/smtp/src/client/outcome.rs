@@ -124,6 +124,9 @@ pub enum SessionError {
     /// No mechanism that we know is offered.
     #[error("the peer offers no AUTH mechanism that we know")]
     AuthNotOffered,
+    /// The server was to prove that it knows the password, and did not.
+    #[error("the peer did not prove in AUTH that it knows the password")]
+    AuthUnproven,
     /// AUTH was refused.
     #[error("AUTH refused: {0}")]
     AuthRefused(Reply),

@@ -191,13 +191,13 @@ impl ClientSession {
 
     fn auth_replied(&mut self, reply: Reply) {
         if reply.code == 235 {
-            self.auth = None;
+            if !self.auth.take().is_some_and(|auth| auth.sasl.is_proven()) {
+                return self.fail(SessionError::AuthUnproven);
+            }
             self.become_ready();
         } else if reply.code == 334 {
-            let answer = self.auth.as_mut().and_then(|auth| auth.answer(&reply));
-            // Nothing to say: the dialogue is cancelled, and the refusal of that is what is told.
-            let line = answer.unwrap_or_else(|| "*".to_owned());
-            self.send(Bytes::from(line + "\r\n"), Expect::Auth);
+            self.challenge = Some(reply);
+            self.events.push_back(Event::ChallengeDue);
         } else if reply.is_transient() || reply.is_permanent() {
             self.fail(SessionError::AuthRefused(reply));
         } else {
@@ -205,6 +205,21 @@ impl ClientSession {
                 stage: Stage::Auth,
                 reply,
             });
+        }
+    }
+
+    /// Answers a 334.
+    pub(super) fn challenged(&mut self, challenge: &Reply) {
+        let Some(auth) = self.auth.as_mut() else {
+            return;
+        };
+        match auth.answer(challenge) {
+            Some(line) => self.send(Bytes::from(line + "\r\n"), Expect::Auth),
+            // Nothing to say: the dialogue is cancelled, and the refusal of that is what is told.
+            None if auth.sasl.is_proven() => {
+                self.send(Bytes::from_static(b"*\r\n"), Expect::Auth);
+            }
+            None => self.fail(SessionError::AuthUnproven),
         }
     }
 

@@ -52,6 +52,7 @@ impl Driver {
         while let Some(event) = self.session.poll_event() {
             match event {
                 Event::HandshakeDue => self.handshakes += 1,
+                Event::ChallengeDue => self.session.answer_challenge(),
                 Event::Ready => {}
                 Event::BodyDue(id) if self.hold => {
                     assert!(self.done.iter().all(|(done, _)| *done != id.0))
@@ -660,6 +661,70 @@ fn credentials_are_shown_before_mail_and_never_in_plaintext_unasked() {
     ));
 }
 
+/// Wants the server to say `proof`.
+#[derive(Debug, Default)]
+struct Wary(bool);
+
+impl Sasl for Wary {
+    fn start(&mut self, _: &[String]) -> Option<SaslStart> {
+        let (mechanism, initial) = ("WARY", Some(Vec::new()));
+        Some(SaslStart { mechanism, initial })
+    }
+
+    fn respond(&mut self, challenge: &[u8]) -> Option<Vec<u8>> {
+        self.0 = challenge == b"proof";
+        self.0.then(Vec::new)
+    }
+
+    fn is_proven(&self) -> bool {
+        self.0
+    }
+}
+
+#[test]
+fn a_server_that_has_to_prove_itself_is_not_believed_before() {
+    let open = || {
+        let mut d = Driver::new(StartTls::Never);
+        let auth = Auth::new(Box::new(Wary::default()), true);
+        d.session = ClientSession::new("us.example", StartTls::Never).with_auth(auth);
+        d.say("220 mx\r\n").say("250-mx\r\n250 AUTH WARY\r\n");
+        assert!(d.take_sent().ends_with("AUTH WARY =\r\n"));
+        d
+    };
+    let mut d = open();
+    d.say("334 cHJvb2Y=\r\n");
+    assert_eq!(d.take_sent(), "\r\n");
+    d.say("235 welcome\r\n");
+    assert!(d.session.can_begin());
+    for said in ["235 welcome\r\n", "334 YQ==\r\n", "334 ?\r\n"] {
+        let mut d = open();
+        d.say(said);
+        assert_eq!(d.error(), Some(&SessionError::AuthUnproven), "{said}");
+        assert_eq!(d.take_sent(), "", "and nothing more is said");
+    }
+    // What is asked for while that is still to be answered answers nothing.
+    let mut d = open();
+    d.session.receive(b"334 YQ==\r\n334 YQ==\r\n");
+    d.turn();
+    assert!(matches!(
+        d.error(),
+        Some(SessionError::UnexpectedReply { .. })
+    ));
+}
+
+#[test]
+fn within_tls_there_is_no_starttls() {
+    let mut d = Driver::new(StartTls::Required);
+    let auth = Auth::new(Box::new(Lines(&[])), false);
+    let session = ClientSession::new("us.example", StartTls::Required).within_tls();
+    d.session = session.with_auth(auth);
+    d.say("220 mx\r\n")
+        .say("250-mx\r\n250-STARTTLS\r\n250 AUTH PLAIN\r\n");
+    assert_eq!(d.take_sent(), "EHLO us.example\r\nAUTH PLAIN bWU=\r\n");
+    d.say("235 welcome\r\n");
+    assert!(d.session.can_begin());
+}
+
 #[test]
 fn starttls() {
     const OFFER: &str = "250-mx\r\n250-PIPELINING\r\n250 STARTTLS\r\n";
@@ -868,7 +933,7 @@ proptest! {
                     Event::BodyDue(id) => { d.session.release(id); }
                     Event::TransactionDone { id, outcome, .. } => d.done.push((id.0, outcome)),
                     Event::Closed(error) => d.closed = Some(error),
-                    Event::HandshakeDue | Event::Ready => {}
+                    Event::HandshakeDue | Event::ChallengeDue | Event::Ready => {}
                 }
             }
             d.write(room);

@@ -137,6 +137,11 @@ impl Transaction {
         self.refusal.get_or_insert((stage, reply));
     }
 
+    /// A reply to MAIL has come.
+    pub(super) fn is_mail_answered(&self) -> bool {
+        self.mail_accepted || self.refusal.is_some()
+    }
+
     /// MAIL or every recipient was refused, or DATA.
     pub(super) fn is_refused(&self) -> bool {
         self.refusal.is_some()

@@ -297,6 +297,7 @@ impl World {
     fn client_events(&mut self) {
         while let Some(event) = self.client.poll_event() {
             match event {
+                Event::ChallengeDue => self.client.answer_challenge(),
                 Event::HandshakeDue => unreachable!("no TLS here"),
                 Event::Ready | Event::Closed(_) => {}
                 Event::BodyDue(id) => self.due.push(id),

@@ -86,6 +86,8 @@ pub struct Smarthost {
     pub password: Secret,
     /// [`TlsPolicy::None`] only where the host is a loopback address.
     pub tls: TlsPolicy,
+    /// TLS from the first byte (RFC 8314), not by STARTTLS; never with [`TlsPolicy::None`].
+    pub implicit_tls: bool,
 }
 
 pub(super) fn sources(
@@ -179,8 +181,17 @@ pub(super) fn smarthosts(section: &mut Section<'_>, environment: &Environment) -
             )),
             TlsPolicy::Require | TlsPolicy::RequireVerified => Ok(()),
         });
+        let port = section.value("port", 587);
+        // RFC 8314 §7.3 gives it that port.
+        let usual = port == 465 && tls != Some(TlsPolicy::None);
+        let implicit_tls = section.value("implicit_tls", usual);
+        if implicit_tls && tls == Some(TlsPolicy::None) {
+            let detail = "contradicts tls = \"none\"".to_owned();
+            section.mistake("implicit_tls", detail);
+        }
         Smarthost {
-            port: section.value("port", 587),
+            port,
+            implicit_tls,
             username: section.required("username", String::new()),
             password: password(section, ["password_file", "password_env"], environment, true)
                 .unwrap_or_else(|| Secret::new("")),
