@@ -1,8 +1,11 @@
 //! What user agents say of themselves, by the lists of the rules. All texts are lower case and
 //! compared so. Every hit is read here before it is answered, so all parts of all lists are looked
-//! for in one pass.
+//! for in one pass, and a text that was read a moment ago is known by itself: browsers of one version
+//! all say the same.
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind, BuildError};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a user agent is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,9 +48,38 @@ pub(crate) struct Lists {
     pub(crate) people: Vec<String>,
 }
 
+/// Texts that a thread remembers, a power of two …
+const REMEMBERED: usize = 256;
+/// … of at most so many bytes each: 64 KiB in all.
+const REMEMBERED_BYTES: usize = 256;
+
+/// A text that was read: by which lists, and what it is.
+type Known = Option<(u64, Box<str>, Agent)>;
+
+thread_local! {
+    /// By [`place_of`]; empty until the first is read.
+    static KNOWN: RefCell<Vec<Known>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Numbers the lists that were ever made.
+static MADE: AtomicU64 = AtomicU64::new(0);
+
+/// Where a text is remembered: one place each, so that who asks with ever new texts takes places, no
+/// more. A few bytes tell those apart that come often.
+fn place_of(agent: &str) -> usize {
+    let bytes = agent.as_bytes();
+    let sample = bytes.iter().rev().step_by(3);
+    let hash = sample.fold(bytes.len() as u64, |hash, byte| {
+        (hash.rotate_left(5) ^ u64::from(*byte)).wrapping_mul(0x517c_c1b7_2722_0a95)
+    });
+    usize::try_from(hash >> 56).unwrap_or(0) % REMEMBERED
+}
+
 /// The lists of user agents, ready to be looked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Agents {
+    /// No other lists have this number.
+    number: u64,
     lists: Lists,
     parts: AhoCorasick,
     /// What each of `parts` stands for, in their order.
@@ -112,6 +144,7 @@ impl Agents {
             .kind(Some(AhoCorasickKind::DFA))
             .build(&parts)?;
         Ok(Self {
+            number: MADE.fetch_add(1, Ordering::Relaxed),
             lists,
             parts,
             means,
@@ -121,6 +154,29 @@ impl Agents {
     /// Reads a user agent.
     pub(crate) fn read(&self, user_agent: &str) -> Agent {
         let agent = user_agent.trim();
+        if agent.len() > REMEMBERED_BYTES {
+            return self.find_out(agent);
+        }
+        KNOWN.with_borrow_mut(|known| {
+            if known.is_empty() {
+                known.resize(REMEMBERED, None);
+            }
+            let Some(place) = known.get_mut(place_of(agent)) else {
+                return self.find_out(agent);
+            };
+            if let Some((number, text, what)) = place
+                && *number == self.number
+                && **text == *agent
+            {
+                return *what;
+            }
+            let what = self.find_out(agent);
+            *place = Some((self.number, agent.into(), what));
+            what
+        })
+    }
+
+    fn find_out(&self, agent: &str) -> Agent {
         let found = self.look(agent);
         let Lists {
             prefetchers,
@@ -241,6 +297,24 @@ mod tests {
             ("", Agent::Other),
         ] {
             assert_eq!(agents().read(text), what, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_is_what_is_found_by_these_lists() {
+        let (agents, none) = (agents(), Agents::new(Lists::default()).unwrap());
+        // Far more than are remembered, each again and again, by two lists in turn.
+        let of = |n: usize| match n % 3 {
+            0 => format!("Mozilla/5.0 (Windows NT 10.0) AppleWebKit/{n}"),
+            1 => format!("python-requests/{n}"),
+            _ => format!("{}Googlebot/{n}", "x ".repeat(n % 200)),
+        };
+        for n in (0..2_000).chain(0..2_000) {
+            let (text, same) = (of(n), of(n % 100));
+            for text in [&text, &same, &same] {
+                assert_eq!(agents.read(text), agents.find_out(text), "{text}");
+                assert_eq!(none.read(text), none.find_out(text), "{text}");
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Small, so that a torn write tears records and not only files.
 const PAGE: usize = 64;
@@ -32,7 +32,40 @@ pub struct FaultDisk {
     world: Arc<Mutex<World>>,
 }
 
+/// What writes to files wait at while it is closed.
+#[derive(Debug, Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    closed: bool,
+    waiting: usize,
+}
+
+impl Gate {
+    fn wait_while(&self, state: &mut dyn FnMut(&mut GateState) -> bool) {
+        let waited = self.changed.wait_while(lock(&self.state), state);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn close(&self, closed: bool) {
+        lock(&self.state).closed = closed;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        lock(&self.state).waiting += 1;
+        self.changed.notify_all();
+        self.wait_while(&mut |state| state.closed);
+        lock(&self.state).waiting -= 1;
+    }
+}
+
 struct World {
+    gate: Arc<Gate>,
     rng: fastrand::Rng,
     /// Counts operations that can fail.
     ops: u64,
@@ -67,6 +100,7 @@ impl FaultDisk {
     /// An empty disk; `seed` decides what crashes leave.
     pub fn new(seed: u64) -> Self {
         let world = World {
+            gate: Arc::default(),
             rng: fastrand::Rng::with_seed(seed),
             ops: 0,
             plan: None,
@@ -108,6 +142,18 @@ impl FaultDisk {
     /// How many operations that can fail were made so far.
     pub fn operations(&self) -> u64 {
         lock(&self.world).ops
+    }
+
+    /// Lets writes to files wait, or no longer.
+    pub fn hold_writes(&self, held: bool) {
+        let gate = lock(&self.world).gate.clone();
+        gate.close(held);
+    }
+
+    /// Returns once a write waits. Blocks.
+    pub fn wait_for_held_write(&self) {
+        let gate = lock(&self.world).gate.clone();
+        gate.wait_while(&mut |state| state.waiting == 0);
     }
 
     /// Bounds what all files hold together.
@@ -444,6 +490,8 @@ impl Handle {
 
 impl DiskFile for Handle {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let gate = lock(&self.mount.world).gate.clone();
+        gate.pass();
         self.enter(|world, node| {
             let fault = world.operation();
             let at = usize::try_from(offset).map_err(io::Error::other)?;

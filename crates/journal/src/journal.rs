@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::Instant;
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// The most payload that one [`Journal::read_pending`] gives, in bytes, give or take a record.
 const READ_PENDING_BYTES: usize = 4 << 20;
@@ -71,8 +71,8 @@ struct Progress {
     failed: bool,
 }
 
-/// Locks are taken in the order `syncing`, `reader`, `files`, `buffer`; only `buffer` is ever
-/// waited for by `append`, and no system call is made under it.
+/// Locks are taken in the order `syncing`, `writing`, `reader`, `files`, `buffer`; only `buffer` is
+/// ever waited for by `append`, and no system call is made under it.
 #[derive(Debug)]
 pub(crate) struct Shared {
     id: JournalId,
@@ -80,6 +80,9 @@ pub(crate) struct Shared {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     buffer: Mutex<Buffer>,
+    /// Held by the one who writes; tasks do not sleep for it, they wait for `write_ended`.
+    writing: Mutex<()>,
+    write_ended: Notify,
     files: Mutex<Files>,
     ship_log: Mutex<ShipLog>,
     syncing: Mutex<()>,
@@ -126,6 +129,8 @@ impl Journal {
             dir: claim.dir,
             disk,
             buffer: Mutex::new(buffer),
+            writing: Mutex::new(()),
+            write_ended: Notify::new(),
             files: Mutex::new(files),
             ship_log: Mutex::new(ShipLog::new(config.retain)),
             syncing: Mutex::new(()),
@@ -210,8 +215,9 @@ impl Journal {
     }
 
     /// Returns when the record `seq` is written. Yields once first, so that one write serves all
-    /// that is appended in this turn of the event loop; and once more while another thread writes,
-    /// so that the next write serves its turn, too, and no thread sleeps for it. Cancel-safe.
+    /// that is appended in this turn of the event loop. While another thread writes, this one goes on
+    /// with other work: the system may have put that one aside in the middle of its write, for as long
+    /// as a disk or another program takes. Cancel-safe.
     ///
     /// # Errors
     /// See [`WriteError`].
@@ -219,24 +225,37 @@ impl Journal {
         if self.written_through() < seq {
             tokio::task::yield_now().await;
         }
-        if self.written_through() < seq && self.shared.is_writing() {
-            tokio::task::yield_now().await;
+        loop {
+            if let Some(settled) = self.try_write_through(seq) {
+                return settled;
+            }
+            let ended = self.shared.write_ended.notified();
+            tokio::pin!(ended);
+            ended.as_mut().enable();
+            // It may have ended before anybody waited for it.
+            if let Some(settled) = self.try_write_through(seq) {
+                return settled;
+            }
+            ended.await;
         }
-        self.write_through(seq)
     }
 
-    fn write_through(&self, seq: Seq) -> Result<(), WriteError> {
-        self.shared.check()?;
-        if self.written_through() >= seq {
-            return Ok(());
+    /// How it stands with the record once it is written, if need be by a write that ends before this
+    /// returns; `None` while another thread writes.
+    fn try_write_through(&self, seq: Seq) -> Option<Result<(), WriteError>> {
+        if let Err(poisoned) = self.shared.check() {
+            return Some(Err(poisoned.into()));
         }
-        let result = self.shared.write();
-        // Another chain may be the one without room.
         if self.written_through() >= seq {
-            Ok(self.shared.check()?)
+            return Some(Ok(()));
+        }
+        let result = self.shared.try_write()?;
+        // Another chain may be the one without room.
+        Some(if self.written_through() >= seq {
+            self.shared.check().map_err(WriteError::from)
         } else {
             result
-        }
+        })
     }
 
     /// Writes and syncs everything appended so far. Blocks for as long as the disk takes; for the
@@ -423,11 +442,6 @@ impl Shared {
             .map_or(Ok(()), |poisoned| Err(poisoned.clone()))
     }
 
-    /// Whether some thread is at the files.
-    fn is_writing(&self) -> bool {
-        matches!(self.files.try_lock(), Err(TryLockError::WouldBlock))
-    }
-
     fn poison(&self, error: io::Error) -> Poisoned {
         tracing::error!(%error, dir = %self.dir.display(), "journal has failed, nothing is taken until a restart");
         let poisoned = self
@@ -438,7 +452,30 @@ impl Shared {
         poisoned
     }
 
+    /// Writes what waits, after whoever writes now.
     fn write(&self) -> Result<(), WriteError> {
+        let writing = lock(&self.writing);
+        let result = self.write_alone();
+        drop(writing);
+        self.write_ended.notify_waiters();
+        result
+    }
+
+    /// Writes what waits; `None` when another thread does.
+    fn try_write(&self) -> Option<Result<(), WriteError>> {
+        let writing = match self.writing.try_lock() {
+            Ok(writing) => writing,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        let result = self.write_alone();
+        drop(writing);
+        self.write_ended.notify_waiters();
+        Some(result)
+    }
+
+    /// Writes what waits. Its caller holds `writing`.
+    fn write_alone(&self) -> Result<(), WriteError> {
         let mut files = lock(&self.files);
         self.check()?;
         let batches = {

@@ -43,7 +43,12 @@ impl Pacer {
 
     /// Something was appended: sync after the interval.
     pub(crate) fn appended(&self) {
-        if self.interval.is_some() && !self.dirty.swap(true, Ordering::AcqRel) {
+        // Looked at before it is set: mostly it is set, and threads that append would take the line
+        // of memory from each other. What the sync did not see was appended after it cleared this.
+        if self.interval.is_some()
+            && !self.dirty.load(Ordering::Acquire)
+            && !self.dirty.swap(true, Ordering::AcqRel)
+        {
             lock(&self.asked).dirty = true;
             self.changed.notify_one();
         }

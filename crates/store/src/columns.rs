@@ -8,6 +8,10 @@
 //! is not written, so rows without it stay what they were, and a program that does not know the
 //! variant refuses the rows that have it.
 
+mod names;
+
+pub(crate) use names::{Named, Names, TextsRef};
+
 use crate::form::{BriefEntry, BriefFact, BriefLog, LogBlock, LogEntry, UNPACKED_MAX};
 use model::{
     Attempt, AttemptDetail, AttemptResult, BatchId, EmailAddress, Fact, JournalId, LotNumber,
@@ -40,7 +44,7 @@ impl Steps {
 
 /// Texts, each without the beginning that it shares with the last one that was there.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-struct Texts {
+pub(crate) struct Texts {
     /// How many bytes each begins with that the last one began with.
     shared: Vec<u8>,
     /// How many bytes follow those, and one more; 0: there is none.
@@ -113,13 +117,13 @@ fn shared_start(before: &str, text: &str) -> u8 {
 
 /// What a row may have beside its index and its address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-enum RowColumn {
-    Name(Texts),
-    ProspectId(Texts),
-    Vars(Texts),
-    Metadata(Texts),
+pub(crate) enum RowColumn<T = Texts> {
+    Name(T),
+    ProspectId(T),
+    Vars(T),
+    Metadata(T),
     Tracking(Vec<Option<TrackingMode>>),
-    TimeZone(Texts),
+    TimeZone(T),
 }
 
 impl RowColumn {
@@ -183,11 +187,11 @@ fn put_texts(
 
 /// Rows of a lot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct RowColumns {
+pub(crate) struct RowColumns<T = Texts> {
     index: Steps,
-    local_part: Texts,
-    domain: Texts,
-    more: Vec<RowColumn>,
+    local_part: T,
+    domain: T,
+    more: Vec<RowColumn<T>>,
 }
 
 impl RowColumns {
@@ -681,6 +685,11 @@ mod tests {
         #[test]
         fn rows_read_back(rows in prop::collection::vec(any_row(), 0..12)) {
             let packed = form::pack_rows(&rows).unwrap();
+            let names = form::unpack_names(&packed).unwrap();
+            for (row, position) in rows.iter().zip(0_u16..) {
+                prop_assert_eq!(names.one(position), Some(Named::from(row)));
+            }
+            prop_assert_eq!(names.one(u16::try_from(rows.len()).unwrap()), None);
             prop_assert_eq!(form::unpack_rows(&packed).unwrap(), rows);
         }
 
@@ -705,6 +714,10 @@ mod tests {
             };
             let written: Vec<_> = rows.iter().map(by_row).collect();
             let packed = packer.pack(form::version::ROWS_BY_ROW, &written).unwrap();
+            let names = form::unpack_names(&packed).unwrap();
+            for (row, position) in rows.iter().zip(0_u16..) {
+                prop_assert_eq!(names.one(position), Some(Named::from(row)));
+            }
             prop_assert_eq!(form::unpack_rows(&packed).unwrap(), rows);
             let packed = packer.pack(form::version::LOG_BY_FACT, &block).unwrap();
             prop_assert_eq!(form::unpack_log(&packed).unwrap(), block);
@@ -721,6 +734,7 @@ mod tests {
             let mut rows = postcard::to_stdvec(&RowColumns::of(&rows)).unwrap();
             *at.get_mut(&mut rows) = byte;
             let _read = postcard::from_bytes::<RowColumns>(&rows).ok().and_then(RowColumns::rows);
+            let _read = postcard::from_bytes::<RowColumns<TextsRef<'_>>>(&rows).ok().and_then(RowColumns::names);
             let mut block = postcard::to_stdvec(&LogColumns::of(&block)).unwrap();
             *at.get_mut(&mut block) = byte;
             let _read = postcard::from_bytes::<LogColumns>(&block).ok().and_then(LogColumns::block);
@@ -731,6 +745,7 @@ mod tests {
             let head = [1 + u8::from(by_column), u8::from(zstd)];
             for form in [bytes.clone(), [&head[..], &bytes].concat()] {
                 let _read = form::unpack_rows(&form);
+                let _read = form::unpack_names(&form);
                 let _read = form::unpack_log(&form);
                 let _read = form::unpack_log_brief(&form);
             }

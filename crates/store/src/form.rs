@@ -3,7 +3,7 @@
 //! Owns their versions. The first byte is the version, the second says whether the rest is
 //! compressed; an unknown one is [`StoreError::Damaged`], never a guess. Must not know an engine.
 
-use crate::columns::{LogColumns, RowColumns};
+use crate::columns::{LogColumns, Names, RowColumns, TextsRef};
 use crate::{Result, StoreError};
 use model::{EmailAddress, Fact, JournalId, LotNumber, Row, Seq, Timestamp, TrackingMode};
 use serde::de::DeserializeOwned;
@@ -86,7 +86,12 @@ fn damaged(what: &str) -> StoreError {
 
 /// Reads what [`Packer::pack`] wrote.
 pub(crate) fn unpack<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T> {
-    let read = |body: &[u8]| postcard::from_bytes(body).map_err(|_| damaged("its content"));
+    unpack_with(version, bytes, |body| {
+        postcard::from_bytes(body).map_err(|_| damaged("its content"))
+    })
+}
+
+fn unpack_with<T>(version: u8, bytes: &[u8], read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
     match bytes {
         [found, ..] if *found != version => Err(damaged(&format!("version {found}"))),
         [_, PLAIN, body @ ..] => read(body),
@@ -160,6 +165,18 @@ pub(crate) fn unpack_rows(bytes: &[u8]) -> Result<Vec<Row>> {
     }
     let columns: RowColumns = unpack(version::ROWS, bytes)?;
     columns.rows().ok_or_else(|| damaged("its columns"))
+}
+
+/// Reads of [`pack_rows`], and of what an older version wrote, who the recipients are.
+pub(crate) fn unpack_names(bytes: &[u8]) -> Result<Names> {
+    if bytes.first() == Some(&version::ROWS_BY_ROW) {
+        return Names::of(&unpack_rows(bytes)?).ok_or_else(|| damaged("its length"));
+    }
+    unpack_with(version::ROWS, bytes, |body| {
+        let columns = postcard::from_bytes::<RowColumns<TextsRef<'_>>>(body);
+        let columns = columns.map_err(|_| damaged("its content"))?;
+        columns.names().ok_or_else(|| damaged("its columns"))
+    })
 }
 
 /// Reads [`Packer::pack_log`], and what an older version wrote.

@@ -66,7 +66,8 @@ pub(crate) fn of_page(id: FactId, page: &PageView) -> Announcement {
             "machine_reasons": page.verdict.machine_reasons,
             "user_agent": page.user_agent,
             "network": page.network,
-        }),
+        })
+        .into(),
         about: About {
             id: Some(event_id(page.at, &identity_of(id, kind))),
             occurred_at: Some(page.at),
@@ -163,7 +164,7 @@ pub(crate) fn of_row(
         email: row.email.to_string(),
         prospect_id: row.prospect_id.as_deref().map(str::to_owned),
     });
-    event.metadata = metadata_of(head, row);
+    event.metadata = metadata_of(head, row.metadata.as_deref());
     event
 }
 
@@ -184,12 +185,9 @@ fn event_id(at: Timestamp, identity: &str) -> uuid::Uuid {
     uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid()
 }
 
-/// What the caller gave: the recipient's fields over the batch's.
-pub(crate) fn metadata_of(head: &BatchHead, row: &Row) -> Value {
-    let own: Option<Value> = row
-        .metadata
-        .as_deref()
-        .and_then(|text| serde_json::from_str(text).ok());
+/// What the caller gave: the recipient's fields, as JSON, over the batch's.
+pub(crate) fn metadata_of(head: &BatchHead, own: Option<&str>) -> Value {
+    let own: Option<Value> = own.and_then(|text| serde_json::from_str(text).ok());
     match (head.metadata.clone(), own) {
         (Value::Object(mut all), Some(Value::Object(own))) => {
             all.extend(own);
@@ -204,7 +202,7 @@ fn data_of(id: FactId, fact: &Fact, head: &BatchHead) -> Value {
     match fact {
         Fact::Attempt(attempt) => data_of_attempt(attempt),
         Fact::Hit(hit) => data_of_hit(id, hit, head),
-        Fact::Page(page) => of_page(id, page).data,
+        Fact::Page(page) => of_page(id, page).data.into_value(),
         Fact::Revision(revision) => data_of_revision(revision),
         Fact::Reply(reply) => data_as_told(&reply.data),
         Fact::Complaint(complaint) => data_as_told(&complaint.data),

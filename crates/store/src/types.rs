@@ -743,6 +743,44 @@ pub struct Retired {
     pub next: Option<String>,
 }
 
+/// The `data` of an event: a value, or its JSON as it will be kept. What is announced with every
+/// click is written as text once, and not made of pieces first.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Data {
+    /// A value.
+    Value(serde_json::Value),
+    /// JSON.
+    Json(Box<str>),
+}
+
+impl Data {
+    /// What serializes to a JSON object.
+    pub fn of(fields: &impl serde::Serialize) -> Self {
+        // Fields that are numbers, texts and the like have no failing serializer.
+        Self::Json(serde_json::to_string(fields).unwrap_or_default().into())
+    }
+
+    pub(crate) fn into_json(self) -> String {
+        match self {
+            Self::Value(value) => value.to_string(),
+            Self::Json(text) => text.into(),
+        }
+    }
+
+    pub(crate) fn into_value(self) -> serde_json::Value {
+        match self {
+            Self::Value(value) => value,
+            Self::Json(text) => serde_json::from_str(&text).unwrap_or_default(),
+        }
+    }
+}
+
+impl From<serde_json::Value> for Data {
+    fn from(value: serde_json::Value) -> Self {
+        Self::Value(value)
+    }
+}
+
 /// What belongs into the event stream and to no recipient.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Announcement {
@@ -751,7 +789,7 @@ pub struct Announcement {
     /// Whose.
     pub account: Box<str>,
     /// The event's `data`.
-    pub data: serde_json::Value,
+    pub data: Data,
     /// What else it says.
     pub about: About,
 }

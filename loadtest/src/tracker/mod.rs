@@ -9,7 +9,7 @@ use crate::batch::Shape;
 use crate::bench::Bench;
 use crate::counterpart::Counterpart;
 use crate::format::{count, per_second, rate};
-use crate::load::{self, Answered, Plan};
+use crate::load::{self, Answered, Jar, Plan};
 use crate::process;
 use crate::site::{Dkim, Setup, Site};
 use crate::{local, source};
@@ -37,6 +37,8 @@ const REST: f64 = 0.02;
 const REST_WINDOW: Duration = Duration::from_millis(500);
 /// That of a service that judges: it pauses for a second in between.
 const REST_WINDOW_OF_JUDGE: Duration = Duration::from_secs(2);
+/// For so long it is looked how much a service uses that has nothing to do.
+const IDLE_WINDOW: Duration = Duration::from_secs(5);
 /// For a backlog of hits to be handed on.
 const REST_PATIENCE: Duration = Duration::from_secs(300);
 /// Hits in the journal that are not in the store.
@@ -92,6 +94,10 @@ pub struct Args {
     /// Recipients whose links are used
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub recipients: u32,
+    /// Of 100 clicks, how many come from a browser of the person that keeps its cookie; every other
+    /// comes from a new one
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub returning: u32,
     /// Ask nginx, too (Debian: nginx-light)
     #[arg(long)]
     pub nginx: bool,
@@ -132,6 +138,8 @@ struct Measured {
     cpu: Option<(Duration, Duration)>,
     /// From the last answer until it was at rest.
     resting: Duration,
+    /// What it uses a second when nothing is asked of it.
+    idle: Option<Duration>,
     /// At half of what the tracker takes.
     half: Answered,
 }
@@ -153,7 +161,9 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<()> {
         true => Some(Nginx::start(&args.bench.dir()).await?),
         false => None,
     };
+    let jar = (args.returning > 0).then(|| Arc::new(Jar::new(requests.len(), args.returning)));
     let plan = |address, status, pace| Plan {
+        jar: jar.clone(),
         address,
         requests: requests.clone(),
         connections: usize::from(args.connections),
@@ -203,6 +213,12 @@ async fn beside_each_other(
     let usage = |pid| move || process::usage(pid);
     // Without its store nothing is judged.
     let judge = target.site.as_ref().filter(|_| target.redis.is_none());
+    if let Some(site) = judge {
+        let before = process::usage(site.pid())?;
+        tokio::time::sleep(IDLE_WINDOW).await;
+        let used = process::usage(site.pid())?.since(&before).cpu();
+        servers.tracker.idle = Some(used.div_f64(IDLE_WINDOW.as_secs_f64()));
+    }
     for _ in 0..ROUNDS {
         let asked = plan(address, expected, None);
         let used = target.pid.map(usage);

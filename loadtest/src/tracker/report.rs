@@ -31,7 +31,7 @@ impl Servers {
             head.extend(["nginx", "ratio"]);
         }
         let mut table = Table::new(head);
-        let rows: [(&str, Shown); 8] = [
+        let rows: [(&str, Shown); 9] = [
             ("requests", |of| {
                 let asked = of.answered.latency.count();
                 Some((float(asked), count(asked)))
@@ -46,6 +46,10 @@ impl Servers {
             ("p99 at half load, ms", |of| millis(&of.half, 0.99)),
             ("CPU per hit while asked, µs", |of| micros(of, of.cpu?.0)),
             ("CPU per hit until at rest, µs", |of| micros(of, of.cpu?.1)),
+            ("… without what it uses at rest anyway", |of| {
+                let at_rest = of.idle?.mul_f64(of.resting.as_secs_f64());
+                micros(of, of.cpu?.1.saturating_sub(at_rest))
+            }),
         ];
         for (name, shown) in rows {
             table.row(self.row(name, shown));
@@ -157,6 +161,7 @@ mod tests {
         let mut servers = Servers::new(false);
         servers.tracker = measured(1_000, 2, 100, Some([20, 30]));
         servers.bare = measured(2_000, 2, 100, None);
+        servers.tracker.idle = Some(Duration::from_millis(10));
         let text = servers.table().markdown();
         for line in [
             "| requests per second | 500 | 1,000 | 0.50 |",
@@ -164,6 +169,8 @@ mod tests {
             "| p99 at half load, ms | 0.20 | 0.20 | 1.00 |",
             "| CPU per hit while asked, µs | 20.0 | – | – |",
             "| CPU per hit until at rest, µs | 30.0 | – | – |",
+            // 10 ms for each of the 1.5 s that it took to come to rest.
+            "| … without what it uses at rest anyway | 15.0 | – | – |",
             "| from the last answer until at rest, s | 1.5 | 1.5 | – |",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");

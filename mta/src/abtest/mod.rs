@@ -218,7 +218,8 @@ fn announcement(plan: &Plan, batch: &Batch, number: usize, decided: &Decided) ->
             "by": decided.by,
             "fence": decided.fence,
             "record": decided.record,
-        }),
+        })
+        .into(),
         about: About {
             id: Some(id),
             occurred_at: Some(decided.at),

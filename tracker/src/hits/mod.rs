@@ -158,7 +158,7 @@ impl Recorder {
             referrer: printable(&viewed.referrer, MAX_TARGET),
             title: printable(&viewed.title, MAX_TITLE),
             user_agent: user_agent.into(),
-            network: client::network(address).into(),
+            network: client::network(address),
             verdict,
         };
         let fact = Fact::Page(Box::new(page)).write_to(Vec::with_capacity(256));
@@ -202,7 +202,7 @@ impl Recorder {
                 "".into()
             },
             network: if individual {
-                client::network(address).into()
+                client::network(address)
             } else {
                 "".into()
             },

@@ -25,7 +25,7 @@ use hyper::header::{
     RETRY_AFTER, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use ipnet::IpNet;
 use links::{KeyRing, Kind, VerifiedToken};
 use model::{HitKind, Seq, TrackingMode};
@@ -49,6 +49,9 @@ const MAX_BODY: usize = 16 * 1024;
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// What RFC 8058 section 3.1 has the mail client send.
 const ONE_CLICK: &[u8] = b"List-Unsubscribe=One-Click";
+
+/// Fields of a redirect, with the cookie and those that hyper adds: room for all at once.
+const REDIRECT_HEADERS: usize = 8;
 
 pub(crate) type Answer = Response<Full<Bytes>>;
 
@@ -393,6 +396,7 @@ fn redirect(target: &str, is_head: bool) -> Answer {
     let mut answer = Response::new(Full::default());
     *answer.status_mut() = StatusCode::FOUND;
     let headers = answer.headers_mut();
+    *headers = HeaderMap::with_capacity(REDIRECT_HEADERS);
     headers.insert(LOCATION, location);
     if is_head {
         // hyper leaves an empty body's length out; both methods answer with the same headers.

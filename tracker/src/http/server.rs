@@ -190,12 +190,12 @@ impl<A: Answers> Serving<A> {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (answers, activity) = (self.answers.clone(), Arc::new(Activity::default()));
-        let seen = activity.clone();
+        let asked = Asked::of(&self.answers);
+        let all = asked.clone();
         let service = service_fn(move |request| {
-            let (answers, begun) = (answers.clone(), seen.begin());
+            let begun = Begun::of(&asked);
             async move {
-                let answer = answers.answer(request, client).await;
+                let answer = begun.0.answers.answer(request, client).await;
                 drop(begun);
                 Ok::<_, Infallible>(answer)
             }
@@ -206,20 +206,20 @@ impl<A: Answers> Serving<A> {
             // Answers are a head and little more: one buffer.
             .writev(false)
             .serve_connection(TokioIo::new(stream), service);
-        self.serve(connection, activity, Silence::Drop).await;
+        self.serve(connection, all, Silence::Drop).await;
     }
 
     async fn http2<S>(self, stream: S, client: Client)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (answers, activity) = (self.answers.clone(), Arc::new(Activity::default()));
-        let seen = activity.clone();
+        let asked = Asked::of(&self.answers);
+        let all = asked.clone();
         let service = service_fn(move |request| {
-            let (answers, begun) = (answers.clone(), seen.begin());
+            let begun = Begun::of(&asked);
             async move {
                 let is_head = request.method() == Method::HEAD;
-                let answer = answers.answer(request, client).await;
+                let answer = begun.0.answers.answer(request, client).await;
                 drop(begun);
                 Ok::<_, Infallible>(if is_head { headers_of(answer) } else { answer })
             }
@@ -236,13 +236,13 @@ impl<A: Answers> Serving<A> {
             .keep_alive_interval(HEAD_TIME)
             .keep_alive_timeout(HEAD_TIME)
             .serve_connection(TokioIo::new(stream), service);
-        self.serve(connection, activity, Silence::Close).await;
+        self.serve(connection, all, Silence::Close).await;
     }
 
     /// Runs a connection to its end; one that is too old, or of a process that ends, answers what it
     /// has begun and closes (HTTP/2: with GOAWAY). On one on which nothing is asked, `silence` says
     /// what follows.
-    async fn serve<C>(self, connection: C, activity: Arc<Activity>, silence: Silence)
+    async fn serve<C>(self, connection: C, asked: Arc<Asked<A>>, silence: Silence)
     where
         C: GracefulConnection,
         C::Error: std::fmt::Display,
@@ -252,7 +252,7 @@ impl<A: Answers> Serving<A> {
             tokio::select! {
                 () = self.ended.reached(self.until) => Silence::Close,
                 () = tokio::time::sleep(LIFETIME) => Silence::Close,
-                () = activity.ceased() => silence,
+                () = asked.activity.ceased() => silence,
             }
         };
         // Looked at only when it is woken itself, not with every request.
@@ -314,21 +314,39 @@ struct Activity {
     ended: AtomicU64,
 }
 
-/// A request that is being answered.
-struct Begun(Arc<Activity>);
+/// A connection as its requests have it: one for each, so that threads that answer do not take the
+/// line of memory from each other that counts who holds what all of them have.
+struct Asked<A> {
+    answers: Arc<A>,
+    activity: Activity,
+}
 
-impl Drop for Begun {
+impl<A> Asked<A> {
+    fn of(answers: &Arc<A>) -> Arc<Self> {
+        Arc::new(Self {
+            answers: answers.clone(),
+            activity: Activity::default(),
+        })
+    }
+}
+
+/// A request that is being answered.
+struct Begun<A>(Arc<Asked<A>>);
+
+impl<A> Begun<A> {
+    fn of(asked: &Arc<Asked<A>>) -> Self {
+        asked.activity.begun.fetch_add(1, Ordering::Relaxed);
+        Self(asked.clone())
+    }
+}
+
+impl<A> Drop for Begun<A> {
     fn drop(&mut self) {
-        self.0.ended.fetch_add(1, Ordering::Relaxed);
+        self.0.activity.ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 impl Activity {
-    fn begin(self: &Arc<Self>) -> Begun {
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        Begun(self.clone())
-    }
-
     /// Resolves when nothing was asked for as long as a request's head may take.
     async fn ceased(&self) {
         let mut before = (0, 0);
@@ -374,14 +392,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_ends_when_nothing_was_asked_for_as_long_as_a_head_may_take() {
-        let activity = Arc::new(Activity::default());
+        let asked = Asked::of(&Arc::new(()));
         let start = Instant::now();
-        activity.ceased().await;
+        asked.activity.ceased().await;
         assert_eq!(start.elapsed().as_secs(), HEAD_TIME.as_secs());
 
-        let (begun, ceased) = (activity.begin(), activity.clone());
+        let begun = Begun::of(&asked);
         let ceased = async {
-            ceased.ceased().await;
+            asked.activity.ceased().await;
             start.elapsed()
         };
         let answering = async {

@@ -36,6 +36,43 @@ async fn one_write_serves_a_whole_turn_of_the_loop() -> Result<()> {
     Ok(())
 }
 
+/// The system may put a thread aside in the middle of its write: whoever waits for it goes on with
+/// other work, and is told when it has ended.
+#[tokio::test]
+async fn while_another_thread_writes_this_one_goes_on() -> Result<()> {
+    let disk = FaultDisk::new(1);
+    let journal = open(&disk.mount())?;
+    let first = journal.append(RecordKind::Click, b"first")?;
+    disk.hold_writes(true);
+    let other = std::thread::spawn({
+        let journal = journal.clone();
+        move || journal.write()
+    });
+    disk.wait_for_held_write();
+    let second = journal.append(RecordKind::Click, b"second")?;
+    let mut waiting = tokio::task::JoinSet::new();
+    for seq in [first, second] {
+        let journal = journal.clone();
+        waiting.spawn(async move { journal.written(seq).await.map(|()| seq) });
+    }
+    // Were this thread to sleep for the other, nobody would let that one go on.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert!(waiting.try_join_next().is_none());
+    assert_eq!(journal.written_through(), 0);
+    disk.hold_writes(false);
+    let mut written = Vec::new();
+    while let Some(done) = waiting.join_next().await {
+        written.push(done??);
+    }
+    written.sort_unstable();
+    assert_eq!(written, [first, second]);
+    assert_eq!(journal.written_through(), second);
+    other.join().expect("writes")?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn waiting_for_a_sync_asks_for_it() -> Result<()> {
     let disk = FaultDisk::new(1);

@@ -140,7 +140,7 @@ pub async fn what_is_derived_changes_with_what_it_tells(fixture: &dyn Fixture) -
     let news = Announcement {
         kind: EventKind::IdentityBound,
         account: "acme".into(),
-        data: serde_json::json!({"binding_id": "b"}),
+        data: serde_json::json!({"binding_id": "b"}).into(),
         about: about.clone(),
     };
     let mut notes: Vec<Note> = (0..5)
@@ -276,7 +276,7 @@ pub async fn announcements_are_events_of_their_account(fixture: &dyn Fixture) ->
     let news = |account: &str, n: u32| Announcement {
         kind: EventKind::DestinationLimitChanged,
         account: account.into(),
-        data: serde_json::json!({ "n": n }),
+        data: serde_json::json!({ "n": n }).into(),
         about: About::default(),
     };
     store
@@ -323,7 +323,7 @@ pub async fn a_time_has_its_cursor(fixture: &dyn Fixture) -> Result<()> {
     let news = |n: u32| Announcement {
         kind: EventKind::DestinationLimitChanged,
         account: "acme".into(),
-        data: serde_json::json!({ "n": n }),
+        data: serde_json::json!({ "n": n }).into(),
         about: About::default(),
     };
     store.announce(vec![news(1), news(2)], T0).await?;
@@ -345,7 +345,7 @@ pub async fn a_cursor_older_than_what_is_kept_goes_on(fixture: &dyn Fixture) -> 
     let news = |n: u32| Announcement {
         kind: EventKind::DestinationLimitChanged,
         account: "acme".into(),
-        data: serde_json::json!({ "n": n }),
+        data: serde_json::json!({ "n": n }).into(),
         about: About::default(),
     };
     store.announce(vec![news(1)], T0).await?;

@@ -388,7 +388,8 @@ impl<'a> Books<'a> {
 
     /// Notes an event of an account.
     pub(super) fn account_event(&mut self, of: Announcement) {
-        let told = self.own(of.kind, format!("{}", fastrand::u128(..)), of.data);
+        let data = of.data.into_value();
+        let told = self.own(of.kind, format!("{}", fastrand::u128(..)), data);
         let event = tell::announced(told, 0, self.now, &of.account, of.about);
         self.events.push(event);
     }

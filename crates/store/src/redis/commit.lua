@@ -25,7 +25,7 @@ for _ = 1, tonumber(ARGV[2]) do
     local time = call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     if known ~= id then
-      call('SET', key, id .. ' ' .. string.format('%.0f', now + lasts))
+      call('SET', key, id .. ' ' .. string.format('%d', now + lasts))
       return {3, lasts}
     end
     if tonumber(quiet) > now then return {3, tonumber(quiet) - now} end
@@ -56,7 +56,7 @@ while ARGV[at] do
     local last = math.max(tonumber(call('GET', counter) or '0'), floor)
     if first > last then
       for number = first, first + count - 1 do
-        call('XADD', key, string.format('%.0f-0', number), 'e', take())
+        call('XADD', key, string.format('%d-0', number), 'e', take())
       end
       last = first + count - 1
     else
@@ -65,11 +65,11 @@ while ARGV[at] do
       for _ = 1, count do
         local event = take()
         last = last + 1
-        local number = string.format('%.0f', last)
+        local number = string.format('%d', last)
         call('XADD', key, number .. '-0', 'e', string.sub(event, 1, 51) .. number .. string.sub(event, 68))
       end
     end
-    answer[2] = string.format('%.0f', last)
+    answer[2] = string.format('%d', last)
     call('SET', counter, answer[2])
   elseif kind == 'C' then
     -- Control items: numbered without gaps; what is too old goes, up to the first that is not.

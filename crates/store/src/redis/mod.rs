@@ -64,8 +64,9 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// How often another process's changes are looked for.
-const POLL: Duration = Duration::from_millis(100);
+/// How often another process's changes are looked for: each look wakes Redis, whose thread all nodes
+/// share.
+const POLL: Duration = Duration::from_millis(250);
 /// Tries of a step that others keep changing under it.
 const TRIES: u32 = 100;
 

@@ -5,35 +5,48 @@
 -- Answers a list of {queue and rank, record of a batch, recipients due, the moment of the next,
 -- the batch}.
 local call, prefix, upto = redis.call, ARGV[1], ARGV[2]
+-- Ranges that are read at once, and of one batch: of a giant it is enough to know that it is one.
+local page, most = 64, 1024
 if upto == '' then
   local time = call('TIME')
-  upto = struct.pack('>I8', time[1] * 1000 + math.floor(time[2] / 1000) + 1)
+  upto = time[1] * 1000 + math.floor(time[2] / 1000) + 1
+else
+  upto = struct.unpack('>I8', upto)
 end
-local answer = {}
+local answer, records = {}, {}
+
+local function record_of(batch)
+  if records[batch] == nil then records[batch] = call('GET', prefix .. 'b:' .. batch) end
+  return records[batch]
+end
 
 for _, name in ipairs(call('ZRANGEBYLEX', KEYS[1], ARGV[3], '+', 'LIMIT', 0, ARGV[4])) do
   local queue, rank = string.match(name, '^(.*)%z(.)$')
   local key, from = prefix .. 'q' .. rank .. ':' .. queue, '-'
-  while true do
-    local first = call('ZRANGEBYLEX', key, from, '+', 'LIMIT', 0, 1)[1]
-    if not first then break end
-    local batch = string.sub(first, 1, 26)
-    local record = call('GET', prefix .. 'b:' .. batch)
-    if record then
-      local due, next = 0, ''
-      for _, member in ipairs(call('ZRANGEBYLEX', key, '[' .. batch, '(' .. batch .. upto, 'LIMIT', 0, 512)) do
-        due = due + string.byte(member, 51) % 128 * 256 + string.byte(member, 52)
+  -- What is told of the batch at hand; its ranges stand together.
+  local batch, told, seen
+  repeat
+    local some = call('ZRANGEBYLEX', key, from, '+', 'LIMIT', 0, page)
+    local more = #some == page
+    for _, member in ipairs(some) do
+      from = '(' .. member
+      local of = string.sub(member, 1, 26)
+      if of ~= batch then
+        batch, told, seen = of, {name, record_of(of), 0, '', of}, 0
+        if told[2] then answer[#answer + 1] = told end
       end
-      -- What is held is its holder's: the next is the first that nobody holds.
-      for _, member in ipairs(call('ZRANGEBYLEX', key, '[' .. batch .. upto, '(' .. batch .. '\255', 'LIMIT', 0, 512)) do
-        if string.byte(member, 51) < 128 then
-          next = string.sub(member, 27, 34)
-          break
-        end
+      if struct.unpack('>I8', member, 27) < upto then
+        told[3] = told[3] + string.byte(member, 51) % 128 * 256 + string.byte(member, 52)
+      elseif told[4] == '' and string.byte(member, 51) < 128 then
+        -- What is held is its holder's: the next is the first that nobody holds.
+        told[4] = string.sub(member, 27, 34)
       end
-      answer[#answer + 1] = {name, record, due, next, batch}
+      seen = seen + 1
+      if seen == most then
+        from, more = '(' .. batch .. '\255', true
+        break
+      end
     end
-    from = '(' .. batch .. '\255'
-  end
+  until not more
 end
 return answer

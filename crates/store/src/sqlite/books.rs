@@ -343,7 +343,7 @@ impl<'s, 'c> Books<'s, 'c> {
 
     /// Notes an event of an account.
     pub(super) fn account_event(&mut self, of: Announcement) {
-        let (kind, account, data) = (of.kind.code(), of.account.into(), of.data.to_string());
+        let (kind, account, data) = (of.kind.code(), of.account.into(), of.data.into_json());
         let event = if of.about == About::default() {
             StoredEvent::Account {
                 kind,

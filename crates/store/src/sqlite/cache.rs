@@ -2,6 +2,7 @@
 //!
 //! Bounded; shared by the writer and the readers. Must not hold anything that can change.
 
+use crate::columns::{Named, Names};
 use crate::form;
 use crate::recent::Recent;
 use crate::{BatchHead, Result, StoreError};
@@ -15,6 +16,8 @@ const ROWS: usize = 128_000;
 /// What a lot weighs beside its rows, in rows.
 const LOT: usize = 4;
 const HEADS: usize = 256;
+/// Bytes of who the recipients of lots are: some 300,000 of them.
+const NAMES: usize = 16 << 20;
 
 /// A lot as it was staged.
 #[derive(Debug)]
@@ -23,12 +26,30 @@ pub(super) struct Lot {
     pub(super) rows: Vec<Row>,
 }
 
+/// Who the recipients of a lot are.
+pub(super) enum Known {
+    /// By its rows, which were there.
+    Rows(Arc<Lot>),
+    Names(Arc<Names>),
+}
+
+impl Known {
+    /// The one at a position.
+    pub(super) fn one(&self, position: u16) -> Option<Named<'_>> {
+        match self {
+            Self::Rows(lot) => lot.rows.get(usize::from(position)).map(Named::from),
+            Self::Names(names) => names.one(position),
+        }
+    }
+}
+
 /// The caches of a store.
 #[derive(Debug)]
 pub(super) struct Cache {
     /// Not a cache, but asked for by both: ranges that could not be read.
     unreadable: AtomicU64,
     lots: Mutex<Recent<i64, Arc<Lot>>>,
+    names: Mutex<Recent<i64, Arc<Names>>>,
     heads: Mutex<Recent<i64, Arc<BatchHead>>>,
 }
 
@@ -37,6 +58,7 @@ impl Cache {
         Self {
             unreadable: AtomicU64::new(0),
             lots: Recent::new(ROWS),
+            names: Recent::new(NAMES),
             heads: Recent::new(HEADS),
         }
     }
@@ -49,14 +71,36 @@ impl Cache {
         self.unreadable.load(Ordering::Relaxed)
     }
 
+    fn kept_lot(&self, id: i64) -> Option<Arc<Lot>> {
+        let mut lots = self.lots.lock().unwrap_or_else(PoisonError::into_inner);
+        lots.find(&id)
+    }
+
+    /// Who the recipients of a lot are; `None` when there is no such lot.
+    pub(super) fn names(&self, connection: &Connection, id: i64) -> Result<Option<Known>> {
+        if let Some(lot) = self.kept_lot(id) {
+            return Ok(Some(Known::Rows(lot)));
+        }
+        let names = || self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = names().find(&id);
+        if let Some(kept) = kept {
+            return Ok(Some(Known::Names(kept)));
+        }
+        let stored: Option<Vec<u8>> = connection
+            .prepare_cached("SELECT packed FROM lot WHERE id=?1")?
+            .query_row([id], |row| row.get(0))
+            .optional()?;
+        let Some(packed) = stored else {
+            return Ok(None);
+        };
+        let read = Arc::new(form::unpack_names(&packed)?);
+        names().keep(id, read.clone(), read.bytes());
+        Ok(Some(Known::Names(read)))
+    }
+
     /// The rows of a lot; `None` when there is no such lot.
     pub(super) fn lot(&self, connection: &Connection, id: i64) -> Result<Option<Arc<Lot>>> {
-        if let Some(lot) = self
-            .lots
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .find(&id)
-        {
+        if let Some(lot) = self.kept_lot(id) {
             return Ok(Some(lot));
         }
         let stored: Option<(String, Vec<u8>)> = connection
@@ -79,6 +123,10 @@ impl Cache {
 
     /// Forgets the rows of a lot: they are being rewritten.
     pub(super) fn forget_lot(&self, id: i64) {
+        self.names
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .forget(&id);
         self.lots
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

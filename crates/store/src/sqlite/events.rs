@@ -307,11 +307,10 @@ impl Telling<'_> {
         };
         let (seq, position) = (entry.seq, entry.position);
         let id = FactId { journal, seq };
-        let found = self.reading.cache.lot(self.reading.connection, lot)?;
-        let row = found
-            .as_ref()
-            .and_then(|of| of.rows.get(usize::from(position)));
-        let Some(row) = row else { return Ok(None) };
+        let found = self.reading.cache.names(self.reading.connection, lot)?;
+        let Some(who) = found.as_ref().and_then(|of| of.one(position)) else {
+            return Ok(None);
+        };
         let (at, what) = match &entry.fact {
             BriefFact::Attempt { at, dot_at } => (*at, Happened::Delivered { dot_at: *dot_at }),
             BriefFact::Other(Fact::Hit(hit)) => {
@@ -320,7 +319,7 @@ impl Telling<'_> {
                 let of = HitSign {
                     id,
                     variant: head.variant_name(variant).map(Into::into),
-                    metadata: tell::metadata_of(&head, row),
+                    metadata: tell::metadata_of(&head, who.metadata),
                     hit,
                 };
                 (of.hit.at, Happened::Hit(Box::new(of)))
@@ -343,10 +342,10 @@ impl Telling<'_> {
             campaign,
             message: MessageId {
                 batch: head.id,
-                index: row.index,
+                index: who.index,
             },
-            email: row.email.to_string().into(),
-            prospect_id: row.prospect_id.clone(),
+            email: who.email.into(),
+            prospect_id: who.prospect_id.map(Into::into),
             what,
         }))
     }

@@ -4,8 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use ::engagement::identity::{Binding, Browser};
+use ::engagement::identity::{Binding, Browser, Click, Found};
 use ::engagement::prospect::Prospect;
 use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
@@ -16,7 +17,9 @@ pub(crate) const PROSPECTS: &str = "prospect";
 pub(crate) const BINDINGS: &str = "binding";
 const BROWSERS: &str = "browser";
 /// As long as browsers keep a cookie: 400 days.
-const BROWSER_KEPT: std::time::Duration = std::time::Duration::from_secs(400 * 86_400);
+const BROWSER_KEPT: Duration = Duration::from_hours(400 * 24);
+/// A browser that is only seen again is kept longer once so much of that is gone.
+const BROWSER_SEEN: Duration = Duration::from_hours(24);
 /// Notes written in one step.
 const STEP: usize = 1_000;
 
@@ -49,6 +52,22 @@ pub(crate) fn normalised(email: &str) -> Box<str> {
 struct Doc<T> {
     value: T,
     dirty: bool,
+    /// Whether the store has one of this name, and until when.
+    stored: bool,
+    expires_at: Option<Timestamp>,
+}
+
+impl<T: Default> Doc<T> {
+    /// What the store has of this name; `read`: what is not readable is new.
+    fn of(found: Option<Note>, read: impl Fn(&[u8]) -> Option<T>) -> Self {
+        let value = found.as_ref().and_then(|note| read(&note.value));
+        Self {
+            value: value.unwrap_or_default(),
+            dirty: false,
+            stored: found.is_some(),
+            expires_at: found.and_then(|note| note.expires_at),
+        }
+    }
 }
 
 /// Documents of one kind, by account and name.
@@ -69,10 +88,9 @@ impl<T: Default> Shelf<T> {
         self.accounts.get_mut(account)?.get_mut(key)
     }
 
-    fn put(&mut self, account: &str, key: Box<str>, value: T) {
+    fn put(&mut self, account: &str, key: Box<str>, doc: Doc<T>) {
         let of = self.accounts.entry(account.into()).or_default();
-        let dirty = false;
-        of.insert(key, Doc { value, dirty });
+        of.insert(key, doc);
     }
 
     /// Reads those of an account that are not there yet; what nothing is known of is new.
@@ -95,8 +113,8 @@ impl<T: Default> Shelf<T> {
             known.entry(key).or_default();
         }
         for note in found {
-            if let (Some(value), Some(doc)) = (read(&note.value), known.get_mut(&note.key)) {
-                doc.value = value;
+            if let Some(doc) = known.get_mut(&note.key) {
+                *doc = Doc::of(Some(note), &read);
             }
         }
         Ok(())
@@ -128,8 +146,17 @@ pub(super) struct Wanted {
     pub(super) people: BTreeSet<Box<str>>,
     pub(super) browsers: BTreeSet<Box<str>>,
     pub(super) bindings: BTreeSet<Box<str>>,
+    /// Clicks that say whose a browser is.
+    pub(super) clicks: Vec<Clicked>,
     /// Addresses of those whose browser may be bound to them.
     pub(super) consents: BTreeSet<Box<str>>,
+}
+
+/// A click that says whose a browser is.
+pub(super) struct Clicked {
+    pub(super) browser: Box<str>,
+    pub(super) person: Box<str>,
+    pub(super) binding: Box<str>,
 }
 
 /// What belongs to one browser, and is written in one step: whose it was, the bindings that say
@@ -186,13 +213,32 @@ impl<'a> Docs<'a> {
             self.browsers
                 .fetch(from, &account, of.browsers, read)
                 .await?;
+            let mut bindings = of.bindings;
+            bindings.extend(self.in_question(&account, of.clicks));
             let read = |bytes: &[u8]| Some(Binding::from_bytes(bytes));
-            self.bindings
-                .fetch(from, &account, of.bindings, read)
-                .await?;
+            self.bindings.fetch(from, &account, bindings, read).await?;
             self.ask_consents(account, of.consents).await?;
         }
         Ok(())
+    }
+
+    /// The bindings that the clicks may have made before: none where the browser is the person's
+    /// anyway, and none of a browser that the store does not have, since they are written together.
+    fn in_question(&mut self, account: &str, clicks: Vec<Clicked>) -> Vec<Box<str>> {
+        let mut in_question = Vec::new();
+        for click in clicks {
+            let browser = self.browsers.find(account, &click.browser);
+            let owner = browser.as_ref().and_then(|of| of.value.owner());
+            if owner.is_some_and(|owner| owner.prospect == click.person) {
+                continue;
+            }
+            if browser.is_some_and(|of| !of.stored) {
+                self.bindings.put(account, click.binding, Doc::default());
+            } else {
+                in_question.push(click.binding);
+            }
+        }
+        in_question
     }
 
     async fn ask_consents(
@@ -228,9 +274,8 @@ impl<'a> Docs<'a> {
         if self.prospects.find(account, key).is_none() {
             let kind = kind_of(PROSPECTS, account);
             let found = self.store.note(&kind, key, self.now).await?;
-            let value = found.and_then(|note| Prospect::from_bytes(&note.value));
-            self.prospects
-                .put(account, key.into(), value.unwrap_or_default());
+            let doc = Doc::of(found, Prospect::from_bytes);
+            self.prospects.put(account, key.into(), doc);
         }
         let found = self.prospects.find(account, key);
         found.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
@@ -259,24 +304,62 @@ impl<'a> Docs<'a> {
         Ok(())
     }
 
+    /// A browser; one that nothing is known of is new.
+    async fn doc_of_browser(
+        &mut self,
+        account: &str,
+        cookie: VisitorId,
+    ) -> Result<&mut Doc<Browser>, StoreError> {
+        let key: Box<str> = cookie.to_string().into();
+        if self.browsers.find(account, &key).is_none() {
+            let kind = kind_of(BROWSERS, account);
+            let found = self.store.note(&kind, &key, self.now).await?;
+            let doc = Doc::of(found, Browser::from_bytes);
+            self.browsers.put(account, key.clone(), doc);
+        }
+        let doc = self.browsers.find(account, &key);
+        doc.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
+    }
+
     /// A browser, to be changed.
     pub(super) async fn browser(
         &mut self,
         account: &str,
         cookie: VisitorId,
     ) -> Result<&mut Browser, StoreError> {
-        let key: Box<str> = cookie.to_string().into();
-        if self.browsers.find(account, &key).is_none() {
-            let kind = kind_of(BROWSERS, account);
-            let found = self.store.note(&kind, &key, self.now).await?;
-            let value = found.and_then(|note| Browser::from_bytes(&note.value));
-            self.browsers
-                .put(account, key.clone(), value.unwrap_or_default());
-        }
-        let doc = self.browsers.find(account, &key);
-        let doc = doc.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))?;
+        let doc = self.doc_of_browser(account, cookie).await?;
         doc.dirty = true;
         Ok(&mut doc.value)
+    }
+
+    /// Whether a browser is this person's.
+    pub(super) async fn is_owned(
+        &mut self,
+        account: &str,
+        cookie: VisitorId,
+        person: &str,
+    ) -> Result<bool, StoreError> {
+        let doc = self.doc_of_browser(account, cookie).await?;
+        let owner = doc.value.owner();
+        Ok(owner.is_some_and(|owner| *owner.prospect == *person))
+    }
+
+    /// A person clicked with a browser. One that stays as it is, is written only to be kept longer.
+    pub(super) async fn click(
+        &mut self,
+        account: &str,
+        cookie: VisitorId,
+        click: Click,
+    ) -> Result<Found, StoreError> {
+        let fresh = self.now + (BROWSER_KEPT - BROWSER_SEEN);
+        let doc = self.doc_of_browser(account, cookie).await?;
+        let found = doc.value.click(cookie, click);
+        let ages = doc.expires_at.is_none_or(|expires_at| expires_at < fresh);
+        doc.dirty |= match found {
+            Found::Bound { .. } => true,
+            Found::Same | Found::Forwarded { .. } => ages,
+        };
+        Ok(found)
     }
 
     /// A binding; `None` when there is none of this name.
@@ -290,8 +373,9 @@ impl<'a> Docs<'a> {
         }
         let kind = kind_of(BINDINGS, account);
         let found = self.store.note(&kind, id, self.now).await?;
-        let binding = found.and_then(|note| Binding::from_bytes(&note.value));
-        self.bindings.put(account, id.into(), binding.clone());
+        let doc = Doc::of(found, |bytes| Some(Binding::from_bytes(bytes)));
+        let binding = doc.value.clone();
+        self.bindings.put(account, id.into(), doc);
         Ok(binding)
     }
 
@@ -304,7 +388,11 @@ impl<'a> Docs<'a> {
             expires_at: None,
         };
         self.of_browser(binding.cookie).notes.push(note);
-        self.bindings.put(account, id.into(), Some(binding.clone()));
+        let doc = Doc {
+            value: Some(binding.clone()),
+            ..Doc::default()
+        };
+        self.bindings.put(account, id.into(), doc);
     }
 
     /// Writes a note.
@@ -387,9 +475,118 @@ impl<'a> Docs<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use model::MessageId;
+    use store::sqlite::{Role, SqliteOptions, SqliteStore};
+
+    const T0: Timestamp = Timestamp::from_millis(1_763_712_300_000);
+    const COOKIE: VisitorId = VisitorId::from_bytes([7; 16]);
+
+    async fn store() -> (tempfile::TempDir, SqliteStore) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = SqliteOptions {
+            path: dir.path().join("test.db"),
+            partitions: 1,
+            role: Role::Mta,
+        };
+        let store = SqliteStore::open(options).await.expect("a store");
+        (dir, store)
+    }
+
+    fn click(person: &str, binding: &str, at: Timestamp) -> Click {
+        Click {
+            prospect: person.into(),
+            binding: binding.into(),
+            fresh: VisitorId::from_bytes([8; 16]),
+            clicked_before: None,
+            at,
+        }
+    }
+
+    fn wanted(person: &str, binding: &str) -> BTreeMap<Arc<str>, Wanted> {
+        let browser: Box<str> = COOKIE.to_string().into();
+        let of = Wanted {
+            browsers: [browser.clone()].into(),
+            clicks: vec![Clicked {
+                browser,
+                person: person.into(),
+                binding: binding.into(),
+            }],
+            ..Wanted::default()
+        };
+        [("acme".into(), of)].into()
+    }
 
     #[test]
     fn prospects_are_what_the_store_calls_notes_of_people() {
         assert!(kind_of(PROSPECTS, "acme").starts_with(store::PEOPLE));
+    }
+
+    #[tokio::test]
+    async fn a_browser_that_is_only_seen_again_is_written_once_a_day() {
+        let (_dir, store) = store().await;
+        let kind = kind_of(BROWSERS, "acme");
+        let hour = Duration::from_hours(1);
+        let mut expires = Vec::new();
+        for at in [T0, T0 + hour, T0 + 23 * hour, T0 + 25 * hour] {
+            let mut docs = Docs::new(&store, at);
+            docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+            let found = docs.click("acme", COOKIE, click("p-1", "b-1", at)).await;
+            let is_new = matches!(found.expect("a browser"), Found::Bound { .. });
+            assert_eq!(is_new, at == T0);
+            docs.write().await.expect("written");
+            let note = store.note(&kind, &COOKIE.to_string(), at).await;
+            let note = note.expect("read").expect("a browser");
+            expires.push(note.expires_at.expect("not for ever"));
+        }
+        let first = T0 + BROWSER_KEPT;
+        assert_eq!(expires, [first, first, first, first + 25 * hour]);
+    }
+
+    /// Who reads an event again after a crash must not bind what was revoked since.
+    #[tokio::test]
+    async fn a_binding_is_asked_for_where_the_click_may_have_made_it() {
+        let (_dir, store) = store().await;
+        let binding = Binding {
+            cookie: COOKIE,
+            visitor: COOKIE,
+            prospect: "p-1".into(),
+            email: "a@x.example".into(),
+            at: T0,
+            message: MessageId {
+                batch: model::BatchId::from_bytes([3; 16]),
+                index: 1,
+            },
+            event_id: "b-1".into(),
+            forward_suspected: false,
+            revoked_at: Some(T0),
+        };
+        let mut docs = Docs::new(&store, T0);
+        // Nobody's: there is nothing to ask, and nothing is said to be there.
+        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+        assert!(!docs.is_owned("acme", COOKIE, "p-1").await.expect("read"));
+        assert_eq!(docs.binding("acme", "b-1").await.expect("read"), None);
+        // Bound by the click, and revoked.
+        let bound = docs.click("acme", COOKIE, click("p-1", "b-1", T0)).await;
+        assert!(matches!(bound, Ok(Found::Bound { .. })));
+        docs.set_binding("acme", "b-1", &binding);
+        let browser = docs.browser("acme", COOKIE).await.expect("a browser");
+        assert!(browser.revoke("b-1").is_some());
+        docs.write().await.expect("written");
+        // Read again, it is known.
+        let mut docs = Docs::new(&store, T0);
+        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+        let known = docs.binding("acme", "b-1").await.expect("read");
+        assert_eq!(known.as_ref(), Some(&binding));
+        // Another person's, it may have been made by this click, too.
+        let bound = docs.click("acme", COOKIE, click("p-2", "b-2", T0)).await;
+        assert!(matches!(bound, Ok(Found::Bound { .. })));
+        docs.write().await.expect("written");
+        let mut docs = Docs::new(&store, T0);
+        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+        assert_eq!(
+            docs.binding("acme", "b-1").await.expect("read"),
+            Some(binding)
+        );
+        assert!(docs.is_owned("acme", COOKIE, "p-2").await.expect("read"));
     }
 }

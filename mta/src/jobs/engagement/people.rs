@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ::engagement::identity::{Binding, Click, Found, Page};
+use ::engagement::identity::{Binding, Click, Found, Owner, Page};
 use ::engagement::prospect::{Entry, Prospect, Seen};
 use ::engagement::settle::Judged;
 use model::{
-    About, Actor, Class, DeliveryStatus, Event, EventKind, EventRecipient, HitKind, Status,
-    Timestamp, VisitorId,
+    About, Actor, Class, DeliveryStatus, Event, EventKind, EventRecipient, HitKind, MessageId,
+    Status, Timestamp, VisitorId,
 };
-use serde_json::{Value, json};
-use store::{Announcement, Happened, MailSign, Sign, StoreError};
+use serde::Serialize;
+use serde_json::json;
+use store::{Announcement, Data, Happened, MailSign, Sign, StoreError};
 use uuid::Uuid;
 
-use super::docs::{Docs, Wanted, normalised, person_named, person_of};
+use super::docs::{Clicked, Docs, Wanted, normalised, person_named, person_of};
 use super::revise::Revised;
 use super::{Hit, Work, actor_of};
 
@@ -49,8 +50,13 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
         of.people.insert(hit.person());
         let clicked = hit.kind == HitKind::Click && judged.verdict.actor == Actor::Human;
         if let Some(cookie) = hit.visitor.filter(|_| clicked) {
-            of.browsers.insert(cookie.to_string().into());
-            of.bindings.insert(hit.event_id.to_string().into());
+            let browser: Box<str> = cookie.to_string().into();
+            of.browsers.insert(browser.clone());
+            of.clicks.push(Clicked {
+                browser,
+                person: hit.person(),
+                binding: hit.event_id.to_string().into(),
+            });
             of.consents.insert(normalised(&hit.email));
         }
     }
@@ -245,7 +251,8 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
     }
     let (account, message) = (&*hit.account, hit.message);
     let binding_id = hit.event_id.to_string();
-    if docs.binding(account, &binding_id).await?.is_some() {
+    let is_theirs = docs.is_owned(account, cookie, key).await?;
+    if !is_theirs && docs.binding(account, &binding_id).await?.is_some() {
         // Known from before a crash, and perhaps revoked since.
         return Ok(());
     }
@@ -259,15 +266,11 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
         clicked_before,
         at: hit.at,
     };
-    let found = docs.browser(account, cookie).await?.click(cookie, click);
+    let found = docs.click(account, cookie, click).await?;
     let (visitor, from, forward_suspected, pages) = match found {
         Found::Same => return Ok(()),
         Found::Forwarded { owner } => {
-            let data = json!({
-                "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
-                "binding_id": owner.binding, "new_visitor": null, "reason": "forwarded",
-                "evidence": evidence(hit),
-            });
+            let data = conflict(hit, cookie, &owner, None, "forwarded");
             docs.tell(cookie, news(hit, EventKind::IdentityConflict, data));
             return Ok(());
         }
@@ -283,17 +286,18 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
         // What the click led to was seen before the click was known to be a person's.
         let before = docs.prospect(account, &owner.prospect).await?;
         theirs = before.left(owner.visitor, hit.at);
-        let data = json!({
-            "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
-            "binding_id": owner.binding, "new_visitor": visitor, "reason": "other_prospect",
-            "evidence": evidence(hit),
-        });
+        let data = conflict(hit, cookie, &owner, Some(visitor), "other_prospect");
         docs.tell(cookie, news(hit, EventKind::IdentityConflict, data));
     }
-    let data = json!({
-        "binding_id": binding_id, "visitor": visitor, "cookie": cookie, "prospect_id": key,
-        "evidence": evidence(hit), "forward_suspected": forward_suspected,
-        "confidence": if forward_suspected { "low" } else { "high" }, "pages_joined": pages.len() + theirs.len(),
+    let data = Data::of(&Bound {
+        binding_id: &binding_id,
+        visitor,
+        cookie,
+        prospect_id: key,
+        evidence: Evidence::of(hit),
+        forward_suspected,
+        confidence: if forward_suspected { "low" } else { "high" },
+        pages_joined: pages.len() + theirs.len(),
     });
     docs.tell(cookie, news(hit, EventKind::IdentityBound, data));
     let binding = Binding {
@@ -326,12 +330,55 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
     Ok(())
 }
 
-fn evidence(hit: &Hit) -> Value {
-    json!({ "type": "click", "message_id": hit.message, "event_id": hit.event_id })
+/// The click that proves it.
+#[derive(Serialize)]
+struct Evidence {
+    r#type: &'static str,
+    message_id: MessageId,
+    event_id: Uuid,
+}
+
+impl Evidence {
+    fn of(hit: &Hit) -> Self {
+        Self {
+            r#type: "click",
+            message_id: hit.message,
+            event_id: hit.event_id,
+        }
+    }
+}
+
+/// The data of `identity.bound`.
+#[derive(Serialize)]
+struct Bound<'a> {
+    binding_id: &'a str,
+    visitor: VisitorId,
+    cookie: VisitorId,
+    prospect_id: &'a str,
+    evidence: Evidence,
+    forward_suspected: bool,
+    confidence: &'static str,
+    pages_joined: usize,
+}
+
+/// The data of `identity.conflict`.
+fn conflict(
+    hit: &Hit,
+    cookie: VisitorId,
+    owner: &Owner,
+    new_visitor: Option<VisitorId>,
+    reason: &str,
+) -> Data {
+    let data = json!({
+        "visitor": owner.visitor, "cookie": cookie, "prospect_id": owner.prospect,
+        "binding_id": owner.binding, "new_visitor": new_visitor, "reason": reason,
+        "evidence": Evidence::of(hit),
+    });
+    data.into()
 }
 
 /// An event of identity that follows from a hit: its id is always the same.
-fn news(hit: &Hit, kind: EventKind, data: Value) -> Announcement {
+fn news(hit: &Hit, kind: EventKind, data: Data) -> Announcement {
     let mut bytes = hit.event_id.into_bytes();
     // Behind the version and the time, which stay those of the click.
     bytes[15] ^= kind.code() + 1;
@@ -444,7 +491,8 @@ pub(crate) fn revocation(
         data: json!({
             "binding_id": id, "visitor": binding.visitor, "cookie": binding.cookie,
             "prospect_id": binding.prospect, "reason": reason,
-        }),
+        })
+        .into(),
         about: About {
             occurred_at: Some(now),
             message_id: Some(binding.message),

@@ -92,7 +92,7 @@ impl World {
         let news = numbers.map(|number| Announcement {
             kind: EventKind::DestinationLimitChanged,
             account: "default".into(),
-            data: serde_json::json!({ "n": number }),
+            data: serde_json::json!({ "n": number }).into(),
             about: model::About::default(),
         });
         self.store
