@@ -262,7 +262,7 @@ impl Resolver {
                     self.clock.clone(),
                     domain.as_str().to_owned(),
                 );
-                async move { find_route(&*dns, &name, port, clock.instant()).await }
+                async move { from_now(find_route(&*dns, &name, port).await, &clock) }
             })
             .await;
         answer.map(|route| (route, until.saturating_duration_since(self.clock.instant())))
@@ -304,7 +304,7 @@ impl Resolver {
                     host.name.to_string(),
                     route.is_static,
                 );
-                async move { find_addresses(&*dns, &name, is_static, clock.instant()).await }
+                async move { from_now(find_addresses(&*dns, &name, is_static).await, &clock) }
             })
             .await;
         self.permitted(host, answer?, route)
@@ -372,26 +372,27 @@ impl Resolver {
     }
 }
 
-type Kept<T> = (Result<T, Trouble>, Instant);
+/// An answer, and for how long it holds from when it came.
+type Kept<T> = (Result<T, Trouble>, Duration);
 
-fn keep<T>(value: Result<T, Trouble>, now: Instant, ttl: Duration) -> Kept<T> {
-    (value, now + ttl)
+/// What never came took longer than it is remembered: only its end can be counted from.
+fn from_now<T>((answer, ttl): Kept<T>, clock: &SharedClock) -> (Result<T, Trouble>, Instant) {
+    (answer, clock.instant() + ttl)
 }
 
-async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kept<Arc<Route>> {
+async fn find_route(dns: &dyn Dns, domain: &str, port: u16) -> Kept<Arc<Route>> {
     let hosts = match dns.mx(domain).await {
         Ok(answer) => answer,
-        Err(DnsError::NoRecords(ttl)) => return implicit_mx(dns, domain, port, now, ttl).await,
+        Err(DnsError::NoRecords(ttl)) => return implicit_mx(dns, domain, port, ttl).await,
         Err(DnsError::NoDomain(ttl)) => {
             let text = format!("the domain {domain} does not exist");
-            return keep(
+            return (
                 Err(trouble(Class::BadDomain, Blame::Recipient, text, true)),
-                now,
                 negative(ttl),
             );
         }
         Err(DnsError::Temporary(why)) => {
-            return keep(Err(no_answer(domain, &why)), now, FAILURE_TTL);
+            return (Err(no_answer(domain, &why)), FAILURE_TTL);
         }
     };
     let (ttl, is_secure) = (positive(hosts.ttl), hosts.secure);
@@ -400,11 +401,7 @@ async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kep
     let is_null = |(_, name): &&(u16, String)| name.is_empty();
     if !hosts.records.is_empty() && hosts.records.iter().all(|record| is_null(&record)) {
         let text = format!("the domain {domain} takes no mail (null MX)");
-        return keep(
-            Err(trouble(Class::NoMx, Blame::Recipient, text, true)),
-            now,
-            ttl,
-        );
+        return (Err(trouble(Class::NoMx, Blame::Recipient, text, true)), ttl);
     }
     let named = hosts.records.iter().filter(|record| !is_null(record));
     let hosts = named.map(|(preference, name)| Host {
@@ -413,17 +410,11 @@ async fn find_route(dns: &dyn Dns, domain: &str, port: u16, now: Instant) -> Kep
         port,
     });
     let route = Route::new(hosts.collect(), false).secure(is_secure);
-    keep(Ok(Arc::new(route)), now, ttl)
+    (Ok(Arc::new(route)), ttl)
 }
 
 /// Without MX records the domain itself is the host, if it has an address (RFC 5321 §5.1).
-async fn implicit_mx(
-    dns: &dyn Dns,
-    domain: &str,
-    port: u16,
-    now: Instant,
-    ttl: Duration,
-) -> Kept<Arc<Route>> {
+async fn implicit_mx(dns: &dyn Dns, domain: &str, port: u16, ttl: Duration) -> Kept<Arc<Route>> {
     match dns.addresses(domain, false).await {
         Ok(found) => {
             let host = Host {
@@ -433,26 +424,20 @@ async fn implicit_mx(
             };
             // One zone holds both: where its addresses are validated, so is that it has no MX.
             let route = Route::new(vec![host], false).secure(found.secure);
-            keep(Ok(Arc::new(route)), now, positive(ttl))
+            (Ok(Arc::new(route)), positive(ttl))
         }
         Err(DnsError::NoRecords(_) | DnsError::NoDomain(_)) => {
             let text = format!("the domain {domain} has neither MX nor address records");
-            keep(
+            (
                 Err(trouble(Class::NoMx, Blame::Recipient, text, true)),
-                now,
                 negative(ttl),
             )
         }
-        Err(DnsError::Temporary(why)) => keep(Err(no_answer(domain, &why)), now, FAILURE_TTL),
+        Err(DnsError::Temporary(why)) => (Err(no_answer(domain, &why)), FAILURE_TTL),
     }
 }
 
-async fn find_addresses(
-    dns: &dyn Dns,
-    host: &str,
-    is_static: bool,
-    now: Instant,
-) -> Kept<Addresses> {
+async fn find_addresses(dns: &dyn Dns, host: &str, is_static: bool) -> Kept<Addresses> {
     match dns.addresses(host, is_static).await {
         Ok(answer) => {
             let addresses = Addresses {
@@ -460,17 +445,16 @@ async fn find_addresses(
                 secure: answer.secure,
                 canonical: answer.canonical.map(Into::into),
             };
-            keep(Ok(addresses), now, positive(answer.ttl))
+            (Ok(addresses), positive(answer.ttl))
         }
         Err(DnsError::NoRecords(ttl) | DnsError::NoDomain(ttl)) => {
             let text = format!("the mail host {host} has no address");
-            keep(
+            (
                 Err(trouble(Class::DnsFailure, Blame::Destination, text, false)),
-                now,
                 negative(ttl),
             )
         }
-        Err(DnsError::Temporary(why)) => keep(Err(no_answer(host, &why)), now, FAILURE_TTL),
+        Err(DnsError::Temporary(why)) => (Err(no_answer(host, &why)), FAILURE_TTL),
     }
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use service::clock::SystemClock;
+use service::clock::{Manual, SystemClock};
 use std::collections::HashMap;
 use std::sync::Mutex;
 
@@ -114,6 +114,71 @@ async fn what_dns_says_and_what_it_means() {
             .map(|(route, _)| route.key())
             .map_err(|trouble| (trouble.class, trouble.is_final));
         assert_eq!(seen, wanted, "{name}");
+    }
+}
+
+/// A name server that is gone: whoever asks hears nothing for ten seconds.
+struct Dead(Manual, Mutex<u32>);
+
+impl Dead {
+    fn times_out<T>(&self) -> Result<T, DnsError> {
+        *self.1.lock().expect("unpoisoned") += 1;
+        self.0.advance(Duration::from_secs(10));
+        Err(DnsError::Temporary("timed out".into()))
+    }
+}
+
+#[async_trait::async_trait]
+impl Dns for Dead {
+    async fn mx(&self, _: &str) -> Result<Answer<(u16, String)>, DnsError> {
+        self.times_out()
+    }
+
+    async fn addresses(&self, _: &str, _: bool) -> Result<Answer<IpAddr>, DnsError> {
+        self.times_out()
+    }
+
+    async fn txt(&self, _: &str) -> Result<Answer<Vec<u8>>, DnsError> {
+        self.times_out()
+    }
+
+    async fn tlsa(&self, _: &str) -> Result<Answer<Tlsa>, DnsError> {
+        self.times_out()
+    }
+
+    async fn validates(&self, _: &str) -> Result<bool, DnsError> {
+        self.times_out()
+    }
+}
+
+#[tokio::test]
+async fn that_nobody_answered_is_remembered_from_when_that_was_known() {
+    let clock = Manual::at(model::Timestamp::from_millis(0));
+    let dns = Arc::new(Dead(clock.clone(), Mutex::default()));
+    let shared: SharedClock = Arc::new(clock.clone());
+    let resolver = Resolver::new(dns.clone(), shared, Routes::default(), 25, Vec::new());
+    let asked = || *dns.1.lock().expect("unpoisoned");
+    let host = Host {
+        preference: 0,
+        name: "mx.x.example".into(),
+        port: 25,
+    };
+    let route = Route::new(vec![host.clone()], false);
+    let name = domain("x.example");
+    for round in 0..2 {
+        for _ in 0..3 {
+            assert!(resolver.route(&name).await.is_err());
+        }
+        assert_eq!(asked(), round * 3 + 1);
+        for _ in 0..3 {
+            assert!(resolver.addresses(&host, &route).await.is_err());
+        }
+        assert_eq!(asked(), round * 3 + 2);
+        for _ in 0..3 {
+            assert!(resolver.tlsa("mx.x.example", 25).await.is_err());
+        }
+        assert_eq!(asked(), round * 3 + 3);
+        clock.advance(FAILURE_TTL);
     }
 }
 

@@ -81,7 +81,7 @@ impl LimitNotes {
                 self.send(News::Event(Box::new(Announcement {
                     kind: EventKind::DestinationLimitChanged,
                     account: account.clone(),
-                    data: data.clone(),
+                    data: data.clone().into(),
                     about: model::About::default(),
                 })));
             }

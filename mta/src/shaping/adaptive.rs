@@ -143,6 +143,9 @@ impl Adaptive {
         }
         self.bounds = bounds;
         self.steady = self.steady.clamp(bounds.floor, bounds.ceiling);
+        // What went well below the floor says nothing of where the limit may stand.
+        let within = self.proven.filter(|proven| *proven >= bounds.floor);
+        self.proven = within.map(|proven| proven.min(bounds.ceiling));
         if let Some(hold) = &mut self.hold {
             hold.limit = hold.limit.clamp(bounds.floor, bounds.ceiling);
         }
@@ -362,5 +365,42 @@ impl Hold {
             was_far: false,
             took,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use service::clock::{Clock as _, SystemClock};
+
+    use super::*;
+
+    fn per_hour(base: f64) -> Bounds {
+        Bounds {
+            base: base / 3_600.0,
+            ceiling: 4.0 * base / 3_600.0,
+            floor: (base / 3_600.0).min(1.0 / 60.0),
+            grain: 0.0,
+        }
+    }
+
+    #[test]
+    fn what_was_proven_under_lower_bounds_does_not_pull_a_limit_below_its_floor() {
+        let start = SystemClock.instant();
+        let used = Use {
+            level: 1.0,
+            taken: true,
+            took: 1.0,
+        };
+        let mut limit = Adaptive::new(per_hour(11.0), start);
+        let probed_at = start + QUIET;
+        assert!(limit.tick(used, probed_at), "a used limit is probed upward");
+
+        let floor = per_hour(81.0).floor;
+        limit.rebound(per_hour(81.0), probed_at);
+        assert_eq!(limit.in_force(), floor);
+        let refused_at = probed_at + CHECK;
+        limit.signal(floor, used, refused_at, refused_at);
+        limit.tick(used, refused_at + HOLD);
+        assert_eq!(limit.in_force(), floor);
     }
 }

@@ -20,7 +20,7 @@ mod warmup;
 
 pub use limiter::{Because, Change, Heard, InForce, Limiter, Reason, Sign};
 pub use memory::{Kept, Moment};
-pub use pacer::{Pace, Pacer};
+pub use pacer::{Pace, Pacer, Permit};
 pub use part::{Part, units};
 pub use spread::Spread;
 pub use warmup::{HeldDays, Warming};

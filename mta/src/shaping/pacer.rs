@@ -10,9 +10,9 @@ use model::units::Rate;
 /// The most moments remembered per pacer: what a second holds beyond this is spread over parts of it.
 const LOG_MAX: u32 = 1_024;
 
-/// A second here is this much longer: the destination counts what arrives, and a command that took
-/// longer on its way than one a second later would fall into the other's second.
-const ON_THE_WAY: Duration = Duration::from_millis(50);
+/// A second here is this much longer: the destination counts what arrives, and how long a command was
+/// on its way is known from the reply to it, but for how it came back.
+const ON_THE_WAY: Duration = Duration::from_millis(25);
 
 /// A second of a part is this long on its way. Less than [`ON_THE_WAY`], since it is evenly spread:
 /// what comes late is one or two, never all at once.
@@ -27,6 +27,13 @@ const PART_LATE: Duration = Duration::from_millis(100);
 
 /// How soon whoever stood back asks again.
 const YIELD: Duration = Duration::from_millis(5);
+
+/// How soon is asked again when all permits are in use by commands that are overdue.
+const OVERDUE: Duration = Duration::from_millis(50);
+
+/// What is unanswered for so long counts as read then: a host that is silent must not hold up the
+/// others of its destination.
+const SILENT: Duration = Duration::from_secs(2);
 
 /// Evenly spread permits come no more often than this: faster ones come several at a time.
 const SLICE: f64 = 0.02;
@@ -73,14 +80,31 @@ pub struct Pacer {
     window: Duration,
     /// The latest permits, oldest first, at most `count`. They may lie in the future: reserved.
     taken: VecDeque<Instant>,
-    /// Permits in use by commands of which nobody knows when the destination will read them.
-    under_way: usize,
+    /// Permits in use by commands of which nobody knows when the destination reads them, by when they
+    /// were taken, and whether they travel behind other commands.
+    under_way: VecDeque<(Instant, bool)>,
+    /// How many of them do.
+    behind: usize,
     /// No permit before: a pace that was left behind gave too many.
     not_before: Option<Instant>,
     /// When the next permit of a part is due.
     due: Option<Instant>,
     /// Who waits for a permit and goes before the others.
     claims: usize,
+}
+
+/// What a MAIL was begun with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    /// Counted when it was taken.
+    Counted,
+    /// Counts as taken in every window until [`Pacer::arrived`], which must follow.
+    UnderWay {
+        /// When it was taken.
+        since: Instant,
+        /// Other commands go before the MAIL.
+        is_behind: bool,
+    },
 }
 
 /// At most this part of a rate is given to commands that travel behind others.
@@ -104,7 +128,8 @@ impl Pacer {
             count,
             window,
             taken: VecDeque::with_capacity(count),
-            under_way: 0,
+            under_way: VecDeque::new(),
+            behind: 0,
             not_before: None,
             due: None,
             claims: 0,
@@ -127,7 +152,7 @@ impl Pacer {
         let pace = pace.into();
         self.pace = pace;
         self.due = None;
-        let was_full = self.taken.len() + self.under_way >= self.count;
+        let was_full = self.taken.len() + self.under_way.len() >= self.count;
         (self.count, self.window) = shape(pace);
         let Some(last) = self.taken.back().copied() else {
             return;
@@ -161,50 +186,115 @@ impl Pacer {
             Some(at) if self.count > 0 => now.max(at),
             Some(_) | None => now,
         };
-        let room = self.count.saturating_sub(self.under_way);
+        let room = self.count.saturating_sub(self.under_way.len());
         if self.count == 0 || self.taken.len() < room {
             return now.max(self.taken.back().copied().unwrap_or(now));
+        }
+        if room == 0 {
+            let first = self.under_way.front().map_or(now, |(since, _)| *since);
+            return (first + self.window).max(now + OVERDUE);
         }
         // Sorted: with this one out of the window there is room for one more.
         let leaving = self.taken.get(self.taken.len() - room);
         now.max(leaving.copied().unwrap_or(now) + self.window)
     }
 
-    /// Takes a permit for a command that the destination will read at an unknown time, when it is
-    /// done with what was sent before. It counts as taken in every window from now until
-    /// [`Self::arrived`], which must follow, and in the window after that. False if too much of the
-    /// rate is in use: then the command has to wait until nothing is before it.
+    /// Takes a permit for a MAIL if one is free at `now`, and nobody has a claim where `is_urgent` is
+    /// false. The destination counts it when it reads it, which is known with the reply; until then it
+    /// counts as taken in every window. Where replies take as long as a window, that would only make
+    /// the rate lower: then it counts as taken now.
     ///
-    /// An even pace found by adaptation has no second to keep to: there it counts as taken now.
-    pub fn take_behind(&mut self, now: Instant) -> bool {
-        if let Pace::Even(_) = self.pace {
-            return self.take(now).is_ok();
+    /// An even pace has no second to keep to: there it counts as taken now.
+    ///
+    /// # Errors
+    /// When to ask again.
+    pub fn begin(
+        &mut self,
+        now: Instant,
+        is_urgent: bool,
+        reply_takes: Duration,
+    ) -> Result<Permit, Instant> {
+        self.settle(now);
+        match self.free_at(now) {
+            at if at > now => Err(at),
+            _ if self.claims > 0 && !is_urgent => Err(now + YIELD),
+            _ if self.counts_arrivals() && reply_takes < self.window => Ok(self.hold(now, false)),
+            _ => {
+                self.note(now);
+                self.is_used(now);
+                Ok(Permit::Counted)
+            }
         }
-        let is_free = self.count == 0
-            || (self.under_way < self.count / BEHIND_PART && self.free_at(now) <= now);
-        self.under_way += usize::from(is_free);
-        if is_free {
-            self.is_used(now);
-        }
-        is_free
     }
 
-    /// What a permit of [`Self::take_behind`] was for has been read at the latest `now`.
-    pub fn arrived(&mut self, now: Instant) {
-        if self.under_way == 0 {
-            // Counted when it was taken.
-            return;
+    /// As [`Self::begin`], for a MAIL that the destination will read when it is done with what was sent
+    /// before: as late as it likes. `None` if too much of the rate is in use by such: then it has to
+    /// wait until nothing is before it.
+    pub fn begin_behind(&mut self, now: Instant, is_urgent: bool) -> Option<Permit> {
+        if self.count == 0 {
+            return Some(Permit::Counted);
         }
-        self.under_way -= 1;
-        let latest = self.taken.back().copied().unwrap_or(now);
-        self.note(now.max(latest));
+        if self.claims > 0 && !is_urgent {
+            return None;
+        }
+        if let Pace::Even(_) = self.pace {
+            return self.take(now).ok().map(|()| Permit::Counted);
+        }
+        self.settle(now);
+        let is_free = self.behind < self.count / BEHIND_PART && self.free_at(now) <= now;
+        is_free.then(|| self.hold(now, true))
+    }
+
+    /// What a permit was for has been read, at the latest at `at`.
+    pub fn arrived(&mut self, permit: Permit, at: Instant) {
+        let Permit::UnderWay { since, is_behind } = permit else {
+            return;
+        };
+        let ours = |entry: &(Instant, bool)| *entry == (since, is_behind);
+        let Some(place) = self.under_way.iter().position(ours) else {
+            return;
+        };
+        self.under_way.remove(place);
+        self.behind = self.behind.saturating_sub(usize::from(is_behind));
+        self.note(at.max(since));
+    }
+
+    /// Whether arrivals are counted in windows. A rate over a longer time is spread, and what one of
+    /// its permits is late by is nothing against its window.
+    fn counts_arrivals(&self) -> bool {
+        match self.pace {
+            Pace::Configured(Rate::Limited { per, .. }) => per <= Duration::from_secs(1),
+            Pace::Part(_) => true,
+            Pace::Configured(Rate::Unlimited) | Pace::Even(_) => false,
+        }
+    }
+
+    fn settle(&mut self, now: Instant) {
+        let is_silent = |entry: &&(Instant, bool)| entry.0 + SILENT <= now;
+        let first = |under_way: &VecDeque<(Instant, bool)>| {
+            let mut silent = under_way.iter().take_while(is_silent);
+            silent.position(|(_, is_behind)| !is_behind)
+        };
+        while let Some((since, _)) = first(&self.under_way).and_then(|at| self.under_way.remove(at))
+        {
+            self.note(since + SILENT);
+        }
+    }
+
+    fn hold(&mut self, now: Instant, is_behind: bool) -> Permit {
+        let latest = self.under_way.back();
+        let since = latest.map_or(now, |(latest, _)| now.max(*latest));
+        self.under_way.push_back((since, is_behind));
+        self.behind += usize::from(is_behind);
+        self.is_used(now);
+        Permit::UnderWay { since, is_behind }
     }
 
     /// Whether no permit lies in the window that ends at `now`.
     pub fn is_fresh(&self, now: Instant) -> bool {
         let latest = self.taken.back();
         let is_paid = self.not_before.is_none_or(|at| at <= now);
-        self.under_way == 0 && is_paid && latest.is_none_or(|at| *at + self.window <= now)
+        self.under_way.is_empty() && is_paid && latest.is_none_or(|at| *at + self.window <= now)
     }
 
     /// Whether a permit is reserved that has not come yet.
@@ -227,25 +317,9 @@ impl Pacer {
         }
     }
 
-    /// Takes a permit if one is free at `now` and nobody has a claim.
-    ///
-    /// # Errors
-    /// When to ask again.
-    pub fn take_unclaimed(&mut self, now: Instant) -> Result<(), Instant> {
-        match self.free_at(now) {
-            at if at <= now && self.claims > 0 => Err(now + YIELD),
-            _ => self.take(now),
-        }
-    }
-
     /// Somebody who goes before the others waits for a permit.
     pub fn claim(&mut self) {
         self.claims += 1;
-    }
-
-    /// Whether somebody does.
-    pub fn is_claimed(&self) -> bool {
-        self.claims > 0
     }
 
     /// That has ended.
@@ -275,10 +349,12 @@ impl Pacer {
         if self.count == 0 {
             return;
         }
-        if self.taken.len() >= self.count {
+        // Most are the latest; what was read before others of which is known sooner is not.
+        let place = self.taken.partition_point(|taken| *taken <= at);
+        self.taken.insert(place, at);
+        if self.taken.len() > self.count {
             self.taken.pop_front();
         }
-        self.taken.push_back(at);
     }
 }
 
@@ -334,7 +410,7 @@ mod tests {
     use proptest::prelude::*;
     use service::clock::{Clock, SystemClock};
 
-    const SECOND: Duration = Duration::from_millis(1_050);
+    const SECOND: Duration = Duration::from_millis(1_025);
 
     fn rate(text: &str) -> Rate {
         text.parse().expect("a rate")
@@ -368,24 +444,62 @@ mod tests {
     fn what_travels_behind_counts_until_it_has_arrived_and_a_second_longer() {
         let start = SystemClock.instant();
         let mut pacer = Pacer::new(rate("8/s"));
-        assert!(pacer.take_behind(start) && pacer.take_behind(start));
-        assert!(!pacer.take_behind(start), "a quarter of the rate");
+        let behind = [(); 2].map(|()| pacer.begin_behind(start, false).expect("a permit"));
+        assert_eq!(
+            pacer.begin_behind(start, true),
+            None,
+            "a quarter of the rate"
+        );
         let later = start + Duration::from_secs(60);
         for _ in 0..6 {
             assert_eq!(pacer.take(later), Ok(()));
         }
         assert_eq!(pacer.take(later), Err(later + SECOND));
         let arrival = later + SECOND / 2;
-        pacer.arrived(arrival);
-        pacer.arrived(arrival);
+        for permit in behind {
+            pacer.arrived(permit, arrival);
+        }
         assert_eq!(pacer.take(arrival), Err(later + SECOND));
         for _ in 0..6 {
             assert_eq!(pacer.take(later + SECOND), Ok(()));
         }
         assert_eq!(pacer.take(later + SECOND), Err(arrival + SECOND));
-        assert!(!Pacer::new(rate("3/s")).take_behind(start));
+        assert_eq!(Pacer::new(rate("3/s")).begin_behind(start, true), None);
         let mut unlimited = Pacer::new(Rate::Unlimited);
-        assert!((0..1_000).all(|_| unlimited.take_behind(start)));
+        assert!((0..1_000).all(|_| unlimited.begin_behind(start, false) == Some(Permit::Counted)));
+    }
+
+    #[test]
+    fn what_left_late_counts_from_when_it_was_read() {
+        let start = SystemClock.instant();
+        let quick = Duration::from_millis(2);
+        let mut pacer = Pacer::new(rate("10/s"));
+        let permits: Vec<_> = (0..10)
+            .map(|_| pacer.begin(start, false, quick).expect("a permit"))
+            .collect();
+        assert_eq!(pacer.begin(start, false, quick), Err(start + SECOND));
+        // Nothing of it has been heard of yet.
+        let overdue = start + SECOND;
+        assert_eq!(pacer.begin(overdue, false, quick), Err(overdue + OVERDUE));
+        let read = overdue + Duration::from_millis(300);
+        for permit in permits {
+            pacer.arrived(permit, read);
+        }
+        assert_eq!(pacer.begin(read, false, quick), Err(read + SECOND));
+        assert!(pacer.begin(read + SECOND, false, quick).is_ok());
+        // One that says nothing holds up the others no longer than that.
+        let mut silent = Pacer::new(rate("1/s"));
+        let permit = silent.begin(start, false, quick).expect("a permit");
+        let late = start + SILENT;
+        assert_eq!(silent.begin(late, false, quick), Err(late + SECOND));
+        silent.arrived(permit, late + SECOND);
+        assert!(silent.begin(late + SECOND, false, quick).is_ok());
+        // Whoever takes as long as a window to answer anything is counted from when it was sent.
+        let mut slow = Pacer::new(rate("1/s"));
+        assert_eq!(slow.begin(start, false, SECOND), Ok(Permit::Counted));
+        assert_eq!(slow.begin(start, false, SECOND), Err(start + SECOND));
+        let mut spread = Pacer::new(rate("60/m"));
+        assert_eq!(spread.begin(start, false, quick), Ok(Permit::Counted));
     }
 
     #[test]
@@ -401,9 +515,11 @@ mod tests {
         assert_eq!(fast.take(start), Err(start + Duration::from_millis(20)));
         assert_eq!(Pacer::new(Pace::Even(f64::INFINITY)).take(start), Ok(()));
         let mut behind = Pacer::new(Pace::Even(10.0));
-        assert!(behind.take_behind(start) && !behind.take_behind(start));
-        behind.arrived(start + SECOND);
-        assert!(behind.take_behind(start + Duration::from_millis(100)));
+        assert_eq!(behind.begin_behind(start, false), Some(Permit::Counted));
+        assert_eq!(behind.begin_behind(start, false), None);
+        behind.arrived(Permit::Counted, start + SECOND);
+        let later = start + Duration::from_millis(100);
+        assert!(behind.begin_behind(later, false).is_some());
         let slow = Pacer::exhausted(Pace::Even(1.0 / 60.0), start);
         assert_eq!(slow.free_at(start), start + Duration::from_secs(60));
     }
@@ -432,11 +548,12 @@ mod tests {
         let start = SystemClock.instant();
         let mut pacer = Pacer::new(rate("1/s"));
         pacer.claim();
-        assert_eq!(pacer.take_unclaimed(start), Err(start + YIELD));
-        assert_eq!(pacer.take(start), Ok(()));
+        let begin = |pacer: &mut Pacer, now, is_urgent| pacer.begin(now, is_urgent, SECOND).err();
+        assert_eq!(begin(&mut pacer, start, false), Some(start + YIELD));
+        assert_eq!(begin(&mut pacer, start, true), None);
         pacer.unclaim();
-        assert_eq!(pacer.take_unclaimed(start), Err(start + SECOND));
-        assert_eq!(pacer.take_unclaimed(start + SECOND), Ok(()));
+        assert_eq!(begin(&mut pacer, start, false), Some(start + SECOND));
+        assert_eq!(begin(&mut pacer, start + SECOND, false), None);
     }
 
     #[test]
@@ -475,6 +592,55 @@ mod tests {
                     taken.pop_front();
                 }
                 prop_assert!(taken.len() <= count as usize, "{} in a second", taken.len());
+            }
+        }
+
+        /// By the destination's clock, with writes that are held up, a network that is, and a
+        /// destination that takes its time; and where nothing is, the rate is used.
+        #[test]
+        fn no_second_of_the_destination_holds_more_than_the_rate(
+            count in 1_u32..40, round_trip in 1_u64..400, jitter in 0_u64..5, stalls: bool, parts: bool, seed: u64,
+        ) {
+            let millis = Duration::from_millis;
+            let mut chance = fastrand::Rng::with_seed(seed);
+            let mut late = |one_way: u64| {
+                let stalled = if stalls && chance.u8(0..10) == 0 { chance.u64(0..700) } else { 0 };
+                millis(one_way + stalled + chance.u64(0..=jitter))
+            };
+            let start = SystemClock.instant();
+            let end = start + Duration::from_secs(30);
+            let mut pacer = match parts {
+                true => Pacer::new(Pace::Part(count)),
+                false => Pacer::new(Rate::Limited { count, per: Duration::from_secs(1) }),
+            };
+            let (mut now, mut read, mut replies) = (start, Vec::new(), Vec::new());
+            while now < end {
+                let ask_at = match pacer.begin(now, false, millis(round_trip)) {
+                    Ok(permit) => {
+                        let read_at = now + late(round_trip / 2);
+                        read.push(read_at);
+                        replies.push((read_at + late(round_trip - round_trip / 2), permit));
+                        now
+                    }
+                    Err(at) => at,
+                };
+                // What is heard before that.
+                replies.sort_unstable_by_key(|(at, _)| *at);
+                let heard = replies.partition_point(|(at, _)| *at <= ask_at);
+                for (at, permit) in replies.drain(..heard) {
+                    pacer.arrived(permit, at - millis(round_trip));
+                }
+                now = ask_at;
+            }
+            read.sort_unstable();
+            for (first, at) in read.iter().enumerate() {
+                let second = *at + Duration::from_secs(1);
+                let within = read[first..].partition_point(|at| *at < second);
+                prop_assert!(within <= count as usize, "{within} in a second of {count}");
+            }
+            if !stalls {
+                let used = f64::from(u32::try_from(read.len()).expect("few")) / (f64::from(count) * 30.0);
+                prop_assert!(used >= 0.95, "{used} of the rate");
             }
         }
 

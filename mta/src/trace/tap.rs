@@ -400,7 +400,12 @@ impl Tap {
                 self.begin(Place::Commands);
             }
         }
-        self.say(Voice::Peer, without_addresses(&line), message);
+        // With what the server asks for and shows in SCRAM a password can be guessed at leisure.
+        let text = match code {
+            334 => "334 [hidden]".to_owned(),
+            _ => without_addresses(&line),
+        };
+        self.say(Voice::Peer, text, message);
     }
 
     fn say(&self, from: Voice, text: String, message: Option<MessageId>) {
@@ -501,7 +506,7 @@ mod tests {
             "< 250-mx",
             "< 250 PIPELINING",
             "> AUTH PLAIN [hidden]",
-            "< 334 more",
+            "< 334 [hidden]",
             "> [hidden]",
             "< 235 ok",
             &format!("> MAIL FROM:<bounce+{ID}@b.example> SIZE=900 #"),

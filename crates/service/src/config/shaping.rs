@@ -11,7 +11,7 @@ use model::{Domain, Timestamp};
 
 use super::document::{FileConfig, Item, Mistake, Value};
 use super::reader::{Meant, Reader, Section};
-use super::{Config, Mistakes, ReadFile, Source, TlsPolicy};
+use super::{Config, Families, Mistakes, ReadFile, Source, TlsPolicy};
 
 /// What `shaping.toml` says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -76,6 +76,8 @@ pub struct Limits {
     pub in_flight: Option<u32>,
     /// How long a connection without work is kept; `None`: `smtp.timeouts.idle`.
     pub idle: Option<Duration>,
+    /// Which addresses of its hosts, and which first; `None`: `smtp.families`.
+    pub families: Option<Families>,
     /// MAIL commands, to start with.
     pub rate: Rate,
     /// Ceiling of adaptation, never below `rate`.
@@ -169,6 +171,7 @@ impl Default for Limits {
             new_connections: Rate::Unlimited,
             in_flight: None,
             idle: None,
+            families: None,
             rate: per_second(5),
             max_rate: per_second(20),
             adaptive: true,
@@ -263,6 +266,7 @@ fn limits(section: &mut Section<'_>, outer: &Limits) -> Limits {
         new_connections: section.value("new_connections", outer.new_connections),
         in_flight: in_flight.map_or(outer.in_flight, |bound| bound.0),
         idle: idle.or(outer.idle),
+        families: section.optional("families").or(outer.families),
         rate,
         max_rate,
         adaptive: section.value("adaptive", outer.adaptive),
