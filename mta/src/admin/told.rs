@@ -126,7 +126,7 @@ pub(super) async fn tell(
     let news = Announcement {
         kind: told.kind,
         account: (*caller.account).into(),
-        data: told.data,
+        data: told.data.into(),
         about,
     };
     api.store.derive(vec![known], vec![news], now).await?;

@@ -14,6 +14,8 @@ mod fair;
 pub(crate) mod fixtures;
 pub mod job;
 mod lane;
+#[cfg(test)]
+mod neighbours;
 mod pace;
 pub mod pool;
 #[cfg(test)]

@@ -53,7 +53,8 @@ const CONNECTIONS_ALL_MAX: usize = 800;
 const BROKEN_MAX: u8 = 3;
 /// What is handed back when it has waited this long in a lot of several domains.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Between tidying of turns whose messages were withdrawn.
+/// Between tidying of lanes where nothing waits, of turns whose messages were withdrawn, and of
+/// destinations of which nothing is left to remember: there may be ten thousand.
 const TIDY: Duration = Duration::from_secs(1);
 /// A lookup that takes longer makes room for others, as far as there may be so many.
 const RESOLVE_SLOW: Duration = Duration::from_secs(2);
@@ -366,6 +367,7 @@ pub struct QueueState {
     more: bool,
     /// Leased rows at which to ask again.
     low_water: usize,
+    thirst: leasing::Thirst,
     draining: bool,
     next_id: u64,
 }
@@ -413,6 +415,7 @@ impl QueueState {
             shares: None,
             more: false,
             low_water: 0,
+            thirst: leasing::Thirst::new(now),
             draining: false,
             next_id: 0,
         }
@@ -439,19 +442,20 @@ impl QueueState {
         self.tick_conns(now.instant);
         let Self { paces, batches, .. } = self;
         paces.retain(|batch, pace| batches.contains_key(batch) || !pace.is_idle(now.instant));
-        // What was withdrawn may have left lanes empty; one that is being looked up is kept.
-        self.lanes
-            .retain(|_, lane| !lane.is_empty() || matches!(lane.way, Way::Asked));
         if now.instant >= self.tidy_at {
             self.tidy_at = now.instant + TIDY;
             let Self { dests, lanes, .. } = self;
+            // Not as soon as they are empty: how much to lease next for a domain is judged by where
+            // its mail goes. One that is being looked up is kept. Before the destinations, or one
+            // would be forgotten to which a lane leads.
+            lanes.retain(|_, lane| !lane.is_empty() || matches!(lane.way, Way::Asked));
             for dest in dests.values_mut() {
                 dest.turns.retain(|batch, name| {
                     lanes.get(name).is_some_and(|lane| lane.has_batch(batch))
                 });
             }
+            self.dests.retain(|_, dest| !dest.is_idle(now.instant));
         }
-        self.dests.retain(|_, dest| !dest.is_idle(now.instant));
         let with_work = self
             .dests
             .iter()

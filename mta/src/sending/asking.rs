@@ -107,25 +107,17 @@ impl Asker {
     }
 
     async fn look(&mut self) -> Option<Vec<Backlog>> {
-        let mut found: Vec<Backlog> = Vec::new();
-        for _ in 0..PAGES {
-            let after = self.after.take();
-            let page = self
-                .timed(
-                    "backlog",
-                    self.store
-                        .backlog(self.clock.now(), after.as_deref(), QUEUES),
-                )
-                .await?;
-            let is_last = page.len() < QUEUES as usize;
-            let last = page.last().map(|backlog| backlog.queue.clone());
-            found.extend(page);
-            if is_last {
-                break;
-            }
-            self.after = last;
-        }
-        Some(found)
+        let mut after = self.after.take();
+        let asker = &*self;
+        let page_after = |after: Option<Box<str>>| async move {
+            let asked = asker
+                .store
+                .backlog(asker.clock.now(), after.as_deref(), QUEUES);
+            asker.timed("backlog", asked).await
+        };
+        let found = look_around(&mut after, page_after).await;
+        self.after = after;
+        found
     }
 
     async fn renew(self, mut renewals: mpsc::Receiver<()>) {
@@ -166,6 +158,31 @@ impl Asker {
             }
         }
     }
+}
+
+/// What there is, in order of name: of so many queues that one look does not tell them all, those
+/// behind where the last ended, and the first ones again. A look at the few that are left would
+/// find nothing to lease where thousands wait.
+async fn look_around<F: Future<Output = Option<Vec<Backlog>>>>(
+    after: &mut Option<Box<str>>,
+    page_after: impl Fn(Option<Box<str>>) -> F,
+) -> Option<Vec<Backlog>> {
+    let mut from_first = after.is_none();
+    let mut found: Vec<Backlog> = Vec::new();
+    for _ in 0..PAGES {
+        let page = page_after(after.take()).await?;
+        let is_last = page.len() < QUEUES as usize;
+        let last = page.last().map(|backlog| backlog.queue.clone());
+        *after = last.filter(|_| !is_last);
+        found.extend(page);
+        if is_last && from_first {
+            break;
+        }
+        from_first |= is_last;
+    }
+    found.sort_unstable_by(|one, other| one.queue.cmp(&other.queue));
+    found.dedup_by(|one, other| one.queue == other.queue);
+    Some(found)
 }
 
 /// Asks until there is an answer.
@@ -252,5 +269,59 @@ impl Follower {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::ready;
+
+    use super::*;
+
+    fn backlog(queue: &str) -> Backlog {
+        Backlog {
+            queue: queue.into(),
+            due: 1,
+            next_due: None,
+            transactional: false,
+            batches: Vec::new(),
+        }
+    }
+
+    /// Looks `times` in a row at so many queues, and counts in how many looks each was told.
+    async fn told(queues: usize, times: usize) -> (Vec<usize>, Vec<u32>) {
+        let names: Vec<_> = (0..queues).map(|number| format!("q{number:05}")).collect();
+        let mut after = None;
+        let (mut sizes, mut seen) = (Vec::new(), vec![0; queues]);
+        for _ in 0..times {
+            let page_after = |after: Option<Box<str>>| {
+                let first = names.partition_point(|name| Some(name.as_str()) <= after.as_deref());
+                let page = names.iter().skip(first).take(QUEUES as usize);
+                ready(Some(page.map(|name| backlog(name)).collect()))
+            };
+            let found = look_around(&mut after, page_after)
+                .await
+                .expect("an answer");
+            assert!(found.is_sorted_by(|one, other| one.queue < other.queue));
+            sizes.push(found.len());
+            for one in &found {
+                let at = names.iter().position(|name| **name == *one.queue);
+                seen[at.expect("a name")] += 1;
+            }
+        }
+        (sizes, seen)
+    }
+
+    #[tokio::test]
+    async fn no_look_tells_only_the_few_that_the_last_one_left() {
+        assert_eq!(told(3, 2).await.0, [3, 3]);
+        assert_eq!(told(4_000, 2).await.0, [4_000, 3_000]);
+        let (sizes, seen) = told(4_003, 9).await;
+        assert!(sizes.iter().all(|size| *size >= 3_000), "{sizes:?}");
+        let fewest = seen.iter().min().expect("some");
+        assert!(*fewest >= 6, "told in {fewest} of nine looks");
+        let (sizes, seen) = told(10_003, 6).await;
+        assert!(sizes.iter().all(|size| *size >= 3_000), "{sizes:?}");
+        assert!(seen.iter().all(|times| *times >= 2));
     }
 }

@@ -301,6 +301,7 @@ pub async fn start_in(
     let deliver = Arc::new(Deliver::new(DeliverDeps {
         resolver: Arc::clone(&resolver),
         recorder: Arc::clone(&recorder),
+        contents: Arc::clone(&contents),
         rules: Arc::clone(&deps.rules),
         view: Arc::clone(&view),
         clock: deps.clock.clone(),

@@ -23,9 +23,9 @@ const PACE: Duration = Duration::from_millis(20);
 /// Between shipments, unless the queue asks for one. A shipment costs a commit, and each lot that
 /// it touches its cells and a log entry, however few facts they have; what comes after a pause
 /// waits for nothing. The longer the last took the longer is this, at least and at most so long.
-const COMPANY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(500));
+const COMPANY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
 /// One part in so many of the time at most goes into shipments, as far as [`COMPANY`] lets it.
-const SHIPPING_PART: u32 = 40;
+const SHIPPING_PART: u32 = 100;
 /// Waits after the store did not answer.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Releases in one call.

@@ -104,6 +104,7 @@ impl Client {
             };
             match event {
                 Event::HandshakeDue => return true,
+                Event::ChallengeDue => unreachable!("no AUTH here"),
                 Event::Ready => {}
                 Event::BodyDue(id) => assert!(self.session.release(id)),
                 Event::TransactionDone { id, outcome, .. } => {

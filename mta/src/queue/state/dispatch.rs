@@ -148,14 +148,13 @@ impl QueueState {
         least.map_or(u64::MAX, |least| least + LEAD)
     }
 
-    /// Puts away a domain where nothing of a batch waits any more, or where its mail goes is no
-    /// longer known; false: the batch does not wait there now.
+    /// Has a domain looked up again when where its mail goes is no longer known; false: the batch
+    /// does not wait there now.
     fn keep_lane(&mut self, name: &str, batch: BatchId, key: &Destination, now: Instant) -> bool {
         let Some(lane) = self.lanes.get_mut(name) else {
             return false;
         };
         if lane.is_empty() {
-            self.lanes.remove(name);
             return false;
         }
         match &lane.way {
@@ -304,7 +303,7 @@ impl QueueState {
             let weight = weight_of(conn.source).unwrap_or(1);
             target.handed_out(weight, most, now.instant);
         }
-        dest.appetite.handed_out();
+        self.thirst.handed_out(&mut dest.appetite, range.mixed);
         let pace = self.paces.get_mut(&batch).map(|pace| {
             pace.plan.take(now.instant);
             Arc::clone(&pace.permits)

@@ -11,8 +11,12 @@ use store::{BACKLOG_BATCHES, MIXED};
 const AHEAD: Duration = Duration::from_secs(30);
 /// Of a batch with a rate of its own: well within the patience that its messages have here.
 const AHEAD_PACED: Duration = Duration::from_secs(10);
-/// Leased recipients of the process; what is transactional has room beside them.
-const LEASED_MAX: usize = 20_000;
+/// The least that a destination gets when more want something than there is room for: what a
+/// connection carries, so that it is not closed half used for the next.
+const SHARE_MIN: usize = 50;
+/// Leased recipients of the process: a share for every connection. What is transactional has room
+/// beside them.
+const LEASED_MAX: usize = CONNECTIONS_ALL_MAX * SHARE_MIN;
 /// Of one destination, however fast.
 const DESTINATION_MAX: usize = 5_000;
 /// Transactional ones of one destination.
@@ -23,13 +27,18 @@ const MIXED_MAX: usize = 4_096;
 /// the others of its range.
 const MIXED_RANGE: u32 = store::WINDOW;
 /// The least that a batch gets of a destination, so that ranges do not become crumbs.
-const SHARE_MIN: usize = 16;
-/// What is leased for a destination that could not be reached when it was last tried.
+const RANGE_MIN: usize = 16;
+/// What is leased for a destination that could not be reached when it was last tried, or that has
+/// shown to take next to nothing.
 const PROBE: usize = 16;
 /// Between looks when there was nothing.
 const IDLE_LOOK: Duration = Duration::from_secs(1);
 /// Between looks in any case.
 const BUSY_LOOK: Duration = Duration::from_millis(20);
+/// Between looks for the sake of a few queues that ran low, unless [`WORTH`] says sooner.
+const LOW_LOOK: Duration = Duration::from_millis(500);
+/// Messages handed out for each queue that a look tells of: with fewer its cost would show.
+const WORTH: usize = 5;
 /// Wants in one request.
 const WANTS_MAX: usize = 512;
 
@@ -82,9 +91,10 @@ impl QueueState {
             return;
         }
         let hungry = self.more && self.leased() <= self.low_water;
-        if now.instant >= self.look_at || hungry {
+        if now.instant >= self.look_at || hungry || self.thirst.is_worth_a_look(now.instant) {
             self.asking = Asking::Looking;
             self.look_at = now.instant + IDLE_LOOK;
+            self.thirst.looks(now.instant);
             out.push(Action::Look);
         }
     }
@@ -131,9 +141,15 @@ impl QueueState {
             let at = now.instant + due.since(now.wall).max(BUSY_LOOK);
             self.look_at = self.look_at.min(at);
         }
+        self.thirst.told = backlog.len();
         let wants = self.wants(&backlog, now);
-        if wants.is_empty() || self.has_overdue(now.instant) {
+        if self.has_overdue(now.instant) {
             self.more = false;
+            return;
+        }
+        if wants.is_empty() {
+            // Everybody has enough for now, or nothing is due.
+            self.low_water = self.leased() / 2;
             return;
         }
         self.asking = Asking::Leasing;
@@ -208,6 +224,7 @@ impl QueueState {
             mixed,
             paced,
         } = held;
+        let mut destination = None;
         let (target, holding) = if name == MIXED {
             (MIXED_MAX, mixed)
         } else {
@@ -226,12 +243,20 @@ impl QueueState {
                 None if self.held.contains_key(name) => most.min(PROBE),
                 None => most.min(Appetite::FIRST),
             };
+            destination = Some(key);
             (target, holding)
         };
-        let want = self.shared_out(queue, target, holding, paced)?;
+        let want = self.shared_out(queue, target, holding, paced);
+        let rows = want.as_ref().map_or(0, |want| want.rows);
         // What another queue of the same destination asks for in this turn comes on top of it.
-        holding.bulk += usize::try_from(want.rows).unwrap_or(usize::MAX);
-        Some(want)
+        holding.bulk += usize::try_from(rows).unwrap_or(usize::MAX);
+        if u64::from(rows) < queue.due && holding.bulk > 0 {
+            self.more = true;
+            let dest = destination.and_then(|key| self.dests.get_mut(&key));
+            let gauge = dest.map_or(&mut self.thirst.mixed, |dest| &mut dest.appetite.gauge);
+            gauge.fill(holding.bulk);
+        }
+        want
     }
 
     /// Shares what a destination takes out among the batches that wait for it.
@@ -252,7 +277,7 @@ impl QueueState {
             let exact = target as u64 * weight / total.max(1);
             usize::try_from(exact)
                 .unwrap_or(target)
-                .max(SHARE_MIN)
+                .max(RANGE_MIN)
                 .min(target)
         };
         let mut of = Vec::new();
@@ -356,12 +381,75 @@ pub(in crate::queue) struct Appetite {
     /// Handed out since it was judged.
     handed: usize,
     judged_at: Instant,
+    gauge: Gauge,
+}
+
+/// Tells when half of what was leased is gone where the store had more.
+#[derive(Debug, Default)]
+struct Gauge {
+    /// Until then so many; none: the store had no more, or it was told.
+    left: usize,
+}
+
+impl Gauge {
+    fn fill(&mut self, held: usize) {
+        self.left = held.div_ceil(2);
+    }
+
+    /// One was handed out; true when that was the last of the half.
+    fn falls_low(&mut self) -> bool {
+        let was = self.left;
+        self.left = was.saturating_sub(1);
+        was == 1
+    }
+}
+
+/// When to look at the backlog though much is leased: it may all be for destinations that take
+/// little, while one that takes much has run low and would have to wait for them.
+#[derive(Debug)]
+pub(super) struct Thirst {
+    mixed: Gauge,
+    ran_low: bool,
+    /// Handed out since the last look.
+    handed: usize,
+    /// Queues that it told of.
+    told: usize,
+    looked_at: Instant,
+}
+
+impl Thirst {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            mixed: Gauge::default(),
+            ran_low: false,
+            handed: 0,
+            told: 0,
+            looked_at: now,
+        }
+    }
+
+    fn looks(&mut self, now: Instant) {
+        (self.ran_low, self.handed, self.looked_at) = (false, 0, now);
+    }
+
+    /// A message for a destination was handed out, out of a mixed lot or not.
+    pub(super) fn handed_out(&mut self, to: &mut Appetite, mixed: bool) {
+        to.handed += 1;
+        self.handed += 1;
+        let has_little = to.gauge.falls_low();
+        self.ran_low |= mixed && self.mixed.falls_low() || has_little;
+    }
+
+    fn is_worth_a_look(&self, now: Instant) -> bool {
+        let is_cheap = self.handed >= self.told * WORTH;
+        self.ran_low && (is_cheap || now.saturating_duration_since(self.looked_at) >= LOW_LOOK)
+    }
 }
 
 impl Appetite {
     /// Of a destination about which nothing is known.
     const FIRST: usize = 128;
-    /// Between judgements.
+    /// The longest between judgements; whoever takes all of it sooner is leased more.
     const SPAN: Duration = Duration::from_secs(10);
 
     pub(in crate::queue) fn new(now: Instant) -> Self {
@@ -369,23 +457,21 @@ impl Appetite {
             rows: Self::FIRST,
             handed: 0,
             judged_at: now,
+            gauge: Gauge::default(),
         }
-    }
-
-    pub(in crate::queue) fn handed_out(&mut self) {
-        self.handed += 1;
     }
 
     /// How many to lease in all for one that has `held` waiting and may take up to `most`.
     fn judge(&mut self, held: usize, most: usize, now: Instant) -> usize {
-        if now.saturating_duration_since(self.judged_at) >= Self::SPAN {
+        let took_all = self.handed >= self.rows;
+        if took_all || now.saturating_duration_since(self.judged_at) >= Self::SPAN {
             if self.handed * 4 < self.rows.min(held) {
-                self.rows = (self.rows / 2).max(SHARE_MIN);
+                self.rows = (self.rows / 2).max(PROBE);
             }
             (self.handed, self.judged_at) = (0, now);
         }
-        if held * 3 <= self.rows {
-            self.rows = (self.rows * 2).clamp(SHARE_MIN, DESTINATION_MAX);
+        if took_all || held * 3 <= self.rows {
+            self.rows = (self.rows * 2).clamp(PROBE, DESTINATION_MAX);
         }
         self.rows.min(most)
     }
@@ -458,9 +544,9 @@ mod tests {
         for _ in 0..5 {
             now += Appetite::SPAN;
             slow.judge(100, DESTINATION_MAX, now);
-            slow.handed_out();
+            Thirst::new(now).handed_out(&mut slow, false);
         }
-        assert_eq!(slow.judge(100, DESTINATION_MAX, now), SHARE_MIN);
+        assert_eq!(slow.judge(100, DESTINATION_MAX, now), PROBE);
         let mut fast = Appetite::new(now);
         for _ in 0..6 {
             fast.judge(0, DESTINATION_MAX, now);

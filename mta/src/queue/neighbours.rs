@@ -1,0 +1,249 @@
+//! The queue with mail for a quick destination beside many that take next to nothing, by a virtual
+//! clock: the quick one must not notice them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{LotNumber, Place, Timestamp};
+use service::clock::{Clock as _, SystemClock};
+use service::config::AmbiguousPolicy;
+use service::config::shaping::ShapingFile;
+use store::{Backlog, LeasedRange, LeasedRecipient, RangeRef, Want};
+
+use super::control::ControlView;
+use super::fixtures::{head, range_ref, row};
+use super::job::{ConnId, Fate};
+use super::pool::{Pool, Pools};
+use super::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
+use crate::resolve::{Host, Route};
+use crate::tlspolicy::{Level, Security};
+
+const SHAPING: &str = "[default]\nrate = \"100000/s\"\nmax_rate = \"100000/s\"\nconnections = 8\n";
+const QUICK: &str = "quick.example";
+/// What the quick one takes to answer a message; eight of them at a time.
+const QUICK_ANSWER: Duration = Duration::from_millis(1);
+/// What a tarpit takes.
+const SLOW_ANSWER: Duration = Duration::from_secs(30);
+/// What the store takes.
+const STORE_ANSWER: Duration = Duration::from_millis(10);
+/// Messages for the quick one: some seconds' worth.
+const MESSAGES: u64 = 40_000;
+
+struct World {
+    start: Instant,
+    now: Instant,
+    queue: QueueState,
+    /// What waits in the store, by queue.
+    due: BTreeMap<String, u64>,
+    /// Where each connection leads, and until when it is busy.
+    conns: HashMap<ConnId, (String, Instant)>,
+    held: Vec<RangeRef>,
+    later: BTreeMap<(Instant, u64), Event>,
+    next: u64,
+    looks: u32,
+    /// Messages that the quick one has taken.
+    taken: u64,
+}
+
+impl World {
+    fn new(slow: usize) -> Self {
+        let start = SystemClock.instant();
+        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), SHAPING);
+        let config = QueueConfig {
+            lease: Duration::from_secs(45),
+            shaping: Arc::new(shaping.expect("a shaping file")),
+            weights: HashMap::new(),
+            profiles: HashMap::new(),
+            pools: Pools::single(Pool::new(vec![(0, 1)])),
+            source_names: ["ip0".into()].into(),
+            ambiguous: AmbiguousPolicy::Retry,
+            ambiguous_after: Duration::from_secs(1_800),
+        };
+        let slow = (0..slow).map(|number| (format!("slow{number}.example"), 2_000));
+        Self {
+            start,
+            now: start,
+            queue: QueueState::new(config, Arc::new(ControlView::new(start)), 1, start),
+            due: slow.chain([(QUICK.to_owned(), MESSAGES)]).collect(),
+            conns: HashMap::new(),
+            held: Vec::new(),
+            later: BTreeMap::new(),
+            next: 0,
+            looks: 0,
+            taken: 0,
+        }
+    }
+
+    fn clock(&self) -> Now {
+        Now {
+            instant: self.now,
+            wall: self.wall(),
+        }
+    }
+
+    fn wall(&self) -> Timestamp {
+        Timestamp::from_millis(0) + (self.now - self.start)
+    }
+
+    /// How long the quick one waits for its last message.
+    fn run(&mut self) -> Duration {
+        let mut tick_at = self.start;
+        while self.taken < MESSAGES {
+            let event = self.later.first_key_value().map(|((at, _), _)| *at);
+            let actions = match event.filter(|at| *at <= tick_at) {
+                Some(at) => {
+                    self.now = at;
+                    let (_, event) = self.later.pop_first().expect("it is there");
+                    self.queue.apply([event], self.clock())
+                }
+                None => {
+                    self.now = tick_at;
+                    tick_at += QueueState::TICK;
+                    self.queue.tick(self.clock())
+                }
+            };
+            assert!(
+                self.now < self.start + Duration::from_secs(600),
+                "it stands still"
+            );
+            actions.into_iter().for_each(|action| self.act(action));
+        }
+        self.now - self.start
+    }
+
+    fn tell(&mut self, event: Event, after: Duration) {
+        self.next += 1;
+        self.later.insert((self.now + after, self.next), event);
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Look => self.look(),
+            Action::Ask(wants) => self.lease(&wants),
+            Action::Renew => {
+                let (held, asked_at) = (Some(self.held.clone()), self.now);
+                self.tell(Event::Renewed { held, asked_at }, STORE_ANSWER);
+            }
+            Action::Release(release) => {
+                self.held.retain(|range| *range != release.range);
+                self.tell(Event::HandedBack(vec![release.range]), STORE_ANSWER);
+            }
+            Action::Resolve(domain) => {
+                let host = Host {
+                    preference: 0,
+                    name: format!("mx.{}", domain.as_str()).as_str().into(),
+                    port: 25,
+                };
+                let route = Arc::new(Route::new(vec![host], false));
+                let answer = Ok((route, Duration::from_secs(86_400)));
+                self.tell(Event::Resolved { domain, answer }, QUICK_ANSWER);
+            }
+            Action::LoadContent(head) => {
+                let (batch, ready) = (head.id, Ok(()));
+                self.tell(Event::Content { batch, ready }, STORE_ANSWER);
+            }
+            Action::Open { conn, policy, .. } => {
+                let host = policy.destination.as_str().to_owned();
+                let security = Arc::new(Security {
+                    host: host.as_str().into(),
+                    level: Level::Plaintext,
+                    dane_kept: false,
+                    observed: false,
+                });
+                self.conns.insert(conn, (host, self.now));
+                self.tell(Event::Ready(conn, security), QUICK_ANSWER);
+            }
+            Action::Send(job) => {
+                let (host, busy_until) = self.conns.get_mut(&job.conn).expect("a connection");
+                let is_quick = host.ends_with(QUICK);
+                let answer = if is_quick { QUICK_ANSWER } else { SLOW_ANSWER };
+                *busy_until = self.now.max(*busy_until) + answer;
+                let after = *busy_until - self.now;
+                self.taken += u64::from(is_quick);
+                let fate = Fate::Recorded {
+                    delivered: true,
+                    heard: None,
+                };
+                self.tell(Event::Report(job.id, fate), after);
+            }
+            Action::Close(conn) => {
+                self.conns.remove(&conn);
+                self.tell(Event::Closed(conn, ConnEnd::Planned), QUICK_ANSWER);
+            }
+            Action::Hurry
+            | Action::Register { .. }
+            | Action::Record { .. }
+            | Action::Throttled(..)
+            | Action::Claim(_)
+            | Action::Limits(_)
+            | Action::Keep(_)
+            | Action::KeepHold(..)
+            | Action::Drained => {}
+        }
+    }
+
+    fn look(&mut self) {
+        self.looks += 1;
+        // Somebody's retry comes due all the time.
+        let next_due = Some(self.wall() + Duration::from_millis(30));
+        let due = self.due.iter().filter(|(_, due)| **due > 0);
+        let backlog = due.map(|(queue, due)| Backlog {
+            queue: queue.as_str().into(),
+            due: *due,
+            next_due,
+            transactional: false,
+            batches: vec![head(1).id],
+        });
+        let told = Event::Backlog(Some(backlog.collect()));
+        self.tell(told, STORE_ANSWER);
+    }
+
+    fn lease(&mut self, wants: &[Want]) {
+        let ranges = wants.iter().map(|want| self.range(want)).collect();
+        let asked_at = self.now;
+        self.tell(Event::Leased { ranges, asked_at }, STORE_ANSWER);
+    }
+
+    fn range(&mut self, want: &Want) -> LeasedRange {
+        self.next += 1;
+        let id = range_ref(self.next);
+        self.held.push(id);
+        let due = self.due.get_mut(&*want.queue).expect("a queue");
+        let rows = want.rows.min(u32::try_from(*due).expect("few"));
+        *due -= u64::from(rows);
+        let email = format!("a@{}", want.queue);
+        let items = (0..rows).map(|offset| LeasedRecipient {
+            place: Place {
+                lot: LotNumber(u32::try_from(self.next).expect("few")),
+                position: u16::try_from(offset).expect("few"),
+            },
+            offset,
+            row: row(offset, &email),
+            attempts: 0,
+            maybe_started: false,
+            ambiguous_before: false,
+            variant: 0,
+        });
+        LeasedRange {
+            range: id,
+            batch: Arc::new(head(1)),
+            queue: want.queue.clone(),
+            items: items.collect(),
+            window: rows,
+            expires_at: Timestamp::from_millis(0),
+        }
+    }
+}
+
+#[test]
+fn a_quick_destination_does_not_wait_for_slow_ones() {
+    let mut alone = World::new(0);
+    let took = alone.run();
+    for slow in [3, 60] {
+        let mut beside = World::new(slow);
+        let longer = beside.run().as_secs_f64() / took.as_secs_f64();
+        assert!(longer <= 1.05, "{longer:.3} times as long beside {slow}");
+        assert!(beside.looks <= alone.looks * 3, "{} looks", beside.looks);
+    }
+}
