@@ -3,10 +3,12 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::{Buf as _, Bytes, BytesMut};
+use memchr::{memchr, memmem};
 use service::clock::{Clock as _, SystemClock};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -38,6 +40,40 @@ pub struct Plan {
     pub pace: Option<f64>,
     /// Ends it before its time.
     pub enough: Arc<AtomicBool>,
+    /// The cookies that are kept; `None`: nobody keeps any.
+    pub jar: Option<Arc<Jar>>,
+}
+
+/// Browsers that keep their cookie, one for each request of a [`Plan`]; the others ask once.
+#[derive(Debug)]
+pub struct Jar {
+    /// Of 100 requests, how many come from the browser that keeps its cookie.
+    share: u32,
+    kept: Vec<OnceLock<Bytes>>,
+}
+
+impl Jar {
+    /// For so many requests; `share` of 100 of them come from the browser that keeps its cookie.
+    pub fn new(requests: usize, share: u32) -> Self {
+        let kept = std::iter::repeat_with(OnceLock::new).take(requests);
+        Self {
+            share,
+            kept: kept.collect(),
+        }
+    }
+
+    /// The place of the browser that asks; `None`: one that does not come again.
+    fn browser(&self, visit: u32, request: usize) -> Option<&OnceLock<Bytes>> {
+        // Spread evenly over those that follow each other.
+        let of_hundred = visit.wrapping_mul(37) % 100;
+        self.kept.get(request).filter(|_| of_hundred < self.share)
+    }
+}
+
+/// A request with a cookie.
+fn with_cookie(request: &Bytes, cookie: &Bytes) -> Bytes {
+    let head = request.strip_suffix(b"\r\n").unwrap_or(request);
+    [head, b"Cookie: ", cookie, b"\r\n\r\n"].concat().into()
 }
 
 /// What came of it.
@@ -85,10 +121,10 @@ async fn ask(plan: Plan, at: usize) -> Result<Histogram> {
     let start = SystemClock.instant();
     // Connections begin at different places, so that they do not all ask the same.
     let first = at * plan.requests.len() / plan.connections.max(1);
-    let requests = plan.requests.iter().cycle().skip(first);
+    let requests = plan.requests.iter().enumerate().cycle().skip(first);
     let pace = plan.pace.map(|pace| Pace::of(pace, plan.connections, at));
     let requests = requests.take(usize::try_from(share).unwrap_or(usize::MAX));
-    for (number, request) in (0_u32..).zip(requests) {
+    for (number, (which, request)) in (0_u32..).zip(requests) {
         let asked = match &pace {
             None => SystemClock.instant(),
             Some(pace) => pace.wait(start, number).await,
@@ -97,11 +133,20 @@ async fn ask(plan: Plan, at: usize) -> Result<Histogram> {
         if over || plan.enough.load(Ordering::Relaxed) {
             break;
         }
-        let answer = tokio::time::timeout(PATIENCE, connection.ask(request));
+        let browser = plan.jar.as_ref().and_then(|jar| jar.browser(number, which));
+        let returning = browser
+            .and_then(OnceLock::get)
+            .map(|cookie| with_cookie(request, cookie));
+        let asking = connection.ask(returning.as_ref().unwrap_or(request));
+        let answer = tokio::time::timeout(PATIENCE, asking);
         let status = answer.await.context("no answer within 30 s")??;
         histogram.record(SystemClock.instant().duration_since(asked));
         if status != plan.status {
             bail!("answered {status} where {} was expected", plan.status);
+        }
+        if let (Some(browser), Some(cookie)) = (browser, connection.cookie.take()) {
+            // The first that is given names the browser; it is given again with each answer.
+            let _known = browser.set(cookie);
         }
         if connection.closing {
             connection = Connection::open(plan.address).await?;
@@ -143,6 +188,8 @@ struct Connection {
     stream: TcpStream,
     input: BytesMut,
     closing: bool,
+    /// The one of the last answer.
+    cookie: Option<Bytes>,
 }
 
 /// The beginning of an answer.
@@ -153,6 +200,8 @@ struct Head {
     status: u16,
     body: usize,
     close: bool,
+    /// Where the name and the value of a cookie stand that it sets.
+    cookie: Option<Range<usize>>,
 }
 
 impl Connection {
@@ -164,6 +213,7 @@ impl Connection {
             stream,
             input: BytesMut::with_capacity(4096),
             closing: false,
+            cookie: None,
         })
     }
 
@@ -179,7 +229,8 @@ impl Connection {
             );
             self.read().await?;
         };
-        self.input.advance(head.len);
+        let head_bytes = self.input.split_to(head.len).freeze();
+        self.cookie = head.cookie.map(|place| head_bytes.slice(place));
         while self.input.len() < head.body {
             self.read().await?;
         }
@@ -196,39 +247,72 @@ impl Connection {
     }
 }
 
-/// The head at the beginning of `input`, if it is all there.
+/// The head at the beginning of `input`, if it is all there. The load source shares its machine with
+/// whom it measures: what it spends on an answer with many fields would count against who gives it.
 fn parse_head(input: &[u8]) -> Result<Option<Head>> {
-    let Some(end) = input.windows(4).position(|four| four == b"\r\n\r\n") else {
+    let Some(end) = memmem::find(input, b"\r\n\r\n") else {
         return Ok(None);
     };
     let head = input.get(..end).unwrap_or_default();
-    let text = std::str::from_utf8(head).context("a head that is not text")?;
-    let mut lines = text.split("\r\n");
+    let mut lines = Lines { head, at: 0 };
     let status = lines
         .next()
-        .and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok())
+        .and_then(|(_, line)| line.strip_prefix(b"HTTP/1.1 ")?.get(..3))
+        .and_then(|status| str::from_utf8(status).ok()?.parse().ok())
         .context("not an HTTP/1.1 answer")?;
     let mut found = Head {
         len: end + 4,
         status,
         body: 0,
         close: false,
+        cookie: None,
     };
     let mut has_length = false;
-    for line in lines {
-        let (name, value) = line
-            .split_once(':')
-            .context("a header line without a colon")?;
-        if name.eq_ignore_ascii_case("content-length") {
-            found.body = value.trim().parse().context("a length that is no number")?;
-            has_length = true;
-        } else if name.eq_ignore_ascii_case("connection") {
-            found.close = value.trim().eq_ignore_ascii_case("close");
+    for (start, line) in lines {
+        let colon = memchr(b':', line).context("a header line without a colon")?;
+        let (name, value) = line.split_at(colon);
+        let value = value.get(1..).unwrap_or_default();
+        // Few fields are as long as one that is looked for.
+        match name.len() {
+            14 if name.eq_ignore_ascii_case(b"content-length") => {
+                let length = str::from_utf8(value).ok();
+                let length = length.and_then(|length| length.trim().parse().ok());
+                found.body = length.context("a length that is no number")?;
+                has_length = true;
+            }
+            10 if name.eq_ignore_ascii_case(b"set-cookie") => {
+                let pair = value.split(|byte| *byte == b';').next().unwrap_or_default();
+                let from = start + colon + 1;
+                let blank = pair.len() - pair.trim_ascii_start().len();
+                found.cookie = Some(from + blank..from + pair.len());
+            }
+            10 if name.eq_ignore_ascii_case(b"connection") => {
+                found.close = value.trim_ascii().eq_ignore_ascii_case(b"close");
+            }
+            _ => {}
         }
     }
     ensure!(has_length, "an answer without Content-Length");
     ensure!(found.body <= MAX_BODY, "a body of {} bytes", found.body);
     Ok(Some(found))
+}
+
+/// The lines of a head, and where each begins.
+struct Lines<'a> {
+    head: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Iterator for Lines<'a> {
+    type Item = (usize, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.head.get(self.at..).filter(|rest| !rest.is_empty())?;
+        let end = memmem::find(rest, b"\r\n").unwrap_or(rest.len());
+        let start = self.at;
+        self.at += end + 2;
+        Some((start, rest.get(..end)?))
+    }
 }
 
 /// Sub-buckets of each power of two: a value is known to 1/64.
@@ -317,6 +401,11 @@ mod tests {
         let head = parse_head(redirect).expect("an answer").expect("whole");
         assert_eq!((head.status, head.body, head.close), (302, 0, false));
         assert_eq!(redirect.get(head.len..), Some(b"HTTP".as_slice()));
+        assert_eq!(head.cookie, None);
+        let named = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nSet-Cookie: hk_vid=abc; Path=/\r\nX: y\r\n\r\n";
+        let head = parse_head(named).expect("an answer").expect("whole");
+        let cookie = head.cookie.and_then(|place| named.get(place));
+        assert_eq!(cookie, Some(b"hk_vid=abc".as_slice()));
         let closing = b"HTTP/1.1 200 OK\r\ncontent-length: 43\r\nconnection: close\r\n\r\n";
         let head = parse_head(closing).expect("an answer").expect("whole");
         assert_eq!((head.status, head.body, head.close), (200, 43, true));
@@ -326,9 +415,25 @@ mod tests {
             "SMTP\r\n\r\n",
             "HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
             "HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 1\r\nno colon\r\n\r\n",
         ] {
             assert!(parse_head(bad.as_bytes()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn so_many_come_from_a_browser_that_keeps_its_cookie() {
+        for share in [0, 30, 100] {
+            let jar = Jar::new(2, share);
+            let theirs = (0..200).filter(|visit| jar.browser(*visit, 1).is_some());
+            assert_eq!(theirs.count(), 2 * usize::try_from(share).expect("small"));
+        }
+        let request = Bytes::from_static(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+        let with = with_cookie(&request, &Bytes::from_static(b"a=b"));
+        assert_eq!(
+            with,
+            &b"GET / HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\n\r\n"[..]
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::process;
 use crate::redis::{Redis, Used};
 use crate::sink::Manner;
 use crate::site::{Dkim, Setup, Site};
-use crate::source::{self, POLL};
+use crate::source;
 use anyhow::{Context as _, Result, bail, ensure};
 use service::clock::{Clock as _, SystemClock};
 use std::io::Write;
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 /// Of the recipients, this part is delivered before the measurement, and as much after it: nodes
 /// have come to terms about connections, and none is without work yet.
 const MARGIN: u64 = 5;
+/// Between looks at how far it is: each is work for the Redis that is measured.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Measure nodes that share a Redis (AOF everysec): for each number of nodes, `hikyaku up` so many
 /// times, and a batch that all of them deliver to a destination that answers late
@@ -181,7 +183,7 @@ async fn reached(client: &Client, batch: &str, wanted: u64) -> Result<u64> {
         if seen.state != "in_progress" {
             bail!("batch {batch} is {}: {:?}", seen.state, seen.counters);
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(LOOK).await;
     }
 }
 

@@ -134,7 +134,7 @@ impl Carrier {
                 },
                 Event::Closed(None) => return Ok(true),
                 Event::Closed(Some(error)) => return Err(error.into()),
-                Event::HandshakeDue => bail!("TLS, unasked"),
+                Event::HandshakeDue | Event::ChallengeDue => bail!("TLS or AUTH, unasked"),
             }
         }
         Ok(false)

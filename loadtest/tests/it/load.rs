@@ -23,6 +23,7 @@ async fn a_load_is_bounded_in_number_and_every_answer_is_looked_at() -> Result<(
         status: 302,
         pace: None,
         enough: Arc::default(),
+        jar: None,
     };
     let answered = load::run(&plan).await?;
     assert_eq!(answered.latency.count(), 100);

@@ -23,6 +23,15 @@ async fn peer(temper: Temper) -> SmtpPeer {
 /// Everybody's mail goes out and ends: the rows of the first `rows` recipients.
 async fn sent(station: &Station, to: &[String]) -> Vec<store::RecipientRow> {
     let batch = station.submit(to).await;
+    ended(station, batch, to).await
+}
+
+/// As [`sent`], of a batch that is there.
+async fn ended(
+    station: &Station,
+    batch: model::BatchId,
+    to: &[String],
+) -> Vec<store::RecipientRow> {
     let running = station.start().await;
     station.finished(batch).await;
     running.drain().await;
@@ -108,6 +117,89 @@ async fn a_smarthost_learns_who_we_are() {
 const TWO: &str = "[[smtp.sources]]\nname = \"gone\"\nehlo = \"gone.example\"\nbind = \"192.0.2.77\"\n\
     [[smtp.sources]]\nname = \"here\"\nehlo = \"here.example\"\nbind = [\"127.0.0.3\", \"::1\"]\n";
 
+/// Encrypts what goes to `peer` from its first byte on, as port 465 does.
+async fn encrypting(peer: &SmtpPeer, certificate: &SelfSigned) -> SocketAddr {
+    let acceptor = tokio_rustls::TlsAcceptor::from(certificate.server_config());
+    let listener = TcpListener::bind(ANY).await.expect("a port");
+    let (at, to) = (listener.local_addr().expect("an address"), peer.address());
+    tokio::task::spawn_local(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::task::spawn_local(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let mut inner = TcpStream::connect(to).await.expect("the peer");
+                drop(tokio::io::copy_bidirectional(&mut stream, &mut inner).await);
+            });
+        }
+    });
+    at
+}
+
+#[tokio::test]
+async fn a_smarthost_may_be_encrypted_from_the_first_byte() {
+    let certificate = SelfSigned::new(&["127.0.0.1"]).expect("a certificate");
+    let secrets = tempfile::tempdir().expect("a directory");
+    let file = secrets.path().join("password");
+    std::fs::write(&file, "correct horse\n").expect("written");
+    let mut temper = Temper::accepting();
+    temper.server.login = Some(("brand".to_owned(), "correct horse".to_owned()));
+    let peer = peer(temper).await;
+    let tasks = tokio::task::LocalSet::new();
+    tasks
+        .run_until(async {
+            let at = encrypting(&peer, &certificate).await;
+            let shaping = format!(
+                "[default]\nrate = \"unlimited\"\nretry = [\"200ms\"]\nexpire = \"1s\"\n[mx]\n\"*\" = \"{at}\"\n"
+            );
+            let config = |port: u16, more: &str| {
+                format!(
+                    "[[smtp.smarthosts]]\nhost = \"127.0.0.1\"\nport = {port}\nusername = \"brand\"\n\
+                     password_file = {file:?}\nimplicit_tls = true\n{more}"
+                )
+            };
+            let any = config(at.port(), "tls = \"require\"\n");
+            let station = Station::with(&shaping, &any).await;
+            let rows = sent(&station, &people("x.example", 20)).await;
+            assert!(rows.iter().all(|row| row.status == Status::Delivered));
+            // A certificate that nobody vouches for, and a server that speaks first: not a word.
+            let station = Station::with(&shaping, &config(at.port(), "")).await;
+            let rows = sent(&station, &people("x.example", 1)).await;
+            assert!(reply(&rows[0]).contains("TLS handshake failed"), "{rows:?}");
+            let plain = config(peer.address().port(), "tls = \"require\"\n");
+            let station = Station::towards(&peer, &plain, "expire = \"1s\"").await;
+            let rows = sent(&station, &people("x.example", 1)).await;
+            assert!(reply(&rows[0]).contains("TLS handshake failed"), "{rows:?}");
+            assert_eq!(peer.counts().mails, 20);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_that_knows_no_ehlo_gets_what_it_knows() {
+    let old = Answer::reply(502, "5.5.1 what?");
+    let peer = peer(Temper::accepting().answering_times(ServerEvent::Hello, 1, old)).await;
+    let station = Station::towards(&peer, "", "connections = 1").await;
+    let to = people("x.example", 5);
+    let batch = station.submit_raw(&to, &eight_bit("mixed")).await;
+    for row in ended(&station, batch, &to).await {
+        assert_eq!(
+            (row.status, row.attempts),
+            (Status::Delivered, 1),
+            "{row:?}"
+        );
+    }
+    let counts = peer.counts();
+    assert_eq!((counts.messages, counts.connections), (5, 1));
+    assert_eq!(counts.sent_ahead, 0, "nothing was sent without waiting");
+    assert!(
+        peer.messages()
+            .iter()
+            .all(|message| message.content.is_ascii())
+    );
+}
+
 #[tokio::test]
 async fn a_source_whose_address_is_gone_is_left_out_and_nobody_pays_for_it() {
     let peer = peer(Temper::accepting()).await;
@@ -153,6 +245,51 @@ async fn a_source_is_not_used_for_a_family_that_it_lacks() {
         "{:?}",
         rows[0]
     );
+}
+
+#[tokio::test]
+async fn a_destination_has_its_own_families() {
+    let four = peer(Temper::accepting()).await;
+    let port = four.address().port();
+    let at = SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, port));
+    let six = SmtpPeer::bind(at, Temper::accepting())
+        .await
+        .expect("a peer");
+    let mut zone = Zone::new();
+    for domain in ["four", "six", "any"] {
+        let host = format!("mx.{domain}.example");
+        zone = zone
+            .mx(&format!("{domain}.example"), 10, &host)
+            .a(&host, Ipv4Addr::LOCALHOST)
+            .a(&host, std::net::Ipv6Addr::LOCALHOST);
+    }
+    let zone = zone
+        .mx("none.example", 10, "mx.none.example")
+        .a("mx.none.example", Ipv4Addr::LOCALHOST);
+    let dns = DnsServer::start(zone).await.expect("a DNS server");
+    let shaping = "[default]\nrate = \"unlimited\"\nretry = [\"200ms\"]\nexpire = \"1s\"\n\
+         [[provider]]\nname = \"six\"\nmx_suffix = [\".six.example\"]\nfamilies = \"prefer_ipv6\"\n\
+         [domain.\"four.example\"]\nfamilies = \"ipv4\"\n[domain.\"none.example\"]\nfamilies = \"ipv6\"\n";
+    let config = format!(
+        "[dns]\nnameservers = [\"{}\"]\n[smtp]\nport = {port}\nallow_private_mx = [\"127.0.0.0/8\", \"::1/128\"]\n",
+        dns.addr()
+    );
+    let station = Station::with(shaping, &config).await;
+    let to = ["four", "six", "any", "none"].map(|domain| format!("a@{domain}.example"));
+    let rows = sent(&station, &to).await;
+    let came = |peer: &SmtpPeer| -> Vec<String> {
+        let mut to: Vec<_> = peer
+            .messages()
+            .into_iter()
+            .flat_map(|message| message.recipients)
+            .collect();
+        to.sort_unstable();
+        to
+    };
+    assert_eq!(came(&four), ["a@any.example", "a@four.example"]);
+    assert_eq!(came(&six), ["a@six.example"]);
+    assert_eq!(rows[3].status, Status::Failed);
+    assert!(reply(&rows[3]).contains("IPv6 address"), "{:?}", rows[3]);
 }
 
 #[tokio::test]
@@ -366,6 +503,82 @@ async fn addresses_beyond_ascii() {
     );
     assert!(reply(&rows[1]).contains("SMTPUTF8"), "{:?}", rows[1]);
     assert_eq!(peer.counts().mails, 1);
+}
+
+/// A complete message with bytes above 127 in one of its parts.
+fn eight_bit(subtype: &str) -> Vec<u8> {
+    format!(
+        "From: News <news@brand.example>\r\nMIME-Version: 1.0\r\nMessage-ID: <own@brand.example>\r\n\
+         Date: Mon, 1 Dec 2025 09:00:00 +0000\r\nContent-Type: multipart/{subtype}; boundary=b\r\n\r\n\
+         --b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n\r\nGrüße\r\n--b--\r\n"
+    )
+    .into_bytes()
+}
+
+#[tokio::test]
+async fn a_server_of_seven_bits_gets_eight_encoded() {
+    let seven = || Temper::accepting().without_eight_bit();
+    let to = people("x.example", 3);
+    let whole = eight_bit("mixed");
+    // Chunked and not, in one transaction and in those behind it.
+    for temper in [seven(), seven().without_chunking()] {
+        let peer = peer(temper).await;
+        let station = Station::new(&peer).await;
+        let batch = station.submit_raw(&to, &whole).await;
+        for row in ended(&station, batch, &to).await {
+            assert_eq!(
+                (row.status, row.attempts),
+                (Status::Delivered, 1),
+                "{row:?}"
+            );
+        }
+        for message in peer.messages() {
+            let text = String::from_utf8_lossy(&message.content);
+            assert!(text.is_ascii() && text.starts_with("DKIM-Signature: "));
+            let part = "quoted-printable\r\n\r\nGr=C3=BC=C3=9Fe\r\n--b--\r\n";
+            assert!(text.ends_with(part), "{text}");
+        }
+    }
+
+    // Where a signature would break, another host may do; it gets every byte as it was.
+    let to = people("x.example", 1);
+    let whole = eight_bit("signed");
+    let (first, second, _dns, station) = two_hosts(seven(), Temper::accepting()).await;
+    let batch = station.submit_raw(&to, &whole).await;
+    let rows = ended(&station, batch, &to).await;
+    assert_eq!(rows[0].status, Status::Delivered, "{rows:?}");
+    assert_eq!(first.counts().mails, 0);
+    assert!(second.messages()[0].content.ends_with(&whole));
+
+    // Else that is the end, and says why.
+    let peer = peer(seven()).await;
+    let station = Station::new(&peer).await;
+    let batch = station.submit_raw(&to, &whole).await;
+    let rows = ended(&station, batch, &to).await;
+    assert_eq!(
+        (rows[0].status, rows[0].class),
+        (Status::Failed, Some(Class::Protocol))
+    );
+    assert!(
+        reply(&rows[0]).contains("multipart/signed"),
+        "{:?}",
+        rows[0]
+    );
+    assert_eq!(peer.counts().mails, 0);
+}
+
+#[tokio::test]
+async fn what_is_too_large_for_one_host_is_encoded_for_another() {
+    let mut small = Temper::accepting();
+    small.server.message_max = 300;
+    let seven = Temper::accepting().without_eight_bit();
+    let (first, second, _dns, station) = two_hosts(small, seven).await;
+    let to = people("x.example", 1);
+    let batch = station.submit_raw(&to, &eight_bit("mixed")).await;
+    let rows = ended(&station, batch, &to).await;
+    assert_eq!(rows[0].status, Status::Delivered, "{rows:?}");
+    assert_eq!((first.counts().mails, second.counts().messages), (0, 1));
+    assert!(second.messages()[0].content.is_ascii());
 }
 
 #[tokio::test]

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use content::dkim::{Algorithm, generate};
 use journal::{Journal, JournalConfig, RealDisk};
 use links::KeyRing;
@@ -159,6 +161,25 @@ impl Station {
         to: &[String],
         change: impl FnOnce(&mut BatchHead),
     ) -> BatchId {
+        let content = content(&self.ring, &["s1"]);
+        self.submit_made(to, change, content).await
+    }
+
+    /// Submits a complete message.
+    pub(crate) async fn submit_raw(&self, to: &[String], message: &[u8]) -> BatchId {
+        let spec = serde_json::json!({
+            "from": {"email": "news@brand.example"}, "subject": "", "raw": STANDARD.encode(message), "list_unsubscribe": false
+        });
+        let content = content_of(&self.ring, &["s1"], spec);
+        self.submit_made(to, |_| {}, content).await
+    }
+
+    async fn submit_made(
+        &self,
+        to: &[String],
+        change: impl FnOnce(&mut BatchHead),
+        content: Vec<u8>,
+    ) -> BatchId {
         let now = SystemClock.now();
         let id = BatchId::new(now, u128::from(fastrand::u64(..)));
         let lots = lots(to);
@@ -167,7 +188,7 @@ impl Station {
         change(&mut head);
         let batch = NewBatch {
             head,
-            content: content(&self.ring, &["s1"]).into(),
+            content: content.into(),
             accepted: to.len() as u64,
             rejected: 0,
             call: None,
@@ -381,6 +402,14 @@ pub(crate) fn content(ring: &ArcSwap<KeyRing>, dkim_selectors: &[&str]) -> Vec<u
         "from": {"email": "news@brand.example", "name": "Brand"}, "subject": "Hello",
         "html": "<p>Hello <a href=\"https://shop.example/\">shop</a></p>", "text": "Hello", "list_unsubscribe": true
     });
+    content_of(ring, dkim_selectors, spec)
+}
+
+fn content_of(
+    ring: &ArcSwap<KeyRing>,
+    dkim_selectors: &[&str],
+    spec: serde_json::Value,
+) -> Vec<u8> {
     let released = Released {
         form: Released::FORM,
         spec: serde_json::from_value(spec).expect("a content"),
