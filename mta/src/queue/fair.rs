@@ -173,6 +173,16 @@ impl Turns {
         names
     }
 
+    /// Whoever waits, with each domain at which it does, in no order.
+    pub(super) fn each(&self) -> impl Iterator<Item = (BatchId, &str)> {
+        let classes = [&self.urgent, &self.bulk].into_iter();
+        let accounts = classes.flat_map(|class| class.accounts.values());
+        accounts.flat_map(Account::waiting).flat_map(|(id, batch)| {
+            let domains = batch.domains.iter();
+            domains.map(move |name| (*id, &**name))
+        })
+    }
+
     /// The domains of a batch, in the order of their turns.
     pub(super) fn domains_of(&self, turn: &Turn) -> impl Iterator<Item = &str> {
         let account = self.of(turn.priority).accounts.get(&turn.account);

@@ -132,6 +132,12 @@ impl Lane {
         })
     }
 
+    /// How much of a batch waits here.
+    pub(super) fn waiting_of(&self, batch: BatchId) -> u64 {
+        let of_batch = self.batches().filter(|(head, _)| head.id == batch);
+        of_batch.map(|(_, len)| len as u64).sum()
+    }
+
     fn first_of_ranges(&self) -> impl Iterator<Item = &Waiting> {
         self.ranges
             .iter()

@@ -1,5 +1,5 @@
-//! The queue with mail for a quick destination beside many that take next to nothing, by a virtual
-//! clock: the quick one must not notice them.
+//! Destinations beside each other, by a virtual clock: a quick one must not notice many that take
+//! next to nothing, and many small ones share the connections that there are.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -21,6 +21,8 @@ use crate::tlspolicy::{Level, Security};
 
 const SHAPING: &str = "[default]\nrate = \"100000/s\"\nmax_rate = \"100000/s\"\nconnections = 8\n";
 const QUICK: &str = "quick.example";
+/// How the names of the others begin.
+const SLOW: &str = "slow";
 /// What the quick one takes to answer a message; eight of them at a time.
 const QUICK_ANSWER: Duration = Duration::from_millis(1);
 /// What a tarpit takes.
@@ -29,6 +31,8 @@ const SLOW_ANSWER: Duration = Duration::from_secs(30);
 const STORE_ANSWER: Duration = Duration::from_millis(10);
 /// Messages for the quick one: some seconds' worth.
 const MESSAGES: u64 = 40_000;
+/// What a connection carries.
+const PER_CONNECTION: u64 = 50;
 
 struct World {
     start: Instant,
@@ -42,12 +46,14 @@ struct World {
     later: BTreeMap<(Instant, u64), Event>,
     next: u64,
     looks: u32,
-    /// Messages that the quick one has taken.
+    /// Connections, ever.
+    opened: u64,
+    /// Messages that quick ones have taken.
     taken: u64,
 }
 
 impl World {
-    fn new(slow: usize) -> Self {
+    fn new(due: impl IntoIterator<Item = (String, u64)>) -> Self {
         let start = SystemClock.instant();
         let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), SHAPING);
         let config = QueueConfig {
@@ -60,17 +66,17 @@ impl World {
             ambiguous: AmbiguousPolicy::Retry,
             ambiguous_after: Duration::from_secs(1_800),
         };
-        let slow = (0..slow).map(|number| (format!("slow{number}.example"), 2_000));
         Self {
             start,
             now: start,
             queue: QueueState::new(config, Arc::new(ControlView::new(start)), 1, start),
-            due: slow.chain([(QUICK.to_owned(), MESSAGES)]).collect(),
+            due: due.into_iter().collect(),
             conns: HashMap::new(),
             held: Vec::new(),
             later: BTreeMap::new(),
             next: 0,
             looks: 0,
+            opened: 0,
             taken: 0,
         }
     }
@@ -86,10 +92,10 @@ impl World {
         Timestamp::from_millis(0) + (self.now - self.start)
     }
 
-    /// How long the quick one waits for its last message.
-    fn run(&mut self) -> Duration {
+    /// How long it takes until so many messages are with quick ones.
+    fn run(&mut self, messages: u64) -> Duration {
         let mut tick_at = self.start;
-        while self.taken < MESSAGES {
+        while self.taken < messages {
             let event = self.later.first_key_value().map(|((at, _), _)| *at);
             let actions = match event.filter(|at| *at <= tick_at) {
                 Some(at) => {
@@ -151,12 +157,13 @@ impl World {
                     dane_kept: false,
                     observed: false,
                 });
+                self.opened += 1;
                 self.conns.insert(conn, (host, self.now));
                 self.tell(Event::Ready(conn, security), QUICK_ANSWER);
             }
             Action::Send(job) => {
                 let (host, busy_until) = self.conns.get_mut(&job.conn).expect("a connection");
-                let is_quick = host.ends_with(QUICK);
+                let is_quick = !host.contains(SLOW);
                 let answer = if is_quick { QUICK_ANSWER } else { SLOW_ANSWER };
                 *busy_until = self.now.max(*busy_until) + answer;
                 let after = *busy_until - self.now;
@@ -236,14 +243,32 @@ impl World {
     }
 }
 
+/// So many destinations, each with so many messages.
+fn each(name: &str, count: usize, messages: u64) -> impl Iterator<Item = (String, u64)> {
+    (0..count).map(move |number| (format!("{name}{number}.example"), messages))
+}
+
 #[test]
 fn a_quick_destination_does_not_wait_for_slow_ones() {
-    let mut alone = World::new(0);
-    let took = alone.run();
+    let quick = (QUICK.to_owned(), MESSAGES);
+    let mut alone = World::new([quick.clone()]);
+    let took = alone.run(MESSAGES);
     for slow in [3, 60] {
-        let mut beside = World::new(slow);
-        let longer = beside.run().as_secs_f64() / took.as_secs_f64();
+        let mut beside = World::new(each(SLOW, slow, 2_000).chain([quick.clone()]));
+        let longer = beside.run(MESSAGES).as_secs_f64() / took.as_secs_f64();
         assert!(longer <= 1.05, "{longer:.3} times as long beside {slow}");
         assert!(beside.looks <= alone.looks * 3, "{} looks", beside.looks);
     }
+}
+
+#[test]
+fn connections_are_used_to_their_end_while_others_wait_for_one() {
+    let count = 2_000;
+    let mut world = World::new(each("small", count, PER_CONNECTION));
+    // As long as the store has more of them; who is left alone in the end takes what is free.
+    let messages = count as u64 * PER_CONNECTION / 4 * 3;
+    world.run(messages);
+    let (used_up, at_work) = (messages / PER_CONNECTION, world.conns.len() as u64);
+    let needless = world.opened.saturating_sub(used_up + at_work);
+    assert!(needless <= used_up / 20, "{needless} beside {used_up}");
 }

@@ -459,7 +459,7 @@ impl QueueState {
         let with_work = self
             .dests
             .iter()
-            .filter(|(_, dest)| !dest.turns.is_empty())
+            .filter(|(_, dest)| !dest.turns.is_empty() && !dest.only_waits())
             .map(|(key, _)| key.clone());
         self.dirty.extend(with_work);
         self.settle(now, &mut out);

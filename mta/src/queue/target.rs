@@ -120,6 +120,14 @@ impl Conn {
         self.security.as_ref().is_some_and(shows) && self.goes_by(route)
     }
 
+    /// Likewise; of one that is not ready yet that is hoped.
+    pub(super) fn serves(&self, route: &Route, floor: TlsPolicy) -> bool {
+        match self.is_ready() {
+            true => self.takes(route, floor),
+            false => self.goes_by(route),
+        }
+    }
+
     /// Whether it goes to the hosts of `route`.
     pub(super) fn goes_by(&self, route: &Route) -> bool {
         std::ptr::eq(&*self.route, route) || self.route.key() == route.key()
@@ -321,6 +329,11 @@ impl Dest {
                 target.charge = target.charge.max(level);
             }
         }
+    }
+
+    /// Whether nothing can happen to it before a connection of the process is free.
+    pub(super) fn only_waits(&self) -> bool {
+        self.is_starved && self.targets.iter().all(|target| target.conns.is_empty())
     }
 
     /// Whether anything about it has to be remembered.

@@ -332,6 +332,9 @@ impl QueueState {
         else {
             return;
         };
+        if self.is_crowded() && self.is_carried(dest, now.instant) {
+            return;
+        }
         for at in dest.by_share() {
             let Some(target) = dest.targets.get(at) else {
                 continue;
@@ -377,6 +380,41 @@ impl QueueState {
             }
             return self.open(key.clone(), at, route, now, out);
         }
+    }
+
+    /// Whether connections are to be used to their end before others are opened: somebody waits for
+    /// one of the process, or will when more is leased.
+    fn is_crowded(&self) -> bool {
+        !self.starved.is_empty() || self.more && self.conns.len() >= CONNECTIONS_MAX / 2
+    }
+
+    /// Whether the connections that a destination has will carry all that waits for it, one message
+    /// after the other.
+    fn is_carried(&self, dest: &Dest, now: Instant) -> bool {
+        let limits = &dest.policy.limits;
+        let conns = || {
+            let due = dest.targets.iter().filter(|of| of.is_due(limits, now));
+            due.flat_map(|target| {
+                let conns = target.conns.iter().filter_map(|id| self.conns.get(id));
+                let open = conns.filter(|conn| !conn.closing);
+                open.map(|conn| (conn, target.in_force.messages_per_connection))
+            })
+        };
+        let room = conns()
+            .map(|(conn, most)| u64::from(most.saturating_sub(conn.sent)))
+            .sum();
+        let waiting = dest.turns.each().try_fold(0, |before, (batch, name)| {
+            let (lane, pool) = (self.lanes.get(name)?, &self.batches.get(&batch)?.pool);
+            let Way::Known { route, .. } = &lane.way else {
+                return Some(before);
+            };
+            let is_led = |(conn, _): (&Conn, u32)| {
+                pool.weight(conn.source).is_some() && conn.serves(route, limits.tls)
+            };
+            let sum = before + lane.waiting_of(batch);
+            (sum <= room && conns().any(is_led)).then_some(sum)
+        });
+        waiting.is_some() && !dest.turns.has_urgent()
     }
 
     fn open(
@@ -427,17 +465,23 @@ impl QueueState {
         }
     }
 
-    /// Whether the process may have another connection. Those of whose peers nothing was heard for
+    /// How many more connections the process may have. Those of whose peers nothing was heard for
     /// a while have room of their own: however many tarpits there are, others are served.
-    fn has_connection_free(&self) -> bool {
+    fn connections_free(&self) -> usize {
         let all = self.conns.len();
-        all < CONNECTIONS_MAX
-            || all < CONNECTIONS_ALL_MAX && all.saturating_sub(self.slow) < CONNECTIONS_MAX
+        let quick = all.saturating_sub(self.slow);
+        let of_quick = CONNECTIONS_MAX.saturating_sub(quick);
+        of_quick.min(CONNECTIONS_ALL_MAX.saturating_sub(all))
+    }
+
+    fn has_connection_free(&self) -> bool {
+        self.connections_free() > 0
     }
 
     /// Counts the connections whose peers are slow.
     pub(super) fn tick_conns(&mut self, now: Instant) {
         self.slow = self.conns.values().filter(|conn| conn.is_slow(now)).count();
+        self.wake_starved(self.connections_free());
     }
 
     fn has_unused(&self, target: &Target) -> bool {
@@ -467,11 +511,7 @@ impl QueueState {
             let of_target = target.conns.iter();
             of_target.filter_map(|id| Some((*id, self.conns.get(id)?)))
         };
-        let serves = |conn: &Conn| match conn.is_ready() {
-            true => conn.takes(route, floor),
-            false => conn.goes_by(route),
-        };
-        if conns().any(|(_, conn)| conn.closing || serves(conn)) {
+        if conns().any(|(_, conn)| conn.closing || conn.serves(route, floor)) {
             return None;
         }
         conns()
@@ -616,11 +656,16 @@ impl QueueState {
             }
         }
         self.dirty.insert(key);
-        if let Some(next) = self.starved.pop_front() {
-            if let Some(dest) = self.dests.get_mut(&next) {
+        self.wake_starved(1);
+    }
+
+    /// So many of those that wait for a connection of the process have their turn.
+    fn wake_starved(&mut self, most: usize) {
+        for key in self.starved.drain(..most.min(self.starved.len())) {
+            if let Some(dest) = self.dests.get_mut(&key) {
                 dest.is_starved = false;
             }
-            self.dirty.insert(next);
+            self.dirty.insert(key);
         }
     }
 
