@@ -5,6 +5,7 @@ pub mod browser;
 pub mod distance;
 pub mod dns;
 pub mod https;
+pub mod port;
 pub mod proxy;
 pub mod redis;
 mod request;

@@ -3,9 +3,10 @@
 //!
 //! Speaks just enough of the protocol to set them up. Must not be used but by tests.
 
+use crate::port::free_port;
 use anyhow::{Context as _, Result, bail};
 use std::io::{BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -26,19 +27,6 @@ pub struct RedisServer {
     arguments: Vec<String>,
 }
 
-/// A port that nobody has now; a Cluster also takes the one 10,000 above.
-fn free_port() -> Result<u16> {
-    for _ in 0..100 {
-        let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-        let low = if port > 50_000 { port - 30_000 } else { port };
-        let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if low > 1_024 && low < 55_000 && free(low) && free(low + 10_000) {
-            return Ok(low);
-        }
-    }
-    bail!("no free port")
-}
-
 impl RedisServer {
     /// Starts one in a new directory under `directory`, with these arguments beside the usual:
     /// loopback, nothing saved but what is asked for.
@@ -46,25 +34,16 @@ impl RedisServer {
     /// # Errors
     /// When it cannot be started or does not answer.
     pub fn start(directory: PathBuf, arguments: &[&str]) -> Result<Self> {
-        let mut arguments: Vec<String> = arguments.iter().map(|text| (*text).to_owned()).collect();
-        // Another test may take a port between the look and the start.
-        let mut last = None;
-        for _ in 0..5 {
-            let port = free_port()?;
-            let mut server = Self {
-                child: None,
-                port,
-                directory: directory.join(port.to_string()),
-                arguments,
-            };
-            std::fs::create_dir_all(&server.directory)?;
-            match server.restart() {
-                Ok(()) => return Ok(server),
-                Err(error) => last = Some(error),
-            }
-            arguments = std::mem::take(&mut server.arguments);
-        }
-        Err(last.unwrap_or_else(|| anyhow::anyhow!("no server")))
+        let port = free_port()?;
+        let mut server = Self {
+            child: None,
+            port,
+            directory: directory.join(port.to_string()),
+            arguments: arguments.iter().map(|text| (*text).to_owned()).collect(),
+        };
+        std::fs::create_dir_all(&server.directory)?;
+        server.restart()?;
+        Ok(server)
     }
 
     /// Starts it again, on its port, with what it kept.

@@ -12,16 +12,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use testkit::dns::{DnsServer, Zone};
+use testkit::port::free_port;
 use testkit::tls::Issuer;
 
 const HOST: &str = "links.brand.example";
-
-/// A port that nobody has now.
-fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?
-        .local_addr()?
-        .port())
-}
 
 /// A running Pebble; ended when dropped.
 struct Pebble {

@@ -1,7 +1,7 @@
 //! A real Chromium in front of received mail: whose browser it becomes, and whom machines cannot
 //! make it. Over HTTPS, with an authority of the test's own, since cookies are told apart by it.
 
-use crate::harness::{Service, Site, free_port, until};
+use crate::harness::{Service, Site, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use testkit::browser::Browser;
 use testkit::https::{HttpsServer, Page};
+use testkit::port::free_port;
 use testkit::tls::Issuer;
 
 const TRACKER: &str = "t.brand.example";
@@ -31,7 +32,7 @@ impl Place {
         let shop = HttpsServer::start(shop.server_config()?).await?;
         let sink = Sink::keeping_messages().await?;
         let site = Site::unsigned(&sink.address())?;
-        let tls_port = free_port();
+        let tls_port = free_port()?;
         let own = issuer.issue(&[TRACKER])?;
         std::fs::write(site.dir.path().join("t.pem"), own.chain_pem())?;
         std::fs::write(site.dir.path().join("t.key"), own.key_pem())?;

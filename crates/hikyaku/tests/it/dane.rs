@@ -1,12 +1,13 @@
 //! DANE from end to end: a zone that Knot signs, Unbound that validates it, a Postfix with a
 //! certificate that TLSA records match, or do not.
 
-use crate::harness::{FROM_DOMAIN, Site, free_port, until};
+use crate::harness::{FROM_DOMAIN, Site, until};
 use crate::postfix::Postfix;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use testkit::port::free_port;
 use testkit::tls::SelfSigned;
 
 /// A name server process with its folder; killed when dropped.
@@ -49,7 +50,7 @@ impl Server {
     /// Knot with `example.`, which it signs, and two zones below it which nobody signs.
     async fn knot(records: &str, below: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("hikyaku-knot-").tempdir()?;
-        let (port, root) = (free_port(), dir.path().display().to_string());
+        let (port, root) = (free_port()?, dir.path().display().to_string());
         let zone = |name: &str, more: &str| {
             format!(
                 "  - domain: {name}\n    file: {root}/{name}zone\n    journal-content: none\n    zonefile-sync: -1\n{more}"
@@ -106,7 +107,7 @@ impl Server {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-unbound-")
             .tempdir()?;
-        let port = free_port();
+        let port = free_port()?;
         let anchors: String = knot
             .anchors()
             .await?

@@ -1,6 +1,6 @@
 //! A real name server: Knot DNS, with MX, null MX and DKIM records in a zone file.
 
-use crate::harness::{FROM_DOMAIN, Site, free_port, until};
+use crate::harness::{FROM_DOMAIN, Site, until};
 use crate::postfix::dkim_records;
 use crate::sink::Sink;
 use anyhow::{Result, ensure};
@@ -8,6 +8,7 @@ use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use testkit::port::free_port;
 
 pub(crate) struct Knot {
     child: Child,
@@ -18,7 +19,7 @@ pub(crate) struct Knot {
 impl Knot {
     /// Serves `example.` from these records.
     async fn start(zone: &str) -> Result<Self> {
-        Self::at(free_port(), zone).await
+        Self::at(free_port()?, zone).await
     }
 
     /// The same on this port.
@@ -89,7 +90,7 @@ async fn mail_finds_its_way_by_a_real_name_server() -> Result<()> {
         .next()
         .unwrap_or_default()
         .to_owned();
-    let dns_port = free_port();
+    let dns_port = free_port()?;
     let more = format!("[dns]\nnameservers = [\"127.0.0.1:{dns_port}\"]\n");
     let site = Site::with(Site::quick_shaping(), &more)?;
     site.edit(|config| config.replace("[smtp]\n", &format!("[smtp]\nport = {smtp_port}\n")))?;

@@ -115,7 +115,7 @@ async fn an_operator_sees_why_mail_waits_and_hears_it_being_sent() -> Result<()>
 async fn the_doctor_tells_what_is_wrong_and_what_to_do() -> Result<()> {
     let peer = SmtpPeer::start(Temper::accepting()).await?;
     let probe = peer.address().to_string();
-    let dns_port = crate::harness::free_port();
+    let dns_port = testkit::port::free_port()?;
     let more = format!(
         "[dns]\nnameservers = [\"127.0.0.1:{dns_port}\"]\n[inbound]\nlisten = \"127.0.0.1:2526\"\n"
     );

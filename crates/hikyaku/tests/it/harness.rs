@@ -4,11 +4,11 @@ use anyhow::{Context, Result, bail, ensure};
 use hikyaku::client::Client;
 use serde_json::{Value, json};
 use std::fmt::{Display, Write as _};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use testkit::port::free_port;
 
 /// How long anything that must happen may take on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
@@ -20,14 +20,6 @@ pub(crate) const FROM_DOMAIN: &str = "brand.example";
 pub(crate) fn program() -> PathBuf {
     let other = std::env::var_os("HIKYAKU_TEST_PROGRAM");
     other.map_or_else(|| env!("CARGO_BIN_EXE_hikyaku").into(), PathBuf::from)
-}
-
-/// A port of 127.0.0.1 that was free a moment ago.
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .unwrap()
-        .port()
 }
 
 /// Asks `probe` again and again until it gives a value.
@@ -98,7 +90,7 @@ impl Site {
     /// A site with this shaping file and further top-level or section lines of configuration.
     pub(crate) fn with(shaping: &str, more: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("hikyaku-test-").tempdir()?;
-        let (api_port, tracker_port, admin_port) = (free_port(), free_port(), free_port());
+        let (api_port, tracker_port, admin_port) = (free_port()?, free_port()?, free_port()?);
         let mut config = String::new();
         writeln!(config, "data_dir = {:?}", dir.path().join("data"))?;
         writeln!(config, "[api]\nlisten = \"127.0.0.1:{api_port}\"")?;

@@ -5,7 +5,7 @@
 //! and run in a mount namespace of their own, where the users and folders exist that they insist
 //! on. What they say is also what the samples of `bounce-rules.toml` call captured.
 
-use crate::harness::{FROM_DOMAIN, Service, Site, free_port, until};
+use crate::harness::{FROM_DOMAIN, Service, Site, until};
 use crate::postfix::Postfix;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use testkit::port::free_port;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -165,7 +166,7 @@ fn package(name: &str, file: &str) -> Result<PathBuf> {
 
 async fn exim(tls: bool) -> Result<Peer> {
     let dir = folder("exim", tls)?;
-    let port = free_port();
+    let port = free_port()?;
     let program = package("exim4-daemon-light", "usr/sbin/exim4")?.join("usr/sbin/exim4");
     let config = dir.path().join("exim.conf");
     let lines = exim_conf(dir.path(), port, tls);
@@ -237,7 +238,7 @@ maildir:
 
 async fn opensmtpd(tls: bool) -> Result<Peer> {
     let dir = folder("opensmtpd", tls)?;
-    let port = free_port();
+    let port = free_port()?;
     let root = dir.path().display().to_string();
     let config = dir.path().join("smtpd.conf");
     std::fs::write(&config, opensmtpd_conf(&root, port, tls))?;

@@ -1,12 +1,13 @@
 //! A real Postfix receives our mail; two independent verifiers accept both signatures.
 
-use crate::harness::{FROM_DOMAIN, Site, free_port, until};
+use crate::harness::{FROM_DOMAIN, Site, until};
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use testkit::port::free_port;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// A Postfix of our own: its queue, configuration and mailbox in one folder, no system service.
@@ -41,7 +42,7 @@ impl Postfix {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-postfix-")
             .tempdir()?;
-        let port = free_port();
+        let port = free_port()?;
         let root = dir.path();
         for folder in ["etc", "etc/sasl", "queue", "data", "mail"] {
             std::fs::create_dir(root.join(folder))?;

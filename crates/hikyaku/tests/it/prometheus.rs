@@ -1,12 +1,13 @@
 //! A real Prometheus scrapes the service and evaluates every expression of the dashboards.
 
-use crate::harness::{Site, free_port, newsletter, until};
+use crate::harness::{Site, newsletter, until};
 use crate::sink::Sink;
 use anyhow::{Context, Result, ensure};
 use hikyaku::client::Client;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use testkit::port::free_port;
 
 struct Prometheus {
     child: Child,
@@ -15,7 +16,7 @@ struct Prometheus {
 
 impl Prometheus {
     fn start(dir: &Path, target: &str) -> Result<Self> {
-        let port = free_port();
+        let port = free_port()?;
         let config = dir.join("prometheus.yml");
         std::fs::write(
             &config,

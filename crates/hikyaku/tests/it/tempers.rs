@@ -1,12 +1,13 @@
 //! Receiving servers of every temper: what becomes of the mail, as the caller and the peer see it.
 
-use crate::harness::{Service, Site, free_port, newsletter, until};
+use crate::harness::{Service, Site, newsletter, until};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use smtp::ServerEvent;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
+use testkit::port::free_port;
 use testkit::smtp_peer::{Answer, SmtpPeer, Temper};
 use testkit::tls::SelfSigned;
 
@@ -27,7 +28,7 @@ impl Town {
             writeln!(shaping, "\"{domain}\" = \"{}\"", peer.address())?;
             peers.insert(domain, peer);
         }
-        writeln!(shaping, "\"*\" = \"127.0.0.1:{}\"", free_port())?;
+        writeln!(shaping, "\"*\" = \"127.0.0.1:{}\"", free_port()?)?;
         let site = Site::with(&shaping, "[smtp.timeouts]\ngreeting = \"500ms\"\n")?;
         let service = site.up().await?;
         Ok(Self {

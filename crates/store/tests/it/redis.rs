@@ -792,10 +792,7 @@ async fn a_server_is_believed_by_the_roots_that_were_given() {
         path.to_str().expect("a path").to_owned()
     };
     let roots = file("roots.pem", authority.pem());
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = free.local_addr().expect("an address").port();
-    drop(free);
-    let port = port.to_string();
+    let port = testkit::port::free_port().expect("a port").to_string();
     let wanted = [
         ("tls-cert-file", file("cert.pem", issued.chain_pem())),
         ("tls-key-file", file("key.pem", issued.key_pem())),
