@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use model::{BatchId, Priority};
 
+use super::lane::IN_A_ROW;
 use super::snapshot::Share;
 
 /// What a turn costs at weight 1.
@@ -48,6 +49,8 @@ struct Batch {
     tag: u64,
     /// In turn; each once.
     domains: VecDeque<Box<str>>,
+    /// Messages that went to the first of them since its turn began.
+    in_a_row: usize,
     members: HashSet<Box<str>>,
 }
 
@@ -128,12 +131,16 @@ impl Turns {
             })
     }
 
-    /// The domain that is next in a batch's turn; it goes behind the others.
-    pub(super) fn next_domain(&mut self, turn: &Turn) -> Option<Box<str>> {
-        let domains = &mut self.batch(turn)?.domains;
-        let domain = domains.pop_front()?;
-        domains.push_back(domain.clone());
-        Some(domain)
+    /// The domain that is next in a batch's turn.
+    pub(super) fn next_domain(&self, turn: &Turn) -> Option<Box<str>> {
+        self.domains_of(turn).next().map(Box::from)
+    }
+
+    /// Nothing of a batch can go to the domain that is next: the others are before it.
+    pub(super) fn passed(&mut self, turn: &Turn) {
+        if let Some(batch) = self.batch(turn) {
+            batch.end_turn();
+        }
     }
 
     /// A batch no longer waits at this domain.
@@ -141,13 +148,21 @@ impl Turns {
         if let Some(batch) = self.batch(turn)
             && batch.members.remove(domain)
         {
+            if batch
+                .domains
+                .front()
+                .is_some_and(|first| **first == *domain)
+            {
+                batch.in_a_row = 0;
+            }
             batch.domains.retain(|other| **other != *domain);
             let class = self.class(turn.priority);
             class.waiting = class.waiting.saturating_sub(1);
         }
     }
 
-    /// A message of the batch went.
+    /// A message of the batch went, to the domain that is next: after [`IN_A_ROW`] the others are
+    /// before it.
     pub(super) fn served(&mut self, turn: &Turn) {
         let class = self.class(turn.priority);
         let Some(account) = class.accounts.get_mut(&turn.account) else {
@@ -156,6 +171,10 @@ impl Turns {
         (class.now, account.tag) = charge(class.now, account.tag, COST / u64::from(account.weight));
         if let Some(batch) = account.batches.get_mut(&turn.batch) {
             (account.now, batch.tag) = charge(account.now, batch.tag, COST);
+            batch.in_a_row += 1;
+            if batch.in_a_row >= IN_A_ROW {
+                batch.end_turn();
+            }
         }
     }
 
@@ -291,6 +310,16 @@ impl Class {
             let waiting = account.waiting();
             waiting.map(|(id, batch)| ((account.tag, batch.tag), &**name, *id))
         })
+    }
+}
+
+impl Batch {
+    /// The turn of the first domain is over.
+    fn end_turn(&mut self) {
+        self.in_a_row = 0;
+        if let Some(first) = self.domains.pop_front() {
+            self.domains.push_back(first);
+        }
     }
 }
 
@@ -441,8 +470,18 @@ mod tests {
         }
         let turn = turns.next().expect("one");
         assert_eq!(turns.domains_of(&turn).count(), 2);
-        let mut next = || turns.next_domain(&turn).expect("a domain");
-        assert_eq!([next(), next(), next()].map(String::from), ["x", "y", "x"]);
+        let served = |turns: &mut Turns| {
+            let next = turns.next_domain(&turn).expect("a domain");
+            turns.served(&turn);
+            String::from(next)
+        };
+        for domain in ["x", "y", "x"] {
+            let row: Vec<_> = (0..IN_A_ROW).map(|_| served(&mut turns)).collect();
+            assert_eq!(row, vec![domain; IN_A_ROW]);
+        }
+        assert_eq!(served(&mut turns), "y");
+        turns.passed(&turn);
+        assert_eq!(served(&mut turns), "x");
         turns.remove(&turn, "x");
         assert_eq!(turns.next_domain(&turn).as_deref(), Some("y"));
         turns.clear();

@@ -11,6 +11,11 @@ use super::job::{Item, Lease};
 use crate::resolve::Route;
 use crate::shaping::Destination;
 
+/// Messages of one range, and of one domain, that go in a row where several wait: what became of them
+/// is recorded lot by lot, so that few lots at a time are cheaper than many. Fewer than those after
+/// which shipping is hurried on ([`Range::reported`]).
+pub(super) const IN_A_ROW: usize = WINDOW as usize / 2 - 1;
+
 /// A message that waits.
 #[derive(Debug, Clone)]
 pub(super) struct Waiting {
@@ -39,8 +44,17 @@ pub(super) enum Way {
 pub(super) struct Lane {
     pub(super) domain: Domain,
     pub(super) way: Way,
-    ranges: VecDeque<(RangeRef, VecDeque<Waiting>)>,
+    ranges: VecDeque<OfRange>,
     len: usize,
+}
+
+/// What was leased with one range.
+#[derive(Debug)]
+struct OfRange {
+    id: RangeRef,
+    waiting: VecDeque<Waiting>,
+    /// How many went since its turn began.
+    in_a_row: usize,
 }
 
 impl Lane {
@@ -73,41 +87,50 @@ impl Lane {
         self.len += 1;
     }
 
-    fn of_range(&mut self, range: RangeRef, first: bool) -> &mut VecDeque<Waiting> {
-        let found = self.ranges.iter().position(|(of, _)| *of == range);
+    fn of_range(&mut self, id: RangeRef, first: bool) -> &mut VecDeque<Waiting> {
+        let found = self.ranges.iter().position(|of| of.id == id);
         let at = match found {
             Some(at) if !first => at,
             Some(_) | None => {
-                let entry = found
-                    .and_then(|at| self.ranges.remove(at))
-                    .unwrap_or((range, VecDeque::new()));
+                let known = found.and_then(|at| self.ranges.remove(at));
+                let of = known.unwrap_or_else(|| OfRange {
+                    id,
+                    waiting: VecDeque::new(),
+                    in_a_row: 0,
+                });
                 if first {
-                    self.ranges.push_front(entry);
+                    self.ranges.push_front(of);
                     0
                 } else {
-                    self.ranges.push_back(entry);
+                    self.ranges.push_back(of);
                     self.ranges.len() - 1
                 }
             }
         };
-        &mut self.ranges[at].1
+        &mut self.ranges[at].waiting
     }
 
-    /// Takes the next message of a batch that `may_go` lets through; its ranges take turns.
+    /// Takes the next message of a batch that `may_go` lets through; its ranges take turns, with
+    /// [`IN_A_ROW`] each.
     pub(super) fn take(
         &mut self,
         batch: BatchId,
         mut may_go: impl FnMut(&Item) -> bool,
     ) -> Option<Waiting> {
-        let goes = |(_, waiting): &(RangeRef, VecDeque<Waiting>)| {
-            let first = waiting.front();
+        let goes = |of: &OfRange| {
+            let first = of.waiting.front();
             first.is_some_and(|first| first.item.batch.id == batch && may_go(&first.item))
         };
         let at = self.ranges.iter().position(goes)?;
-        let (range, mut waiting) = self.ranges.remove(at)?;
-        let taken = waiting.pop_front();
-        if !waiting.is_empty() {
-            self.ranges.push_back((range, waiting));
+        let of = self.ranges.get_mut(at)?;
+        let taken = of.waiting.pop_front();
+        of.in_a_row += 1;
+        if of.waiting.is_empty() {
+            self.ranges.remove(at);
+        } else if of.in_a_row >= IN_A_ROW {
+            of.in_a_row = 0;
+            let turn_over = self.ranges.remove(at);
+            self.ranges.extend(turn_over);
         }
         self.len -= usize::from(taken.is_some());
         taken
@@ -126,9 +149,9 @@ impl Lane {
 
     /// The batches of what waits, by range, and how much it is.
     pub(super) fn batches(&self) -> impl Iterator<Item = (&Arc<BatchHead>, usize)> {
-        self.ranges.iter().filter_map(|(_, waiting)| {
-            let first = waiting.front()?;
-            Some((&first.item.batch, waiting.len()))
+        self.ranges.iter().filter_map(|of| {
+            let first = of.waiting.front()?;
+            Some((&first.item.batch, of.waiting.len()))
         })
     }
 
@@ -139,16 +162,14 @@ impl Lane {
     }
 
     fn first_of_ranges(&self) -> impl Iterator<Item = &Waiting> {
-        self.ranges
-            .iter()
-            .filter_map(|(_, waiting)| waiting.front())
+        self.ranges.iter().filter_map(|of| of.waiting.front())
     }
 
     /// Takes whatever is first, whether it may go or not.
     pub(super) fn take_first(&mut self) -> Option<Waiting> {
-        let (_, waiting) = self.ranges.front_mut()?;
-        let taken = waiting.pop_front();
-        if waiting.is_empty() {
+        let of = self.ranges.front_mut()?;
+        let taken = of.waiting.pop_front();
+        if of.waiting.is_empty() {
             self.ranges.pop_front();
         }
         self.len -= usize::from(taken.is_some());
@@ -156,39 +177,40 @@ impl Lane {
     }
 
     /// The first of each range, and how many wait with it.
-    pub(super) fn fronts(&self) -> impl Iterator<Item = (&Item, usize)> {
-        self.ranges
-            .iter()
-            .filter_map(|(_, waiting)| Some((&*waiting.front()?.item, waiting.len())))
+    pub(super) fn fronts<'a>(&'a self) -> impl Iterator<Item = (&'a Item, usize)> {
+        let of_each = |of: &'a OfRange| Some((&*of.waiting.front()?.item, of.waiting.len()));
+        self.ranges.iter().filter_map(of_each)
     }
 
     /// The message that `is_it`, and how many of this lane go before it: ranges take turns.
     pub(super) fn place_of(&self, is_it: impl Fn(&Waiting) -> bool) -> Option<(usize, &Item)> {
-        let (range, at, item) = self
+        let (own, at) = self
             .ranges
             .iter()
             .enumerate()
-            .find_map(|(range, (_, of))| {
-                let at = of.iter().position(&is_it)?;
-                Some((range, at, &*of.get(at)?.item))
-            })?;
-        let before = self.ranges.iter().enumerate().map(|(other, (_, of))| {
-            let turns = if other < range { at + 1 } else { at };
-            turns.min(of.len())
+            .find_map(|(own, of)| Some((own, of.waiting.iter().position(&is_it)?)))?;
+        let of = self.ranges.get(own)?;
+        let turns = (at + of.in_a_row) / IN_A_ROW;
+        let others = self
+            .ranges
+            .iter()
+            .enumerate()
+            .filter(|(nth, _)| *nth != own);
+        let before = others.map(|(nth, of)| {
+            let turns = if nth < own { turns + 1 } else { turns };
+            let gone = (turns * IN_A_ROW).saturating_sub(of.in_a_row);
+            gone.min(of.waiting.len())
         });
-        Some((before.sum(), item))
+        Some((at + before.sum::<usize>(), &*of.waiting.get(at)?.item))
     }
 
     /// Takes out everything that was leased with `range`.
     pub(super) fn withdraw(&mut self, range: RangeRef) -> Vec<Waiting> {
-        let Some(at) = self.ranges.iter().position(|(of, _)| *of == range) else {
+        let Some(at) = self.ranges.iter().position(|of| of.id == range) else {
             return Vec::new();
         };
-        let withdrawn: Vec<_> = self
-            .ranges
-            .remove(at)
-            .map(|(_, waiting)| waiting.into())
-            .unwrap_or_default();
+        let withdrawn = self.ranges.remove(at).map(|of| of.waiting);
+        let withdrawn = Vec::from(withdrawn.unwrap_or_default());
         self.len -= withdrawn.len();
         withdrawn
     }
@@ -196,10 +218,7 @@ impl Lane {
     /// Takes out everything.
     pub(super) fn drain(&mut self) -> Vec<Waiting> {
         self.len = 0;
-        self.ranges
-            .drain(..)
-            .flat_map(|(_, waiting)| waiting)
-            .collect()
+        self.ranges.drain(..).flat_map(|of| of.waiting).collect()
     }
 }
 
@@ -314,12 +333,22 @@ mod tests {
             .collect()
     }
 
+    /// So many of a range.
+    fn of(range: u64, count: usize) -> impl Iterator<Item = (u64, u32)> {
+        (0..).take(count).map(move |offset| (range, offset))
+    }
+
     #[test]
     fn ranges_take_turns_and_keep_their_order() {
-        let mut lane = lane(&[(1, 0), (1, 1), (1, 2), (2, 0)]);
+        let mixed: Vec<_> = of(1, IN_A_ROW + 2).chain(of(2, 2)).collect();
+        let mut lane = lane(&mixed);
         let first = lane.take(head(1).id, |_| true).expect("one");
         lane.put_back(first);
-        assert_eq!(order(&mut lane, 1), [(1, 0), (2, 0), (1, 1), (1, 2)]);
+        // Whoever was put back went twice.
+        let (turn, rest) = mixed.split_at(IN_A_ROW - 1);
+        let (rest, second) = rest.split_at(3);
+        let expected = [turn, second, rest].concat();
+        assert_eq!(order(&mut lane, 1), expected);
         assert!(lane.is_empty());
     }
 
@@ -342,21 +371,31 @@ mod tests {
 
     #[test]
     fn a_message_knows_how_many_go_first() {
-        let mut lane = lane(&[(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]);
-        let all: Vec<_> = (0..6)
-            .filter_map(|_| {
-                let next = lane.take(head(1).id, |_| true)?;
-                Some((next.item.range, next.item.offset))
-            })
+        let counts = [
+            (1, 2 * IN_A_ROW + 1),
+            (2, 1),
+            (3, IN_A_ROW),
+            (4, IN_A_ROW + 5),
+        ];
+        let mixed: Vec<_> = counts
+            .into_iter()
+            .flat_map(|(id, count)| of(id, count))
             .collect();
-        let lane = self::lane(&[(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]);
-        for (turn, (range, offset)) in all.into_iter().enumerate() {
-            let place = lane.place_of(|w| w.item.range == range && w.item.offset == offset);
-            let (ahead, item) = place.expect("it waits");
-            assert_eq!((ahead, item.range, item.offset), (turn, range, offset));
+        // In the middle of the first turn, too.
+        for gone in [0, 3] {
+            let [mut lane, mut other] = [lane(&mixed), lane(&mixed)];
+            for lane in [&mut lane, &mut other] {
+                (0..gone).for_each(|_| drop(lane.take(head(1).id, |_| true)));
+            }
+            for (turn, (range, offset)) in order(&mut other, 1).into_iter().enumerate() {
+                let place = lane.place_of(|w| (w.item.range.id, w.item.offset) == (range, offset));
+                let (ahead, item) = place.expect("it waits");
+                assert_eq!((ahead, item.range.id, item.offset), (turn, range, offset));
+            }
+            assert!(lane.place_of(|_| false).is_none());
+            let waiting = lane.fronts().map(|(_, count)| count).sum::<usize>();
+            assert_eq!(waiting, mixed.len() - gone);
         }
-        assert!(lane.place_of(|_| false).is_none());
-        assert_eq!(lane.fronts().map(|(_, count)| count).sum::<usize>(), 6);
     }
 
     #[test]

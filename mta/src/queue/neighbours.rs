@@ -54,8 +54,12 @@ struct World {
 
 impl World {
     fn new(due: impl IntoIterator<Item = (String, u64)>) -> Self {
+        Self::with(SHAPING, due)
+    }
+
+    fn with(shaping: &str, due: impl IntoIterator<Item = (String, u64)>) -> Self {
         let start = SystemClock.instant();
-        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), SHAPING);
+        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), shaping);
         let config = QueueConfig {
             lease: Duration::from_secs(45),
             shaping: Arc::new(shaping.expect("a shaping file")),
@@ -271,4 +275,13 @@ fn connections_are_used_to_their_end_while_others_wait_for_one() {
     let (used_up, at_work) = (messages / PER_CONNECTION, world.conns.len() as u64);
     let needless = world.opened.saturating_sub(used_up + at_work);
     assert!(needless <= used_up / 20, "{needless} beside {used_up}");
+}
+
+#[test]
+fn who_is_alone_has_all_the_connections_that_it_may_have() {
+    let shaping = format!("{SHAPING}messages_per_connection = 1000\n");
+    let shaping = shaping.replace("connections = 8", "connections = 400");
+    let mut world = World::with(&shaping, [(QUICK.to_owned(), MESSAGES)]);
+    world.run(MESSAGES / 10);
+    assert_eq!(world.opened, 400);
 }

@@ -331,9 +331,14 @@ impl Dest {
         }
     }
 
+    /// Connections of all sources.
+    pub(super) fn open(&self) -> usize {
+        self.targets.iter().map(|target| target.conns.len()).sum()
+    }
+
     /// Whether nothing can happen to it before a connection of the process is free.
     pub(super) fn only_waits(&self) -> bool {
-        self.is_starved && self.targets.iter().all(|target| target.conns.is_empty())
+        self.is_starved && self.open() == 0
     }
 
     /// Whether anything about it has to be remembered.

@@ -3,6 +3,7 @@
 use super::*;
 use service::config::TlsPolicy;
 
+use super::leasing::SHARE_MIN;
 use crate::queue::control::Permission;
 use crate::queue::decide::expires_at;
 use crate::queue::fair::{Turn, Turns};
@@ -115,11 +116,14 @@ impl QueueState {
                 break;
             };
             let taken = self.take_of_lane(&name, turn.batch, key, &seats, now, out);
+            match &taken {
+                Some(_) => turns.served(turn),
+                None => turns.passed(turn),
+            }
             if !self.keep_lane(&name, turn.batch, key, now.instant) {
                 turns.remove(turn, &name);
             }
             if let Some((waiting, conn)) = taken {
-                turns.served(turn);
                 self.send(conn, key, waiting, now, out);
                 return true;
             }
@@ -332,7 +336,7 @@ impl QueueState {
         else {
             return;
         };
-        if self.is_crowded() && self.is_carried(dest, now.instant) {
+        if self.is_crowded(dest) && self.is_carried(dest, now.instant) {
             return;
         }
         for at in dest.by_share() {
@@ -382,14 +386,15 @@ impl QueueState {
         }
     }
 
-    /// Whether connections are to be used to their end before others are opened: somebody waits for
-    /// one of the process, or will when more is leased.
-    fn is_crowded(&self) -> bool {
-        !self.starved.is_empty() || self.more && self.conns.len() >= CONNECTIONS_MAX / 2
+    /// Whether a destination's connections are to be used to their end before it opens others:
+    /// somebody waits for one of the process, or will when more is leased, and it has its first.
+    fn is_crowded(&self, dest: &Dest) -> bool {
+        let will_be = self.more && self.conns.len() >= CONNECTIONS_MAX / 2;
+        !self.starved.is_empty() || will_be && dest.open() == 1
     }
 
     /// Whether the connections that a destination has will carry all that waits for it, one message
-    /// after the other.
+    /// after the other, and soon: where one carries thousands, they are not waited for.
     fn is_carried(&self, dest: &Dest, now: Instant) -> bool {
         let limits = &dest.policy.limits;
         let conns = || {
@@ -400,9 +405,8 @@ impl QueueState {
                 open.map(|conn| (conn, target.in_force.messages_per_connection))
             })
         };
-        let room = conns()
-            .map(|(conn, most)| u64::from(most.saturating_sub(conn.sent)))
-            .sum();
+        let left = |(conn, most): (&Conn, u32)| most.saturating_sub(conn.sent).min(SHARE_MIN);
+        let room = conns().map(|of| u64::from(left(of))).sum();
         let waiting = dest.turns.each().try_fold(0, |before, (batch, name)| {
             let (lane, pool) = (self.lanes.get(name)?, &self.batches.get(&batch)?.pool);
             let Way::Known { route, .. } = &lane.way else {

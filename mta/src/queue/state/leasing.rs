@@ -13,10 +13,10 @@ const AHEAD: Duration = Duration::from_secs(30);
 const AHEAD_PACED: Duration = Duration::from_secs(10);
 /// The least that a destination gets when more want something than there is room for: what a
 /// connection carries, so that it is not closed half used for the next.
-const SHARE_MIN: usize = 50;
+pub(super) const SHARE_MIN: u32 = 50;
 /// Leased recipients of the process: a share for every connection. What is transactional has room
 /// beside them.
-const LEASED_MAX: usize = CONNECTIONS_ALL_MAX * SHARE_MIN;
+const LEASED_MAX: usize = CONNECTIONS_ALL_MAX * SHARE_MIN as usize;
 /// Of one destination, however fast.
 const DESTINATION_MAX: usize = 5_000;
 /// Transactional ones of one destination.
@@ -161,7 +161,7 @@ impl QueueState {
         let mut held = self.holdings();
         let mut due: Vec<_> = backlog.iter().filter(|queue| queue.due > 0).collect();
         // So many want something that nobody gets half a minute's worth.
-        let share = (LEASED_MAX / due.len().max(1)).max(SHARE_MIN);
+        let share = (LEASED_MAX / due.len().max(1)).max(SHARE_MIN as usize);
         let mut wants: Vec<_> = due
             .iter()
             .filter(|queue| queue.transactional)
