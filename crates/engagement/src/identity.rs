@@ -25,6 +25,8 @@ const DAY: i64 = 86_400_000;
 
 /// The form of [`Browser`] and [`Binding`] as they are stored.
 const FORM: u8 = 1;
+/// Most are not longer, in bytes.
+const MOSTLY: usize = 256;
 
 /// A page that a browser saw while it was nobody's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,7 +206,9 @@ impl Binding {
 
 pub(crate) fn write(of: &impl Serialize) -> Vec<u8> {
     // A Vec grows and these types have no failing serializer: there is no error to have.
-    postcard::to_extend(of, vec![FORM]).unwrap_or_default()
+    let mut bytes = Vec::with_capacity(MOSTLY);
+    bytes.push(FORM);
+    postcard::to_extend(of, bytes).unwrap_or_default()
 }
 
 pub(crate) fn read<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Option<T> {

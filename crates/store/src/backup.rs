@@ -184,7 +184,7 @@ impl Piece {
 
     pub(crate) fn of_note(of: Note) -> Self {
         Self::Note {
-            kind: of.kind.into(),
+            kind: String::from(&*of.kind),
             key: of.key.into(),
             value: of.value.into(),
             expires_at: of.expires_at,

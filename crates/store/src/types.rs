@@ -654,8 +654,8 @@ pub const NOTE_BYTES: usize = 64 << 10;
 /// postures, policies, tallies). The store does not read it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
-    /// Which sort of record.
-    pub kind: Box<str>,
+    /// Which sort of record; many have the same.
+    pub kind: Arc<str>,
     /// Which of its sort.
     pub key: Box<str>,
     /// At most [`NOTE_BYTES`]; empty: there is none.
@@ -687,7 +687,8 @@ impl Suspension {
 }
 
 /// What the kinds of [`Note`] begin with of which there are as many as people: an engine for many
-/// machines spreads them. The account follows.
+/// machines spreads them, and does not look for those that have expired: they never do. The account
+/// follows.
 pub const PEOPLE: &str = "prospect/";
 
 /// The kind of the [`Note`]s by which whoever follows the events says how far it has read: the key is

@@ -117,7 +117,7 @@ pub(super) async fn tell(
         return Ok(taken);
     }
     let known = Note {
-        kind: kind.into(),
+        kind,
         key: id.into(),
         value: b"1".as_slice().into(),
         expires_at: Some(now + TOLD_KEPT),
@@ -299,7 +299,7 @@ pub(super) fn undone(
     };
     let (binding, news) = revocation(account, id, binding, recipient, reason, now);
     let note = Note {
-        kind: kind_of(BINDINGS, account).into(),
+        kind: kind_of(BINDINGS, account),
         key: id.into(),
         value: binding.to_bytes().into(),
         expires_at: None,

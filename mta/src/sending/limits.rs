@@ -39,7 +39,7 @@ enum News {
 }
 
 /// By kind and key, the latest of each.
-type Notes = HashMap<(Box<str>, Box<str>), Note>;
+type Notes = HashMap<(Arc<str>, Box<str>), Note>;
 
 /// The way to the task that tells.
 #[derive(Debug)]

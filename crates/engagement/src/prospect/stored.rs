@@ -19,6 +19,9 @@ const FORM: u8 = 2;
 
 /// Entries and what else there may be of each kind, at most: no more is kept of a person.
 const MOST: usize = 1_000;
+/// Bytes that a person takes, and each entry more: mostly not less than is needed.
+const ALONE: usize = 256;
+const ENTRY: usize = 48;
 
 pub(super) fn write(person: &Prospect) -> Vec<u8> {
     let mut tables = Tables::default();
@@ -73,8 +76,10 @@ pub(super) fn write(person: &Prospect) -> Vec<u8> {
         timeline,
         first_clicks,
     };
+    let mut bytes = Vec::with_capacity(ALONE + ENTRY * stored.timeline.len());
+    bytes.push(FORM);
     // A Vec grows and these types have no failing serializer: there is no error to have.
-    postcard::to_extend(&stored, vec![FORM]).unwrap_or_default()
+    postcard::to_extend(&stored, bytes).unwrap_or_default()
 }
 
 pub(super) fn read(bytes: &[u8]) -> Option<Prospect> {

@@ -15,6 +15,7 @@ use ::redis::Cmd;
 use futures_util::future::try_join_all;
 use model::{Partition, Timestamp};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Notes that are forgotten in one step.
 const FORGOTTEN: u32 = 1_000;
@@ -55,11 +56,11 @@ fn write_notes(commit: &mut Commit, notes: Vec<Note>) {
     let p = commit.partition;
     let name = |note: &Note| (note.kind.clone(), note.key.clone());
     let last: BTreeMap<_, Note> = notes.into_iter().map(|note| (name(&note), note)).collect();
-    let mut kinds: BTreeMap<Box<str>, Written> = BTreeMap::new();
+    let mut kinds: BTreeMap<Arc<str>, Written> = BTreeMap::new();
     let (mut expiring, mut lasting) = (Vec::new(), Vec::new());
     for ((kind, key), note) in last {
         let named = format!("{kind}\0{key}").into_bytes();
-        let written = kinds.entry(kind).or_default();
+        let written = kinds.entry(kind.clone()).or_default();
         if note.value.is_empty() {
             written.gone.push(key.as_bytes().to_vec());
             lasting.push(named);
@@ -73,6 +74,7 @@ fn write_notes(commit: &mut Commit, notes: Vec<Note>) {
             .extend([b"0".to_vec(), key.as_bytes().to_vec()]);
         match note.expires_at {
             Some(_) => expiring.extend([until.to_string().into_bytes(), named]),
+            None if kind.starts_with(PEOPLE) => {}
             None => lasting.push(named),
         }
     }
@@ -110,7 +112,8 @@ impl Inner {
         }
     }
 
-    /// Notes by where they stand. Refused, all of them: one that is too large.
+    /// Notes by where they stand. Refused, all of them: one that is too large, or of people and not
+    /// for ever.
     fn divide_notes(&self, notes: Vec<Note>) -> Result<BTreeMap<Partition, Vec<Note>>> {
         let mut parts: BTreeMap<Partition, Vec<Note>> = BTreeMap::new();
         for note in notes {
@@ -119,6 +122,9 @@ impl Inner {
                     "a note of {} bytes, at most {NOTE_BYTES} are kept",
                     note.value.len()
                 )));
+            }
+            if note.expires_at.is_some() && note.kind.starts_with(PEOPLE) {
+                return Err(StoreError::Refused("a note of people that expires".into()));
             }
             let p = self.place_of_note(&note.kind, &note.key);
             parts.entry(p).or_default().push(note);
@@ -129,7 +135,9 @@ impl Inner {
     async fn put_parts(&self, parts: BTreeMap<Partition, Vec<Note>>, now: Timestamp) -> Result<()> {
         let parts = parts.into_iter().map(|(p, notes)| async move {
             let mut commit = Commit::new(p);
-            self.forget_expired(&mut commit, now).await?;
+            if notes.iter().any(|note| !note.kind.starts_with(PEOPLE)) {
+                self.forget_expired(&mut commit, now).await?;
+            }
             write_notes(&mut commit, notes);
             // Nothing is checked, so nothing conflicts.
             commit.run(self, false).await

@@ -490,11 +490,7 @@ impl Store for SqliteStore {
     ) -> Result<Vec<Note>> {
         let kind = kind.to_owned();
         self.readers
-            .read(move |reading| {
-                let note = |key: &str| shared::note(reading.connection, &kind, key, now);
-                let found = keys.iter().map(|key| note(key));
-                found.filter_map(Result::transpose).collect()
-            })
+            .read(move |reading| shared::notes_by_key(reading.connection, &kind, keys, now))
             .await
     }
 

@@ -8,6 +8,7 @@ use super::writer::Step;
 use crate::{Control, NOTE_BYTES, Note, Page, Result, StoreError, Suspension};
 use model::{JournalId, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Writes notes, and forgets those that have expired.
@@ -15,6 +16,11 @@ pub(super) fn put_notes(connection: &Connection, notes: Vec<Note>, now: Timestam
     connection
         .prepare_cached("DELETE FROM note WHERE expires_at<=?1")?
         .execute([now.millis()])?;
+    // Not REPLACE: what is there stays in its place.
+    let mut put = connection.prepare_cached(
+        "INSERT INTO note VALUES (?1, ?2, ?3, ?4) ON CONFLICT (kind, key)
+         DO UPDATE SET value=excluded.value, expires_at=excluded.expires_at",
+    )?;
     for note in notes {
         if note.value.is_empty() {
             connection
@@ -28,14 +34,8 @@ pub(super) fn put_notes(connection: &Connection, notes: Vec<Note>, now: Timestam
                 note.value.len()
             )));
         }
-        connection
-            .prepare_cached("INSERT OR REPLACE INTO note VALUES (?1, ?2, ?3, ?4)")?
-            .execute(params![
-                note.kind,
-                note.key,
-                &note.value[..],
-                note.expires_at.map(Timestamp::millis)
-            ])?;
+        let expires_at = note.expires_at.map(Timestamp::millis);
+        put.execute(params![note.kind, note.key, &note.value[..], expires_at])?;
     }
     Ok(())
 }
@@ -61,12 +61,13 @@ pub(super) fn notes(connection: &Connection, kind: &str, now: Timestamp) -> Resu
         "SELECT key, value, expires_at FROM note
          WHERE kind=?1 AND (expires_at IS NULL OR expires_at>?2) ORDER BY key",
     )?;
-    let found = sql.query_map(params![kind, now.millis()], |row| read_note(kind, row))?;
+    let kind = kind.into();
+    let found = sql.query_map(params![kind, now.millis()], |row| read_note(&kind, row))?;
     Ok(found.collect::<rusqlite::Result<_>>()?)
 }
 
 /// Found by kind and key, however many others there are.
-const BY_KEY: &str = "SELECT key, value, expires_at FROM note
+const BY_KEY: &str = "SELECT value, expires_at FROM note
      WHERE kind=?1 AND key=?2 AND (expires_at IS NULL OR expires_at>?3)";
 
 /// One note.
@@ -76,14 +77,35 @@ pub(super) fn note(
     key: &str,
     now: Timestamp,
 ) -> Result<Option<Note>> {
-    let mut sql = connection.prepare_cached(BY_KEY)?;
-    let found = sql.query_row(params![kind, key, now.millis()], |row| read_note(kind, row));
-    Ok(found.optional()?)
+    Ok(notes_by_key(connection, kind, vec![key.into()], now)?.pop())
 }
 
-fn read_note(kind: &str, row: &Row<'_>) -> rusqlite::Result<Note> {
+/// The notes of these keys, as far as they are there.
+pub(super) fn notes_by_key(
+    connection: &Connection,
+    kind: &str,
+    keys: Vec<Box<str>>,
+    now: Timestamp,
+) -> Result<Vec<Note>> {
+    let mut sql = connection.prepare_cached(BY_KEY)?;
+    let (kind, now): (Arc<str>, _) = (kind.into(), now.millis());
+    let mut found = Vec::with_capacity(keys.len());
+    for key in keys {
+        let read = |row: &Row<'_>| Ok((row.get::<_, Vec<u8>>(0)?, row.get::<_, Option<i64>>(1)?));
+        let row = sql.query_row(params![kind, key, now], read).optional()?;
+        found.extend(row.map(|(value, expires_at)| Note {
+            kind: kind.clone(),
+            key,
+            value: value.into(),
+            expires_at: expires_at.map(ids::time),
+        }));
+    }
+    Ok(found)
+}
+
+fn read_note(kind: &Arc<str>, row: &Row<'_>) -> rusqlite::Result<Note> {
     Ok(Note {
-        kind: kind.into(),
+        kind: kind.clone(),
         key: row.get::<_, String>(0)?.into(),
         value: row.get::<_, Vec<u8>>(1)?.into(),
         expires_at: row.get::<_, Option<i64>>(2)?.map(ids::time),
@@ -102,9 +124,9 @@ pub(super) fn notes_after(
         "SELECT key, value, expires_at FROM note
          WHERE kind=?1 AND key>?2 AND (expires_at IS NULL OR expires_at>?3) ORDER BY key LIMIT ?4",
     )?;
-    let after = after.unwrap_or_default();
+    let (kind, after) = (kind.into(), after.unwrap_or_default());
     let wanted = params![kind, after, now.millis(), limit];
-    let found = sql.query_map(wanted, |row| read_note(kind, row))?;
+    let found = sql.query_map(wanted, |row| read_note(&kind, row))?;
     let items: Vec<Note> = found.collect::<rusqlite::Result<_>>()?;
     let full = items.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
     let last = items.last().filter(|_| full);

@@ -24,8 +24,8 @@ const BROWSER_SEEN: Duration = Duration::from_hours(24);
 const STEP: usize = 1_000;
 
 /// The notes of an account.
-pub(crate) fn kind_of(kind: &str, account: &str) -> String {
-    format!("{kind}/{account}")
+pub(crate) fn kind_of(kind: &str, account: &str) -> Arc<str> {
+    format!("{kind}/{account}").into()
 }
 
 /// How a person is named: by the caller's name, else by the address.
@@ -98,12 +98,13 @@ impl<T: Default> Shelf<T> {
         &mut self,
         (store, now): (&dyn Store, Timestamp),
         account: &str,
-        keys: BTreeSet<Box<str>>,
+        mut keys: Vec<Box<str>>,
         read: impl Fn(&[u8]) -> Option<T>,
     ) -> Result<(), StoreError> {
         let known = self.accounts.entry(account.into()).or_default();
-        let unknown = keys.into_iter().filter(|key| !known.contains_key(key));
-        let keys: Vec<Box<str>> = unknown.collect();
+        keys.retain(|key| !known.contains_key(key));
+        keys.sort_unstable();
+        keys.dedup();
         if keys.is_empty() {
             return Ok(());
         }
@@ -126,9 +127,9 @@ impl<T: Default> Shelf<T> {
     }
 
     /// What was changed, in order of account and key.
-    fn changed(self) -> impl Iterator<Item = (Box<str>, Box<str>, T)> {
+    fn changed(self) -> impl Iterator<Item = (Arc<str>, Box<str>, T)> {
         self.accounts.into_iter().flat_map(move |(account, docs)| {
-            let kind: Box<str> = kind_of(self.kind, &account).into();
+            let kind = kind_of(self.kind, &account);
             let dirty = docs.into_iter().filter(|(_, doc)| doc.dirty);
             let mut dirty: Vec<_> = dirty
                 .map(|(key, doc)| (kind.clone(), key, doc.value))
@@ -140,12 +141,12 @@ impl<T: Default> Shelf<T> {
     }
 }
 
-/// What is to be read of an account, before it is asked for one by one.
+/// What is to be read of an account, before it is asked for one by one; names may come twice.
 #[derive(Default)]
 pub(super) struct Wanted {
-    pub(super) people: BTreeSet<Box<str>>,
-    pub(super) browsers: BTreeSet<Box<str>>,
-    pub(super) bindings: BTreeSet<Box<str>>,
+    pub(super) people: Vec<Box<str>>,
+    pub(super) browsers: Vec<Box<str>>,
+    pub(super) bindings: Vec<Box<str>>,
     /// Clicks that say whose a browser is.
     pub(super) clicks: Vec<Clicked>,
     /// Addresses of those whose browser may be bound to them.
@@ -380,16 +381,16 @@ impl<'a> Docs<'a> {
     }
 
     /// Writes a binding.
-    pub(super) fn set_binding(&mut self, account: &str, id: &str, binding: &Binding) {
+    pub(super) fn set_binding(&mut self, account: &str, id: &str, binding: Binding) {
         let note = Note {
-            kind: kind_of(BINDINGS, account).into(),
+            kind: kind_of(BINDINGS, account),
             key: id.into(),
             value: binding.to_bytes().into(),
             expires_at: None,
         };
         self.of_browser(binding.cookie).notes.push(note);
         let doc = Doc {
-            value: Some(binding.clone()),
+            value: Some(binding),
             ..Doc::default()
         };
         self.bindings.put(account, id.into(), doc);
@@ -505,7 +506,7 @@ mod tests {
     fn wanted(person: &str, binding: &str) -> BTreeMap<Arc<str>, Wanted> {
         let browser: Box<str> = COOKIE.to_string().into();
         let of = Wanted {
-            browsers: [browser.clone()].into(),
+            browsers: vec![browser.clone()],
             clicks: vec![Clicked {
                 browser,
                 person: person.into(),
@@ -568,7 +569,7 @@ mod tests {
         // Bound by the click, and revoked.
         let bound = docs.click("acme", COOKIE, click("p-1", "b-1", T0)).await;
         assert!(matches!(bound, Ok(Found::Bound { .. })));
-        docs.set_binding("acme", "b-1", &binding);
+        docs.set_binding("acme", "b-1", binding.clone());
         let browser = docs.browser("acme", COOKIE).await.expect("a browser");
         assert!(browser.revoke("b-1").is_some());
         docs.write().await.expect("written");

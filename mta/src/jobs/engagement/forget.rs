@@ -95,7 +95,7 @@ impl Forgetting<'_> {
 
     fn remove(&mut self, kind: &str, key: &str) {
         self.docs.note(Note {
-            kind: kind_of(kind, self.account).into(),
+            kind: kind_of(kind, self.account),
             key: key.into(),
             value: Vec::new().into(),
             expires_at: None,

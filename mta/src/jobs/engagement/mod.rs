@@ -50,7 +50,7 @@ const BREATH: Duration = Duration::from_millis(200);
 /// … and between those that were full: a person's note is written once a turn.
 const LONG_BREATH: Duration = Duration::from_secs(1);
 /// A turn of so many events is full.
-const FULL: usize = 200;
+const FULL: usize = 50;
 /// A checkpoint is written so often when nothing else is.
 const CHECKPOINT: Duration = Duration::from_secs(5);
 /// Events read at once.

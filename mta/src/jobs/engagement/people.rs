@@ -29,12 +29,12 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
         match sign {
             Sign::Mail(mail) => {
                 let of = all.entry(mail.account.clone()).or_default();
-                of.people.insert(person_of_mail(mail));
+                of.people.push(person_of_mail(mail));
             }
             Sign::Other(event) => {
                 if let Some(recipient) = &event.recipient {
                     let of = all.entry(event.account.as_str().into()).or_default();
-                    of.people.insert(person_of(recipient));
+                    of.people.push(person_of(recipient));
                 }
             }
         }
@@ -47,11 +47,11 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
             continue;
         }
         let of = all.entry(hit.account.clone()).or_default();
-        of.people.insert(hit.person());
+        of.people.push(hit.person());
         let clicked = hit.kind == HitKind::Click && judged.verdict.actor == Actor::Human;
         if let Some(cookie) = hit.visitor.filter(|_| clicked) {
             let browser: Box<str> = cookie.to_string().into();
-            of.browsers.insert(browser.clone());
+            of.browsers.push(browser.clone());
             of.clicks.push(Clicked {
                 browser,
                 person: hit.person(),
@@ -67,8 +67,8 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
             .or_default();
         let email = row.email.to_string();
         of.people
-            .insert(person_named(row.prospect_id.as_deref(), &email));
-        of.bindings.insert(revised.event_id.to_string().into());
+            .push(person_named(row.prospect_id.as_deref(), &email));
+        of.bindings.push(revised.event_id.to_string().into());
     }
     all
 }
@@ -311,7 +311,7 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
         forward_suspected,
         revoked_at: None,
     };
-    docs.set_binding(account, &binding_id, &binding);
+    docs.set_binding(account, &binding_id, binding);
     let person = docs.prospect(account, key).await?;
     person.bind(Seen {
         visitor,
@@ -471,9 +471,10 @@ pub(super) async fn revised(docs: &mut Docs<'_>, of: &Revised) -> Result<(), Sto
         "reclassified",
         now,
     );
-    docs.set_binding(&account, &binding_id, &binding);
-    docs.tell(binding.cookie, announcement);
-    undo(docs, &account, &binding_id, binding.cookie).await
+    let cookie = binding.cookie;
+    docs.set_binding(&account, &binding_id, binding);
+    docs.tell(cookie, announcement);
+    undo(docs, &account, &binding_id, cookie).await
 }
 
 /// A binding as it is once revoked, and the event that tells of it.
