@@ -312,6 +312,9 @@ pub(super) async fn suspend(
             "a destination is suspended"
         );
         api.store.suspend(suspension.clone(), now).await?;
+        // What is submitted after the answer is not sent, here at least.
+        let sending = &api.explainer.sending;
+        sending.knows_of_suspension(&resolved.destination).await;
     }
     Ok(Json(Done {
         destination: resolved.destination.to_string(),

@@ -18,6 +18,7 @@ use super::control::ControlView;
 use super::fixtures::{head, range_ref, row};
 use super::job::{ConnId, Fate, Job, Trouble};
 use super::pool::{Pool, Pools};
+use super::snapshot::Scope;
 use super::{
     Action, ConnEnd, Event, KeptHold, Limited, Now, QueueConfig, QueueState, Remembered, Shares,
 };
@@ -561,15 +562,15 @@ fn an_operator_suspends_and_resumes_at_once() {
     world.run(Duration::from_secs(120));
     assert_eq!(world.begun_since(suspended_at + ANSWER).count(), 0);
     assert_eq!(world.queue.leased(), 0, "all is back in the store");
-    assert!(
-        world
-            .queue
-            .suspension("mx.x.example", world.clock().wall)
-            .is_some()
-    );
+    let suspended = |world: &World| {
+        let scope = Scope::Named(vec![Destination::named("mx.x.example")]);
+        world.queue.snapshot(&scope, world.clock()).suspended.len()
+    };
+    assert_eq!(suspended(&world), 1);
     // It was lifted while the control feed was not followed.
     world.later.push_back(Event::Suspensions(Vec::new()));
     world.deliver_events();
+    assert_eq!(suspended(&world), 0);
     let resumed_at = world.now;
     world.run(Duration::from_secs(3));
     assert!(world.begun_since(resumed_at).count() >= 20);

@@ -45,6 +45,8 @@ pub struct Snapshot {
     pub message: Whereabouts,
     /// What waits here for the domain that was asked for.
     pub domain_waiting: usize,
+    /// Those of [`Scope::Named`] that an operator suspended, as far as the queue knows.
+    pub suspended: Vec<Destination>,
 }
 
 /// What holds for the whole process.

@@ -36,6 +36,7 @@ use crate::queue::pool::Pools;
 use crate::queue::snapshot::{Scope, Snapshot};
 use crate::queue::{Event, QueueConfig, QueueState, Shares};
 use crate::resolve::{Dns, Resolver, SystemDns};
+use crate::shaping::Destination;
 use crate::ship::{Recorder, Recovered, ShipCommand, ShipDeps, Shipper, recover};
 use crate::tlspolicy::{Policies, PoliciesDeps};
 use crate::trace::Traces;
@@ -52,6 +53,11 @@ const COMMANDS_MAX: usize = 1_024;
 const ASKS_MAX: usize = 32;
 /// How long the queue may take to answer one.
 const ASK_TIME: Duration = Duration::from_secs(2);
+/// How long whoever suspends a destination waits for the queue to know: the control feed is at most a
+/// quarter of a second behind while the store can be reached …
+const KNOWN_WITHIN: Duration = Duration::from_secs(1);
+/// … and how often the queue is asked.
+const KNOWN_LOOK: Duration = Duration::from_millis(5);
 
 /// What sending is made of.
 pub struct SendingDeps {
@@ -144,6 +150,24 @@ impl SendingHandle {
         let (answer, told) = oneshot::channel();
         self.asks.try_send(Ask { scope, answer }).ok()?;
         tokio::time::timeout(ASK_TIME, told).await.ok()?.ok()
+    }
+
+    /// Returns when the queue knows that a destination is suspended, or after [`KNOWN_WITHIN`]: the
+    /// control feed may be behind, and the queue too busy to answer. Cancel-safe.
+    pub async fn knows_of_suspension(&self, destination: &Destination) {
+        let scope = Scope::Named(vec![destination.clone()]);
+        let known = async {
+            loop {
+                let seen = self.snapshot(scope.clone()).await;
+                if seen.is_some_and(|seen| !seen.suspended.is_empty()) {
+                    return;
+                }
+                tokio::time::sleep(KNOWN_LOOK).await;
+            }
+        };
+        if tokio::time::timeout(KNOWN_WITHIN, known).await.is_err() {
+            tracing::warn!(%destination, "the queue does not know yet that it is suspended");
+        }
     }
 
     /// Where mail goes, with what is known of it.

@@ -22,10 +22,18 @@ impl QueueState {
             batch: None,
             message: Whereabouts::Absent,
             domain_waiting: 0,
+            suspended: Vec::new(),
         };
         let shown: Vec<Destination> = match scope {
             Scope::Busiest(count) => self.busiest(self.dests.keys(), *count),
-            Scope::Named(names) => names.iter().take(VIEWS_MAX).cloned().collect(),
+            Scope::Named(names) => {
+                let is_suspended = |key: &&Destination| {
+                    let suspension = self.suspension(key.as_str(), now.wall);
+                    suspension.is_some()
+                };
+                snapshot.suspended = names.iter().filter(is_suspended).cloned().collect();
+                names.iter().take(VIEWS_MAX).cloned().collect()
+            }
             Scope::Batch(batch, names) => {
                 snapshot.batch = self.batch_view(*batch, now);
                 names.iter().take(VIEWS_MAX).cloned().collect()
