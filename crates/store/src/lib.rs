@@ -278,8 +278,8 @@ pub trait Store: Send + Sync + 'static {
     // ---- what nodes share ---------------------------------------------------------------
 
     /// Writes notes, each in place of the one of its kind and key: the last writer wins. An empty
-    /// value removes the note. Refused: a value of more than [`NOTE_BYTES`]. Not one step where there
-    /// are some of people ([`PEOPLE`]).
+    /// value removes the note. Refused: a value of more than [`NOTE_BYTES`], and a note of people
+    /// ([`PEOPLE`]) that expires. Not one step where there are some of people.
     async fn put_notes(&self, notes: Vec<Note>, now: Timestamp) -> Result<()>;
 
     /// Writes a note if the one of its kind and key still has the value `before` (`None`: there is

@@ -1,5 +1,6 @@
 //! What goes into and comes out of the store.
 
+use crate::{Result, StoreError};
 use model::units::Rate;
 use model::{
     About, Attempt, BatchId, BatchState, Blame, Class, Counters, EnhancedCode, EventKind, Fact,
@@ -660,7 +661,8 @@ pub struct Note {
     pub key: Box<str>,
     /// At most [`NOTE_BYTES`]; empty: there is none.
     pub value: Box<[u8]>,
-    /// From then on it is as if it were not there; none: until it is removed.
+    /// From then on it is as if it were not there; none: until it is removed, as all of people
+    /// ([`PEOPLE`]).
     pub expires_at: Option<Timestamp>,
 }
 
@@ -686,9 +688,25 @@ impl Suspension {
     }
 }
 
+impl Note {
+    /// Refused: one that is too large, or of people ([`PEOPLE`]) and not for ever.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.value.len() > NOTE_BYTES {
+            return Err(StoreError::Refused(format!(
+                "a note of {} bytes, at most {NOTE_BYTES} are kept",
+                self.value.len()
+            )));
+        }
+        if self.expires_at.is_some() && self.kind.starts_with(PEOPLE) {
+            return Err(StoreError::Refused("a note of people that expires".into()));
+        }
+        Ok(())
+    }
+}
+
 /// What the kinds of [`Note`] begin with of which there are as many as people: an engine for many
-/// machines spreads them, and does not look for those that have expired: they never do. The account
-/// follows.
+/// machines spreads them, and does not look for those that have expired: they may not expire. The
+/// account follows.
 pub const PEOPLE: &str = "prospect/";
 
 /// The kind of the [`Note`]s by which whoever follows the events says how far it has read: the key is

@@ -10,7 +10,7 @@ use super::books::Books;
 use super::commit::{Commit, Outcome};
 use super::keys::{self, HOME};
 use super::link::answer;
-use crate::{Announcement, NOTE_BYTES, Note, PEOPLE, Page, Result, StoreError};
+use crate::{Announcement, Note, PEOPLE, Page, Result, StoreError};
 use ::redis::Cmd;
 use futures_util::future::try_join_all;
 use model::{Partition, Timestamp};
@@ -112,20 +112,11 @@ impl Inner {
         }
     }
 
-    /// Notes by where they stand. Refused, all of them: one that is too large, or of people and not
-    /// for ever.
+    /// Notes by where they stand. Refused, all of them: one that may not be ([`Note::check`]).
     fn divide_notes(&self, notes: Vec<Note>) -> Result<BTreeMap<Partition, Vec<Note>>> {
         let mut parts: BTreeMap<Partition, Vec<Note>> = BTreeMap::new();
         for note in notes {
-            if note.value.len() > NOTE_BYTES {
-                return Err(StoreError::Refused(format!(
-                    "a note of {} bytes, at most {NOTE_BYTES} are kept",
-                    note.value.len()
-                )));
-            }
-            if note.expires_at.is_some() && note.kind.starts_with(PEOPLE) {
-                return Err(StoreError::Refused("a note of people that expires".into()));
-            }
+            note.check()?;
             let p = self.place_of_note(&note.kind, &note.key);
             parts.entry(p).or_default().push(note);
         }

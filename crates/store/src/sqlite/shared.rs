@@ -5,7 +5,7 @@
 use super::books::Books;
 use super::ids;
 use super::writer::Step;
-use crate::{Control, NOTE_BYTES, Note, Page, Result, StoreError, Suspension};
+use crate::{Control, Note, Page, Result, Suspension};
 use model::{JournalId, Timestamp};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use std::sync::Arc;
@@ -22,17 +22,12 @@ pub(super) fn put_notes(connection: &Connection, notes: Vec<Note>, now: Timestam
          DO UPDATE SET value=excluded.value, expires_at=excluded.expires_at",
     )?;
     for note in notes {
+        note.check()?;
         if note.value.is_empty() {
             connection
                 .prepare_cached("DELETE FROM note WHERE kind=?1 AND key=?2")?
                 .execute(params![note.kind, note.key])?;
             continue;
-        }
-        if note.value.len() > NOTE_BYTES {
-            return Err(StoreError::Refused(format!(
-                "a note of {} bytes, at most {NOTE_BYTES} are kept",
-                note.value.len()
-            )));
         }
         let expires_at = note.expires_at.map(Timestamp::millis);
         put.execute(params![note.kind, note.key, &note.value[..], expires_at])?;
