@@ -152,7 +152,7 @@ impl SendingHandle {
         tokio::time::timeout(ASK_TIME, told).await.ok()?.ok()
     }
 
-    /// Returns when the queue knows that a destination is suspended, or after [`KNOWN_WITHIN`]: the
+    /// Returns when the queue knows that a destination is suspended, or after a second: the
     /// control feed may be behind, and the queue too busy to answer. Cancel-safe.
     pub async fn knows_of_suspension(&self, destination: &Destination) {
         let scope = Scope::Named(vec![destination.clone()]);
