@@ -8,7 +8,7 @@ mod executor;
 mod limits;
 mod shares;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,12 +16,13 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use journal::Journal;
 use links::KeyRing;
+use model::BatchState;
 use service::clock::SharedClock;
 use service::config::shaping::ShapingFile;
 use service::config::{Account, Dns as DnsConfig, Pool, Smtp, StatusProfile, TlsReports};
 use service::metrics::Metrics;
 use service::tasks::{Hold, Shutdown, Stage, Tasks, blocking};
-use store::{Control, Store};
+use store::{Control, LeasedRange, Store};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -532,6 +533,10 @@ async fn begin(
             return;
         }
     };
+    let paused = paused(&*deps.store, &ranges).await;
+    for control in &paused {
+        view.learn(control, deps.clock.instant());
+    }
     let follower = asking::Follower {
         store: Arc::clone(&deps.store),
         view,
@@ -545,8 +550,23 @@ async fn begin(
     );
     deps.tasks.spawn("ship", shipper.run());
     events.push(Event::Leased { ranges, asked_at });
+    events.extend(paused.into_iter().map(Event::Control));
     executor.run(events).await;
     drop(hold);
+}
+
+/// The batches of what a restarted node got back that were paused before its control feed begins,
+/// as the feed would have told.
+async fn paused(store: &dyn Store, ranges: &[LeasedRange]) -> Vec<Control> {
+    let batches: BTreeSet<_> = ranges.iter().map(|range| range.batch.id).collect();
+    let mut paused = Vec::new();
+    for id in batches {
+        let batch = asking::until_answered(|| store.batch(id)).await;
+        if batch.is_some_and(|batch| batch.state == BatchState::Paused) {
+            paused.push(Control::Paused(id));
+        }
+    }
+    paused
 }
 
 /// What is known of limits before the first message: those that former runs learnt, and the
