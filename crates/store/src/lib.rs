@@ -161,7 +161,8 @@ pub trait Store: Send + Sync + 'static {
     /// nobody else waiting.
     async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;
 
-    /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have.
+    /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have, and those
+    /// of paused batches, too: they are the node's to hand back.
     async fn reclaim(
         &self,
         node: JournalId,
