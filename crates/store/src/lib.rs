@@ -162,7 +162,8 @@ pub trait Store: Send + Sync + 'static {
     async fn lease(&self, request: LeaseRequest) -> Result<Vec<LeasedRange>>;
 
     /// Gives a restarted node its own leases back at once, as [`Store::lease`] would have, and those
-    /// of paused batches, too: they are the node's to hand back.
+    /// of paused batches, too: they are the node's to hand back. Of a cancelled batch it gets what
+    /// is in its windows: it alone knows what of that was begun.
     async fn reclaim(
         &self,
         node: JournalId,

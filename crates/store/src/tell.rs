@@ -3,6 +3,7 @@
 //! An id is computed from the fact's journal and sequence, so a fact has the same one whenever and
 //! wherever it is told. Pure, and the same for every engine. Must not do I/O.
 
+use crate::transition::Cell;
 use crate::{Announcement, BatchHead};
 use model::{
     About, Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, FactId, Hit, HitKind,
@@ -229,6 +230,15 @@ fn data_of_revision(of: &Revision) -> Value {
 
 fn data_as_told(data: &str) -> Value {
     serde_json::from_str(data).unwrap_or_else(|_| json!({}))
+}
+
+/// The data of an event that tells of an end without an attempt: of whom nobody knows whether an
+/// attempt was begun, `ambiguous` says so.
+pub(crate) fn unsent(mut data: Value, cell: Cell) -> Value {
+    if cell.maybe_started() {
+        data["ambiguous"] = json!(true);
+    }
+    data
 }
 
 fn data_of_attempt(attempt: &Attempt) -> Value {

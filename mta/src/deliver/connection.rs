@@ -201,8 +201,16 @@ impl Connection<'_> {
             if let Some(end) = self.hear().await {
                 break end;
             }
-            if !self.release_due().await {
-                break ConnEnd::Broken;
+            if let Some(end) = self.release_due().await {
+                break end;
+            }
+            // At once: what was just allowed is not allowed for ever.
+            match self.wire.push(&mut self.session).await {
+                Ok(false) => {}
+                moved => {
+                    self.moved(moved);
+                    continue;
+                }
             }
             // One that was turned away has left its place to the next; nobody else would wake us.
             if !self.ahead.is_empty() && self.next.is_none() && self.wants_message() {
@@ -336,16 +344,17 @@ impl Connection<'_> {
         if self.next.is_none() {
             return;
         }
-        if let Some(why) = self.stopped() {
-            if let Some(composed) = self.next.take() {
-                self.report(&composed.job, Fate::Returned(why)).await;
-            }
-            return;
-        }
         if let Some(why) = self.misfit() {
             return self.turn_away(&why, why.to_string()).await;
         }
         if !self.is_alive().await || !self.session.can_begin() {
+            return;
+        }
+        // Last: what is waited for after it could outlast the lease.
+        if let Some(why) = self.stopped() {
+            if let Some(composed) = self.next.take() {
+                self.report(&composed.job, Fate::Returned(why)).await;
+            }
             return;
         }
         let now = self.deliver.clock.instant();
@@ -574,32 +583,49 @@ impl Connection<'_> {
             }
             Err(error) => {
                 tracing::warn!(%error, "the journal takes no start, nothing is sent");
-                self.abandon().await;
+                self.abandon(&Returned::JournalFull).await;
             }
         }
     }
 
-    /// Lets content go whose start record is written, and with it the outcome before. False: the
-    /// journal cannot be written, so nothing may leave.
-    async fn release_due(&mut self) -> bool {
-        let Some((id, seq)) = self.due.take() else {
-            return true;
-        };
+    /// Lets content go whose start record is written, and with it the outcome before. The end of
+    /// the connection, when nothing may leave it any more: the journal cannot be written, or the
+    /// process stood still until a lease was over.
+    async fn release_due(&mut self) -> Option<ConnEnd> {
+        let (id, seq) = self.due?;
         if let Err(error) = self.deliver.recorder.written(seq).await {
             tracing::warn!(%error, "the journal cannot be written, nothing is sent");
-            self.abandon().await;
-            return false;
+            self.abandon(&Returned::JournalFull).await;
+            return Some(ConnEnd::Broken);
         }
+        if !self.is_leased(id) {
+            // Those whose dot is out have their replies first.
+            if self.begun.iter().any(|begun| begun.dot_at.is_some()) {
+                return None;
+            }
+            tracing::debug!(host = %self.host, "a lease ended before the content was sent");
+            self.abandon(&Returned::Stopped).await;
+            return Some(ConnEnd::Planned);
+        }
+        self.due = None;
         if self.session.release(id)
             && let Some(begun) = self.begun.iter_mut().find(|begun| begun.id == id)
         {
             begun.dot_at = Some(self.deliver.clock.now());
         }
-        true
+        None
+    }
+
+    /// Whether a transaction's message is still this node's. Another may have it otherwise, and
+    /// content that leaves now would be a second copy.
+    fn is_leased(&self, id: TxId) -> bool {
+        let begun = self.begun.iter().find(|begun| begun.id == id);
+        begun.is_none_or(|begun| begun.job.lease.is_held(self.deliver.clock.instant()))
     }
 
     /// Gives up the connection before anything of the messages in it is out.
-    async fn abandon(&mut self) {
+    async fn abandon(&mut self, why: &Returned) {
+        self.due = None;
         for begun in std::mem::take(&mut self.begun) {
             // Without a dot on the wire it is as if it had not begun; with one it is in doubt.
             if begun.dot_at.is_some() {
@@ -612,8 +638,7 @@ impl Connection<'_> {
                 if begun.started {
                     self.deliver.recorder.void(&begun.job.item);
                 }
-                self.report(&begun.job, Fate::Returned(Returned::JournalFull))
-                    .await;
+                self.report(&begun.job, Fate::Returned(why.clone())).await;
             }
         }
         self.session.interrupted(Interruption::Disconnected);

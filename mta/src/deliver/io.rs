@@ -107,6 +107,13 @@ impl Wire {
         moved
     }
 
+    /// Writes what can be written now, without a wait; tells whether that was anything.
+    pub(super) async fn push(&mut self, session: &mut ClientSession) -> io::Result<bool> {
+        let wrote = std::future::poll_fn(|cx| Poll::Ready(self.poll_writes(session, cx))).await;
+        self.gone |= wrote.is_err();
+        wrote
+    }
+
     /// Closes, and waits a moment for the peer to close too: until then the peer counts this
     /// connection among those that are open, so the next one would be one too many.
     pub(super) async fn hang_up(mut self) {

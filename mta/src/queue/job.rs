@@ -113,6 +113,11 @@ impl Lease {
         self.epoch + Duration::from_millis(self.until.load(Ordering::Acquire))
     }
 
+    /// Whether nobody else can have what is leased.
+    pub fn is_held(&self, now: Instant) -> bool {
+        now < self.until()
+    }
+
     /// Whether a transaction may still start.
     pub fn allows_start(&self, now: Instant) -> bool {
         now + LEASE_MARGIN <= self.until()

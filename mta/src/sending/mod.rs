@@ -533,8 +533,8 @@ async fn begin(
             return;
         }
     };
-    let paused = paused(&*deps.store, &ranges).await;
-    for control in &paused {
+    let stopped = stopped(&*deps.store, &ranges).await;
+    for control in &stopped {
         view.learn(control, deps.clock.instant());
     }
     let follower = asking::Follower {
@@ -550,23 +550,28 @@ async fn begin(
     );
     deps.tasks.spawn("ship", shipper.run());
     events.push(Event::Leased { ranges, asked_at });
-    events.extend(paused.into_iter().map(Event::Control));
+    events.extend(stopped.into_iter().map(Event::Control));
     executor.run(events).await;
     drop(hold);
 }
 
-/// The batches of what a restarted node got back that were paused before its control feed begins,
-/// as the feed would have told.
-async fn paused(store: &dyn Store, ranges: &[LeasedRange]) -> Vec<Control> {
+/// The batches of what a restarted node got back that were paused or cancelled before its control
+/// feed begins, as the feed would have told.
+async fn stopped(store: &dyn Store, ranges: &[LeasedRange]) -> Vec<Control> {
     let batches: BTreeSet<_> = ranges.iter().map(|range| range.batch.id).collect();
-    let mut paused = Vec::new();
+    let mut stopped = Vec::new();
     for id in batches {
         let batch = asking::until_answered(|| store.batch(id)).await;
-        if batch.is_some_and(|batch| batch.state == BatchState::Paused) {
-            paused.push(Control::Paused(id));
-        }
+        stopped.extend(batch.and_then(|batch| match batch.state {
+            BatchState::Paused => Some(Control::Paused(id)),
+            BatchState::Cancelled => Some(Control::Cancelled(id)),
+            BatchState::Open
+            | BatchState::Scheduled
+            | BatchState::InProgress
+            | BatchState::Completed => None,
+        }));
     }
-    paused
+    stopped
 }
 
 /// What is known of limits before the first message: those that former runs learnt, and the

@@ -1,6 +1,6 @@
 //! Hits as a tracker hands them in, beside a running service.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use model::{Actor, Fact, Hit, HitKind, JournalId, MessageId, Timestamp, Verdict};
 use service::clock::SystemClock;
@@ -13,8 +13,13 @@ use crate::harness::Service;
 pub(crate) const PERSON: &str =
     "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0";
 
+/// The time, and never the same twice: what happens in one millisecond has no order.
 pub(crate) fn now() -> Timestamp {
-    SystemClock::shared().now()
+    static LAST: AtomicI64 = AtomicI64::new(0);
+    let now = SystemClock::shared().now().millis();
+    let after = |last: i64| Some(now.max(last + 1));
+    let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after);
+    Timestamp::from_millis(now.max(last.unwrap_or_else(|last| last) + 1))
 }
 
 /// Nothing speaks for a machine.

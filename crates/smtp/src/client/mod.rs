@@ -362,11 +362,18 @@ impl ClientSession {
         if self.state != State::Ready {
             return Err(BeginError::NotReady);
         }
-        if self.transactions.len() >= TRANSACTIONS_MAX {
-            return Err(BeginError::Busy);
-        }
         if self.is_exhausted() {
             return Err(BeginError::Exhausted);
+        }
+        // Without PIPELINING nothing of the next can be sent before the last reply to this one: begun
+        // now it would only be older when it is.
+        let most = if self.capabilities.pipelining {
+            TRANSACTIONS_MAX
+        } else {
+            1
+        };
+        if self.transactions.len() >= most {
+            return Err(BeginError::Busy);
         }
         Ok(())
     }

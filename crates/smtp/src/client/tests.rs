@@ -856,22 +856,28 @@ fn what_a_server_cannot_take_is_not_begun() {
         d.session.begin(TxId(1), &one, body("é")),
         Err(BeginError::EightBit)
     );
-    d.begin(2).begin(3);
-    assert_eq!(
-        d.session.begin(TxId(4), &one, body("a")),
-        Err(BeginError::Busy)
-    );
-    d.session.quit();
-    assert_eq!(
-        d.session.begin(TxId(5), &one, body("a")),
-        Err(BeginError::NotReady)
-    );
-    // QUIT waits for what was begun.
-    for _ in [2, 3] {
-        d.say(OK).say(OK).say(GO).say(OK);
+    // One at a time, or two where the second can follow the first at once.
+    for (keywords, room) in [(&[][..], 1), (&["PIPELINING"], 2)] {
+        let mut d = Driver::ready(keywords);
+        for id in 0..room {
+            d.begin(id);
+        }
+        assert_eq!(
+            d.session.begin(TxId(4), &one, body("a")),
+            Err(BeginError::Busy)
+        );
+        d.session.quit();
+        assert_eq!(
+            d.session.begin(TxId(5), &one, body("a")),
+            Err(BeginError::NotReady)
+        );
+        // QUIT waits for what was begun.
+        for _ in 0..room {
+            d.say(OK).say(OK).say(GO).say(OK);
+        }
+        assert!((0..room).all(|id| d.is_delivered(id)), "{keywords:?}");
+        assert!(d.sent.ends_with("QUIT\r\n"));
     }
-    assert!(d.is_delivered(2) && d.is_delivered(3));
-    assert!(d.sent.ends_with("QUIT\r\n"));
 }
 
 #[test]

@@ -6,7 +6,9 @@ use crate::{
     BatchChange, ChangeOutcome, Control, ControlCursor, EventQuery, FeedPlace, Release, Result,
     Store, Suppression,
 };
-use model::{AttemptResult, BatchId, BatchState, Priority, Status, SuppressionReason, Timestamp};
+use model::{
+    AttemptResult, BatchId, BatchState, EventKind, Priority, Status, SuppressionReason, Timestamp,
+};
 use std::time::Duration;
 
 fn entry(email: &str, list: Option<&str>, reason: SuppressionReason) -> Suppression {
@@ -344,21 +346,98 @@ pub async fn a_cancel_ends_what_no_window_holds(fixture: &dyn Fixture) -> Result
     Ok(())
 }
 
-/// Nobody waits for a holder that died: what it held of a cancelled batch is cancelled.
+/// A node that died in a cancelled batch and is back has what may have been begun, to tell of it.
+pub async fn a_restarted_node_tells_what_it_had_begun_of_a_cancelled_batch(
+    fixture: &dyn Fixture,
+) -> Result<()> {
+    let store = fixture.mta().await;
+    let mut node = Node::new(1);
+    let batch = Spec::new(1, neighbours(&*store, 100, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    node.lease(&*store, T0, "x.example", 100).await?;
+    assert_eq!(
+        change(&*store, batch, BatchChange::Cancel, T0).await?,
+        (36, 64)
+    );
+    let back = store.reclaim(node.journal, T0, TTL).await?;
+    let items = &back[0].items;
+    assert_eq!((back.len(), items.len()), (1, 64));
+    assert!(items.iter().all(|item| item.maybe_started));
+    let facts = items.iter().enumerate().map(|(at, item)| {
+        let result = match at {
+            0 => AttemptResult::TemporaryError {
+                retry_at: T0 + secs(300),
+                ambiguous: true,
+            },
+            _ => AttemptResult::Cancelled,
+        };
+        outcome(batch, item, result, T0)
+    });
+    node.report(&*store, facts.collect(), T0).await?;
+    let found = checked(&*store, batch).await?;
+    assert_eq!(
+        (found.counters.cancelled, found.completed_at.is_some()),
+        (100, true)
+    );
+    let told = kinds(&all_events(&*store).await?);
+    let tried = told.iter().filter(|kind| **kind == "email.temporary_error");
+    assert_eq!(tried.count(), 1);
+    assert_eq!(store.reclaim(node.journal, T0, TTL).await?, []);
+    Ok(())
+}
+
+/// Who is suppressed while the node is away that may have written to them ends as nobody knows.
+pub async fn a_suppression_of_whom_a_dead_node_may_have_written_to_says_so(
+    fixture: &dyn Fixture,
+) -> Result<()> {
+    let store = fixture.mta().await;
+    let node = Node::new(1);
+    let batch = Spec::new(1, neighbours(&*store, 100, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let leased = node.lease(&*store, T0, "x.example", 100).await?;
+    let (windowed, beyond) = (&leased[0].items[5].row, &leased[0].items[99].row);
+    let entries = [windowed, beyond].map(|row| {
+        let email = row.email.to_string();
+        entry(&email, None, SuppressionReason::Manual)
+    });
+    store.suppress(entries.to_vec(), T0).await?;
+    let back = store.reclaim(node.journal, T0, TTL).await?;
+    assert_eq!(back[0].items.len(), 98);
+    let events = all_events(&*store).await?;
+    let ended = events
+        .iter()
+        .filter(|event| event.kind == EventKind::EmailSuppressed)
+        .map(|event| (event.message_id, event.data["ambiguous"] == true));
+    let mut ended: Vec<_> = ended.collect();
+    ended.sort();
+    let message = |row: &model::Row| {
+        let index = row.index;
+        Some(model::MessageId { batch, index })
+    };
+    let mut expected = [(message(windowed), true), (message(beyond), false)];
+    expected.sort();
+    assert_eq!(ended, expected);
+    Ok(())
+}
+
+/// Nobody waits for a holder that died: what it held of a cancelled batch is cancelled, and of whom
+/// it may have written to it is said that nobody knows.
 pub async fn a_cancelled_batch_is_swept_when_its_holder_dies(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;
     let (dead, other) = (Node::new(1), Node::new(2));
-    let batch = Spec::new(1, neighbours(&*store, 20, "x.example"))
+    let batch = Spec::new(1, neighbours(&*store, 70, "x.example"))
         .submit(&*store, T0)
         .await?;
     let back = Spec::new(2, neighbours(&*store, 5, "y.example"))
         .submit(&*store, T0)
         .await?;
-    dead.lease(&*store, T0, "x.example", 20).await?;
+    dead.lease(&*store, T0, "x.example", 70).await?;
     let held = other.lease(&*store, T0, "y.example", 5).await?;
     assert_eq!(
         change(&*store, batch, BatchChange::Cancel, T0).await?,
-        (0, 20)
+        (6, 64)
     );
     assert_eq!(
         change(&*store, back, BatchChange::Cancel, T0).await?,
@@ -377,7 +456,16 @@ pub async fn a_cancelled_batch_is_swept_when_its_holder_dies(fixture: &dyn Fixtu
     let found = checked(&*store, batch).await?;
     assert_eq!(
         (found.counters.cancelled, found.completed_at.is_some()),
-        (20, true)
+        (70, true)
+    );
+    let events = all_events(&*store).await?;
+    let doubted = events
+        .iter()
+        .filter(|event| event.data["ambiguous"] == true)
+        .map(|event| (event.batch_id, event.kind));
+    assert_eq!(
+        doubted.collect::<Vec<_>>(),
+        vec![(Some(batch), EventKind::EmailCancelled); 64]
     );
     Ok(())
 }

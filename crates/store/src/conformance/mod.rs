@@ -123,6 +123,8 @@ macro_rules! conformance_tests {
             a_paused_batch_is_not_leased
             a_cancel_ends_what_no_window_holds
             a_cancelled_batch_is_swept_when_its_holder_dies
+            a_restarted_node_tells_what_it_had_begun_of_a_cancelled_batch
+            a_suppression_of_whom_a_dead_node_may_have_written_to_says_so
             a_retry_of_a_cancelled_batch_is_cancelled
             changes_that_make_no_sense_are_impossible
             the_control_feed_tells_everything_in_order

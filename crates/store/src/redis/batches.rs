@@ -8,6 +8,7 @@
 use super::Inner;
 use super::books::{Books, Needs};
 use super::commit::{Commit, Outcome};
+use super::hand_out::note_doubt;
 use super::keys::{self, HOME};
 use super::link::answer;
 use super::record::{self, BatchRecord, Holder, Range, new_version};
@@ -475,11 +476,14 @@ impl Inner {
         for range in &found {
             let held = range.is_taken(books.moment);
             let from = if held { range.window } else { 0 };
+            if !held {
+                note_doubt(&mut books, range);
+            }
             match books.cancel_range(range, from) {
                 Err(StoreError::Damaged(what)) if !held => put_off(&mut books, range, &what),
                 // Its holder is asked first; what is left is swept later.
                 Err(StoreError::Damaged(_)) => {}
-                ended => ended?,
+                ended => drop(ended?),
             }
         }
         let (commit, _) = books.close(None, 0)?;

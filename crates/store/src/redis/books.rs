@@ -405,6 +405,7 @@ impl<'a> Books<'a> {
         let Some(mut cell) = self.cell(key, position)? else {
             return Ok(false);
         };
+        let data = tell::unsent(data, cell);
         let released = self.batch(key.0).is_none_or(|batch| batch.released);
         let row = self.row(key, position)?;
         let applied = self.count(key.0, |counters| {
@@ -508,8 +509,8 @@ impl<'a> Books<'a> {
     }
 
     /// Ends as cancelled what is unreported from the offset `from` on. The rest of the range stays
-    /// with its holder; a range of which nothing stays is removed.
-    pub(super) fn cancel_range(&mut self, range: &Range, from: u32) -> Result<()> {
+    /// with its holder; a range of which nothing stays is removed. Whether something stays.
+    pub(super) fn cancel_range(&mut self, range: &Range, from: u32) -> Result<bool> {
         let mut something_stays = false;
         for (offset, of) in self.unreported(range)? {
             if offset < from {
@@ -522,7 +523,7 @@ impl<'a> Books<'a> {
         if !something_stays {
             self.remove_range(range.id);
         }
-        Ok(())
+        Ok(something_stays)
     }
 
     // ---- writing ------------------------------------------------------------------------

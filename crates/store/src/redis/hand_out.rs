@@ -154,15 +154,20 @@ pub(super) fn take_of(
 }
 
 /// Notes in the cells what a holder that is gone may have started.
-fn note_doubt(books: &mut Books<'_>, range: &Range) {
+pub(super) fn note_doubt(books: &mut Books<'_>, range: &Range) {
     let doubtful = usize::try_from(range.doubtful()).unwrap_or(usize::MAX);
     for of in range.refs().into_iter().take(doubtful) {
-        let key = (range.batch, of.lot);
-        let cell = books.cell(key, of.position).ok().flatten();
-        if let Some(mut cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) {
-            cell.mark_maybe_started();
-            books.set_cell(key, of.position, cell);
-        }
+        mark(books, (range.batch, of.lot), of);
+    }
+}
+
+/// Notes that a holder that is gone may have started this, if it is unreported; where the cell cannot
+/// be read, nothing.
+fn mark(books: &mut Books<'_>, key: LotKey, of: Ref) {
+    let cell = books.cell(key, of.position).ok().flatten();
+    if let Some(mut cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) {
+        cell.mark_maybe_started();
+        books.set_cell(key, of.position, cell);
     }
 }
 
@@ -198,16 +203,19 @@ fn choose(
         };
         let mut row = books.row(key, of.position)?;
         let person = (head.account.clone(), row.email.normalised().into_owned());
+        let in_window = own && offset < range.doubtful();
         let stopping = books
             .known
             .get(&person)
             .and_then(|known| known.iter().find(|of| of.stops(&head.list, head.priority)));
         if let Some(reason) = stopping.map(|of| of.reason) {
+            if in_window {
+                mark(books, key, of);
+            }
             let data = json!({ "reason": reason.as_str() });
             books.end_unsent(key, of.position, Status::Suppressed, data)?;
             continue;
         }
-        let in_window = own && offset < range.doubtful();
         let until = hours::shut_until(&head, &row, cell, books.now);
         if let Some(until) = until.filter(|_| !in_window) {
             shut.entry(until).or_default().push(of);

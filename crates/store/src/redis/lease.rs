@@ -194,9 +194,9 @@ impl Inner {
             let mut leased = Vec::new();
             for range in &ranges {
                 let record = books.batch(range.batch);
-                if record.is_none_or(|batch| batch.state == BatchState::Cancelled) {
-                    books.cancel_range(range, 0)?;
-                } else {
+                let ended = record.is_none_or(|batch| batch.state == BatchState::Cancelled);
+                // What it may have started it alone can tell of.
+                if !ended || books.cancel_range(range, range.doubtful())? {
                     leased.extend(take_of(&mut books, range, usize::MAX, terms)?);
                 }
             }
@@ -373,7 +373,7 @@ impl Inner {
 fn release_one(books: &mut Books<'_>, release: &Release, range: &Range) -> Result<()> {
     let batch = books.batch(range.batch);
     if batch.is_none_or(|batch| batch.state == BatchState::Cancelled) {
-        return books.cancel_range(range, 0);
+        return books.cancel_range(range, 0).map(drop);
     }
     let due_at = release.due_at.map_or(range.due_at, Timestamp::millis);
     let moved: HashMap<Place, &Box<str>> = release

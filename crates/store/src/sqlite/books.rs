@@ -15,6 +15,7 @@ use super::record::{
 use super::writer::Step;
 use crate::erased::Eraser;
 use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
+use crate::tell;
 use crate::transition::{self, Applied, Cell};
 use crate::{Announcement, BatchHead, Consent, Control, Result, StoreError};
 use model::{
@@ -269,6 +270,7 @@ impl<'s, 'c> Books<'s, 'c> {
         let Some(mut cell) = self.cell(lot, position)? else {
             return Ok(false);
         };
+        let data = tell::unsent(data, cell);
         let released = self.released(lot)?;
         let applied = self.count(lot, |counters| {
             transition::end_unsent(&mut cell, counters, released, status)

@@ -186,16 +186,18 @@ fn cancel_some(
     )?;
     let next = some.last().map(|range| range.id);
     let mut books = Books::open(step, now);
-    for range in some {
+    for mut range in some {
         let held = range.held && range.expires > now.millis();
-        let from = if held { range.window } else { 0 };
-        match cancel_range(&mut books, &range, from) {
+        if !held {
+            range.settle_lost(&mut books)?;
+        }
+        match cancel_range(&mut books, &range, range.doubtful()) {
             Err(StoreError::Damaged(what)) if !held => {
                 lease::put_off(books.step, range.id, now, &what)?;
             }
             // Its holder is asked first; what is left is swept later.
             Err(StoreError::Damaged(_)) => {}
-            ended => ended?,
+            ended => drop(ended?),
         }
     }
     books.close(None)?;

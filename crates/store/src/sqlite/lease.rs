@@ -5,7 +5,7 @@
 use super::books::{Books, RetryKey};
 use super::ids::{self, BatchNo, LotId};
 use super::range::{
-    BULK, Lease, Range, TRANSACTIONAL, cancel_range, delete, free, held, ranges, write,
+    BULK, Lease, Range, TRANSACTIONAL, cancel_range, delete, free, held, mark, ranges, write,
 };
 use super::suppress;
 use super::writer::Step;
@@ -394,7 +394,7 @@ fn choose(books: &mut Books<'_, '_>, range: &Range, refs: &[Ref], rows: usize) -
         }
         looked.consumed += 1;
         let in_window = range.held && offset < range.window;
-        match consider(books, range, of, &head, guarded) {
+        match consider(books, range, of, &head, (guarded, in_window)) {
             Ok(None) => {}
             Ok(Some((cell, row))) => {
                 let shut = hours::shut_until(&head, &row, cell, books.now).filter(|_| !in_window);
@@ -428,7 +428,7 @@ fn consider(
     range: &Range,
     of: Ref,
     head: &BatchHead,
-    guarded: bool,
+    (guarded, in_window): (bool, bool),
 ) -> Result<Option<(Cell, model::Row)>> {
     let lot = range.lot_id(of);
     let cell = books.cell(lot, of.position)?;
@@ -440,6 +440,9 @@ fn consider(
         && let Some(reason) =
             suppress::stopping(books.step.connection, head, &row.email.normalised())?
     {
+        if in_window {
+            mark(books, lot, of)?;
+        }
         let data = json!({ "reason": reason.as_str() });
         books.end_unsent(lot, of.position, Status::Suppressed, data)?;
         return Ok(None);
@@ -540,8 +543,8 @@ fn reclaim_one(books: &mut Books<'_, '_>, id: i64, terms: &Terms) -> Result<Opti
     let ended = books
         .batch(range.batch)?
         .is_none_or(|batch| batch.state == BatchState::Cancelled);
-    if ended {
-        cancel_range(books, &range, 0)?;
+    // What it may have started it alone can tell of.
+    if ended && !cancel_range(books, &range, range.doubtful())? {
         return Ok(None);
     }
     let refs = range.refs();

@@ -182,7 +182,8 @@ impl Range {
     }
 }
 
-fn mark(books: &mut Books<'_, '_>, lot: LotId, of: Ref) -> Result<()> {
+/// Notes that a holder that is gone may have started this, if it is unreported.
+pub(super) fn mark(books: &mut Books<'_, '_>, lot: LotId, of: Ref) -> Result<()> {
     let cell = books.cell(lot, of.position)?;
     if let Some(mut cell) = cell.filter(|cell| !cell.reported_since(of.attempts)) {
         cell.mark_maybe_started();
@@ -253,8 +254,8 @@ pub(super) fn free<'a>(range: &Range, due_at: i64) -> Lease<'a> {
 }
 
 /// Ends as cancelled what is unreported from the offset `from` on. The rest of the range stays
-/// with its holder; a range of which nothing stays is removed.
-pub(super) fn cancel_range(books: &mut Books<'_, '_>, range: &Range, from: u32) -> Result<()> {
+/// with its holder; a range of which nothing stays is removed. Whether something stays.
+pub(super) fn cancel_range(books: &mut Books<'_, '_>, range: &Range, from: u32) -> Result<bool> {
     let mut something_stays = false;
     for (offset, of) in range.unreported(books)? {
         if offset < from {
@@ -266,7 +267,7 @@ pub(super) fn cancel_range(books: &mut Books<'_, '_>, range: &Range, from: u32) 
     if !something_stays {
         delete(books.step, range.id)?;
     }
-    Ok(())
+    Ok(something_stays)
 }
 
 /// The range, if this lease on it was not followed by another.

@@ -36,11 +36,23 @@ const SEED: &str = "HIKYAKU_SIMULATION_SEED";
 type Kind = fn(u64) -> Plan;
 
 /// Seeds that found something, each with what it was.
-const REGRESSIONS: [(Kind, u64, &str); 1] = [(
-    Plan::little,
-    3813,
-    "a restarted node went on with a batch that had been paused",
-)];
+const REGRESSIONS: [(Kind, u64, &str); 3] = [
+    (
+        Plan::little,
+        3813,
+        "a restarted node went on with a batch that had been paused",
+    ),
+    (
+        Plan::little,
+        4204,
+        "what a node had begun of a cancelled batch when it died was called unsent",
+    ),
+    (
+        Plan::of,
+        58,
+        "a message was begun behind another, and sent when its lease was long over",
+    ),
+];
 
 /// Lets the world of a seed live; `test` is the one that does it again.
 fn live(kind: Kind, seed: u64, test: &str) -> Result<Summary, String> {

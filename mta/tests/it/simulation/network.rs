@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use model::MessageId;
 use mta::deliver::{ConnectError, Link, Network, Pulse, Socket};
 use mta::resolve::{Answer, Dns, DnsError};
 use mta::tlspolicy::dane::Tlsa;
@@ -146,6 +147,8 @@ impl Network for NodeNetwork {
             domain: site.domain.clone(),
             id,
             line: Vec::new(),
+            message: None,
+            after_data: false,
         })))
     }
 }
@@ -159,6 +162,9 @@ struct Watched {
     domain: String,
     id: u64,
     line: Vec<u8>,
+    /// Of the transaction whose content has not begun.
+    message: Option<MessageId>,
+    after_data: bool,
 }
 
 impl Watched {
@@ -168,11 +174,20 @@ impl Watched {
                 self.line.push(*byte);
                 continue;
             }
-            if self.line.starts_with(b"MAIL FROM:") {
-                let line = String::from_utf8_lossy(&self.line);
-                self.watch.mail(self.node, &self.domain, self.id, &line);
-            }
-            self.line.clear();
+            let line = std::mem::take(&mut self.line);
+            self.read(&String::from_utf8_lossy(&line));
+        }
+    }
+
+    /// Reads a line along: of content all but the first is nobody's business.
+    fn read(&mut self, line: &str) {
+        let is_next = line.starts_with("MAIL FROM:");
+        let is_content = line.starts_with("BDAT ") || self.after_data && !is_next;
+        self.after_data = line.starts_with("DATA");
+        if is_next {
+            self.message = self.watch.mail(self.node, &self.domain, self.id, line);
+        } else if is_content && let Some(message) = self.message.take() {
+            self.watch.content(self.node, message);
         }
     }
 }

@@ -263,7 +263,7 @@ impl Node {
             .filter(|_| self.frozen_since.is_some())
         {
             watch.note(format!("node {} goes on", self.number));
-            watch.troubled(self.number);
+            watch.thawed(self.number);
             process.power.thaw();
             self.frozen_since = None;
         }

@@ -64,10 +64,11 @@ impl NodeStore {
                 return Err(StoreError::Unavailable("cut off".to_owned()));
             }
         };
+        let delay = Duration::from_millis(millis);
         if millis > 200 {
-            self.watch.troubled(self.node);
+            self.watch.troubled_for(self.node, delay);
         }
-        Ok(Duration::from_millis(millis))
+        Ok(delay)
     }
 
     fn begin(&self, call: &'static str) {

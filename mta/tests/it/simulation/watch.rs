@@ -64,7 +64,9 @@ struct Seen {
     next: u64,
     recent: BTreeMap<(usize, String), VecDeque<Instant>>,
     stops: BTreeMap<Stop, (Instant, Option<Instant>)>,
+    /// Until when what a node knows may be old.
     troubled: BTreeMap<usize, Instant>,
+    thawed: BTreeMap<usize, Instant>,
     copies: BTreeMap<MessageId, Vec<Copy>>,
     refused: BTreeSet<MessageId>,
     mails: u64,
@@ -107,7 +109,21 @@ impl Watch {
     /// A node did not run, or did not reach its store: what it must know may be old until a moment
     /// after.
     pub(super) fn troubled(&self, node: usize) {
-        self.seen().troubled.insert(node, Instant::now());
+        self.troubled_for(node, Duration::ZERO);
+    }
+
+    /// The same, for so long from now.
+    pub(super) fn troubled_for(&self, node: usize, how_long: Duration) {
+        let until = Instant::now() + how_long;
+        let mut seen = self.seen();
+        let known = seen.troubled.entry(node).or_insert(until);
+        *known = until.max(*known);
+    }
+
+    /// A node that stood still goes on.
+    pub(super) fn thawed(&self, node: usize) {
+        self.troubled(node);
+        self.seen().thawed.insert(node, Instant::now());
     }
 
     pub(super) fn leased(&self, node: usize, ranges: &[LeasedRange], asked_at: Instant) {
@@ -210,29 +226,41 @@ impl Watch {
         }
     }
 
-    /// A node begins a transaction.
-    pub(super) fn mail(&self, node: usize, domain: &str, id: u64, line: &str) {
+    /// A node begins a transaction; of the message, if it names one.
+    pub(super) fn mail(&self, node: usize, domain: &str, id: u64, line: &str) -> Option<MessageId> {
         let now = Instant::now();
         let message = line
             .split_once("<bounce+")
             .and_then(|(_, rest)| rest.split_once('@'))
             .and_then(|(message, _)| message.parse::<MessageId>().ok());
         let Some(message) = message else {
-            return self.break_off(format!("a reverse-path that names no message: {line}"));
+            self.break_off(format!("a reverse-path that names no message: {line}"));
+            return None;
         };
         self.note(format!("node {node} begins {message} at {domain} ({id})"));
         self.seen().mails += 1;
-        self.judge_lease(node, message, now);
+        // A node may have stood still between its look at the lease and the write: then no content
+        // may follow.
+        if self.seen().thawed.get(&node) != Some(&now) {
+            self.judge_lease(node, message, "begins", now + LEASE_MARGIN);
+        }
         self.judge_stops(node, message, domain, now);
         self.judge_bounds(node, domain, id, now);
+        Some(message)
     }
 
-    fn judge_lease(&self, node: usize, message: MessageId, now: Instant) {
+    /// A node begins to send the content of a message.
+    pub(super) fn content(&self, node: usize, message: MessageId) {
+        self.judge_lease(node, message, "sends", Instant::now());
+    }
+
+    /// A node does something for a message that it must have until then.
+    fn judge_lease(&self, node: usize, message: MessageId, does: &str, needs: Instant) {
         let until = self.seen().leases.get(&(node, message)).copied();
-        if until.is_none_or(|until| now + LEASE_MARGIN > until + TICK) {
-            let left = until.map(|until| until.saturating_duration_since(now));
+        if until.is_none_or(|until| needs > until + TICK) {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             self.break_off(format!(
-                "node {node} begins {message} with {left:?} left of its lease"
+                "node {node} {does} {message} with {left:?} left of its lease"
             ));
         }
     }
