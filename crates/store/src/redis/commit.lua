@@ -3,7 +3,8 @@
 -- KEYS: the generation, then the keys, named below by number. ARGV: the generation, the number of
 -- checks, the checks, the writes.
 -- Answers {1, last event number, what each count left open ...}, {0, the key that had changed}, {2}
--- on another store than the one that was opened, or {3, milliseconds} while nothing is leased.
+-- on another store than the one that was opened, {3, milliseconds} while nothing is leased, or {4}
+-- where events beside it need other numbers.
 local call, at = redis.call, 3
 if call('GET', KEYS[1]) ~= ARGV[1] then return {2} end
 local function take()
@@ -29,6 +30,10 @@ for _ = 1, tonumber(ARGV[2]) do
       return {3, lasts}
     end
     if tonumber(quiet) > now then return {3, tonumber(quiet) - now} end
+  elseif kind == 'N' then
+    -- What is added beside this script is numbered from here on, unless others' events have come since.
+    local floor, first = tonumber(take()), tonumber(take())
+    if math.max(tonumber(call('GET', key) or '0'), floor) >= first then return {4} end
   elseif kind == 'B' then
     -- Some bytes from some place on.
     local from, expected = take(), take()

@@ -10,6 +10,7 @@
 use super::Inner;
 use super::keys;
 use super::link::answer;
+use super::news::News;
 use super::record::Version;
 use crate::{Control, Result, StoreError};
 use ::redis::{Cmd, ErrorKind, Pipeline, Script, ServerErrorKind, Value};
@@ -37,6 +38,14 @@ impl Lua {
             script: Script::new(code),
         }
     }
+
+    pub(super) const fn code(&self) -> &'static str {
+        self.code
+    }
+
+    pub(super) fn hash(&self) -> &str {
+        self.script.get_hash()
+    }
 }
 
 /// The scripts of this engine.
@@ -52,6 +61,7 @@ pub(super) struct Scripts {
     pub(super) past: Lua,
     pub(super) share: Lua,
     pub(super) swap: Lua,
+    pub(super) undo: Lua,
 }
 
 impl Scripts {
@@ -68,6 +78,7 @@ impl Scripts {
             past: Lua::new(include_str!("past.lua")),
             share: Lua::new(include_str!("share.lua")),
             swap: Lua::new(include_str!("swap.lua")),
+            undo: Lua::new(include_str!("undo.lua")),
         }
     }
 }
@@ -92,6 +103,7 @@ pub(super) struct Commit {
     checks: Vec<Vec<u8>>,
     checked: usize,
     writes: Vec<Vec<u8>>,
+    news: Option<News>,
 }
 
 fn text(number: impl ToString) -> Vec<u8> {
@@ -107,11 +119,12 @@ impl Commit {
             checks: Vec::new(),
             checked: 0,
             writes: Vec::new(),
+            news: None,
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.writes.is_empty()
+        self.writes.is_empty() && self.news.is_none()
     }
 
     fn key(&mut self, key: String) -> Vec<u8> {
@@ -186,28 +199,18 @@ impl Commit {
         }
     }
 
-    /// Events, in order; their numbers are above `floor`. `time`: the server's in microseconds when
-    /// the step began to read, 0 when that is not known. From there they are numbered, and the script
-    /// takes them as they are unless somebody's events have come in between: putting each text
-    /// together anew costs it as much as adding the event.
+    /// Events, in order, the last thing that it does; their numbers are above `floor`. `time`: the
+    /// server's in microseconds when the step began to read, 0 when that is not known. From there they
+    /// are numbered, and taken as they are unless somebody's events have come in between: then the
+    /// script puts each text together anew, which costs as much as adding the event.
     pub(super) fn events(&mut self, events: Vec<Event>, floor: u64, time: u64) -> Result<()> {
         if events.is_empty() {
             return Ok(());
         }
-        let stream = self.key(keys::events(self.partition));
-        let counter = self.key(keys::event_counter(self.partition));
-        let first = if fits(time) { time } else { 0 };
-        self.writes.extend([
-            b"E".to_vec(),
-            stream,
-            counter,
-            text(floor),
-            text(first),
-            text(events.len()),
-        ]);
-        for (seq, event) in (first.max(NUMBERED_FROM)..).zip(events) {
-            self.writes.push(numbered(Event { seq, ..event })?);
-        }
+        let p = self.partition;
+        let names = [keys::events(p), keys::event_counter(p)];
+        let numbers = (self.key(names[0].clone()), self.key(names[1].clone()));
+        self.news = Some(News::new(names, numbers, events, floor, time)?);
         Ok(())
     }
 
@@ -258,6 +261,29 @@ impl Commit {
         self.writes.extend([b"S".to_vec(), key]);
     }
 
+    /// The call of the script; `beside`: events are added behind it.
+    pub(super) fn command(&self, how: (&str, &str), inner: &Inner, beside: bool) -> Cmd {
+        let apart = self.news.as_ref().filter(|_| beside);
+        let mut run = Cmd::new();
+        run.arg(how.0)
+            .arg(how.1)
+            .arg(self.keys.len())
+            .arg(&self.keys);
+        run.arg(inner.past.generation().as_bytes());
+        run.arg(self.checked + usize::from(apart.is_some()));
+        run.arg(&self.checks);
+        if let Some(news) = apart {
+            news.check(&mut run);
+        }
+        run.arg(&self.writes);
+        match (&self.news, apart) {
+            (_, Some(news)) => news.count(&mut run),
+            (Some(news), None) => news.within(&mut run),
+            (None, None) => {}
+        }
+        run
+    }
+
     /// Does it. `safe`: with replicas, one of them has it when this returns.
     pub(super) async fn run(self, inner: &Inner, safe: bool) -> Result<Outcome> {
         if self.is_empty() {
@@ -266,54 +292,41 @@ impl Commit {
                 open: Vec::new(),
             });
         }
-        let generation = inner.past.generation().as_bytes().to_vec();
-        let mut arguments = vec![generation, text(self.checked)];
-        arguments.extend(self.checks);
-        arguments.extend(self.writes);
-        let answer = inner
-            .script(
-                &inner.scripts.commit,
-                self.partition,
-                &self.keys,
-                &arguments,
-                safe,
-            )
-            .await?;
-        let mut parts = answer::list(answer).into_iter();
-        match parts.next().map(answer::number) {
-            Some(1) => {}
+        let safe = safe && inner.past.has_replicas(self.partition);
+        let many = self.news.as_ref().filter(|news| news.go_beside());
+        if let Some(news) = many.filter(|_| inner.beside && !safe) {
+            let said = inner.run_beside(&self, news).await?;
+            if let Some(mut outcome) = self.outcome(inner, said)? {
+                if let Outcome::Done { seq, .. } = &mut outcome {
+                    *seq = news.last();
+                }
+                return Ok(outcome);
+            }
+        }
+        let call = |how: (&str, &str)| in_time(self.command(how, inner, false), safe);
+        let said = inner.run_script(&inner.scripts.commit, call).await?;
+        Ok(self.outcome(inner, said)?.unwrap_or(Outcome::Conflict))
+    }
+
+    /// What the script said; none: it wants to number the events itself.
+    fn outcome(&self, inner: &Inner, said: Value) -> Result<Option<Outcome>> {
+        let mut parts = answer::list(said).into_iter();
+        Ok(Some(match parts.next().map(answer::number) {
+            Some(1) => {
+                let seq = parts.next().map_or(0, answer::number);
+                Outcome::Done {
+                    seq: u64::try_from(seq).unwrap_or(0),
+                    open: parts.map(answer::number).collect(),
+                }
+            }
             Some(2) => return Err(inner.past.is_another(self.partition)),
             Some(3) => {
                 let left = parts.next().map_or(0, answer::number);
-                return Ok(Outcome::Quiet(u64::try_from(left).unwrap_or(0)));
+                Outcome::Quiet(u64::try_from(left).unwrap_or(0))
             }
-            _ => return Ok(Outcome::Conflict),
-        }
-        let seq = parts.next().map_or(0, answer::number);
-        Ok(Outcome::Done {
-            seq: u64::try_from(seq).unwrap_or(0),
-            open: parts.map(answer::number).collect(),
-        })
-    }
-}
-
-/// Numbers of events have 16 digits, so that one can be put in place of another.
-const NUMBERED_FROM: u64 = 1_000_000_000_000_000;
-
-/// Whether a step's events can be numbered from here on.
-fn fits(first: u64) -> bool {
-    (NUMBERED_FROM..9 * NUMBERED_FROM).contains(&first)
-}
-
-/// An event whose number stands where the script looks for it: behind an id of a known length.
-fn numbered(event: Event) -> Result<Vec<u8>> {
-    const NUMBER: &[u8] = b",\"seq\":";
-    const ID: usize = 44;
-    let text = serde_json::to_vec(&event)
-        .map_err(|error| StoreError::Damaged(format!("an event: {error}")))?;
-    match text.get(ID..) {
-        Some(rest) if fits(event.seq) && rest.starts_with(NUMBER) => Ok(text),
-        _ => Err(StoreError::Damaged("an event without an id".into())),
+            Some(4) => return Ok(None),
+            _ => Outcome::Conflict,
+        }))
     }
 }
 
@@ -328,12 +341,26 @@ impl Inner {
         safe: bool,
     ) -> Result<Value> {
         let safe = safe && self.past.has_replicas(partition);
-        let by_hash = pipeline("EVALSHA", script.script.get_hash(), keys, arguments, safe);
+        let call = |(command, script): (&str, &str)| {
+            let mut run = Cmd::new();
+            run.arg(command).arg(script).arg(keys.len()).arg(keys);
+            run.arg(arguments);
+            in_time(run, safe)
+        };
+        self.run_script(script, call).await
+    }
+
+    /// Runs a script by its hash, or by its text where the server does not know it.
+    async fn run_script(
+        &self,
+        script: &Lua,
+        call: impl Fn((&str, &str)) -> Pipeline,
+    ) -> Result<Value> {
+        let by_hash = call(("EVALSHA", script.hash()));
         let answers = match self.link.bulk_raw(&by_hash).await? {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
                 // A server that was started or became the primary since.
-                let whole = pipeline("EVAL", script.code, keys, arguments, safe);
-                self.link.bulk(&whole).await?
+                self.link.bulk(&call(("EVAL", script.code()))).await?
             }
             answers => answers?,
         };
@@ -348,20 +375,10 @@ impl Inner {
     }
 }
 
-fn pipeline(
-    command: &str,
-    script: &str,
-    keys: &[String],
-    arguments: &[Vec<u8>],
-    safe: bool,
-) -> Pipeline {
-    let mut run = Cmd::new();
-    run.arg(command).arg(script).arg(keys.len()).arg(keys);
-    for argument in arguments {
-        run.arg(argument);
-    }
+/// A command; `safe`: and then the number of replicas that have what it wrote.
+fn in_time(command: Cmd, safe: bool) -> Pipeline {
     let mut pipeline = Pipeline::new();
-    pipeline.add_command(run);
+    pipeline.add_command(command);
     if safe {
         wait(&mut pipeline);
     }
@@ -378,28 +395,4 @@ pub(super) fn not_replicated() -> StoreError {
     StoreError::Unavailable(format!(
         "redis: no replica had a write within {REPLICATED_MS} ms"
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_script_finds_the_number_of_an_event_in_its_place() {
-        let told = crate::tell::Told {
-            kind: model::EventKind::BatchStarted,
-            occurred_at: Timestamp::from_millis(5),
-            identity: "x".into(),
-            data: serde_json::json!({ "seq": 0 }),
-        };
-        let seq = 1_763_712_300_007_123;
-        let event = crate::tell::bare(told, seq, Timestamp::from_millis(6), "acme".into());
-        let written = numbered(event.clone()).unwrap();
-        assert_eq!(serde_json::from_slice::<Event>(&written).unwrap(), event);
-        // As the script counts, from 1: up to 51, and from 68 on.
-        assert_eq!(&written[51..67], seq.to_string().as_bytes());
-        assert!(written[..51].ends_with(b",\"seq\":") && written[67..].starts_with(b","));
-        assert!(numbered(Event { seq: 7, ..event }).is_err());
-        assert!(!fits(0));
-    }
 }

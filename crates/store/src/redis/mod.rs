@@ -2,7 +2,7 @@
 //!
 //! Any number of processes share it; none owns anything but its leases. What belongs to a
 //! recipient lives in one partition, whose keys share a hash tag, and changes in one script
-//! (`commit`). Key names, sizes and lifetimes: `docs/redis.md`.
+//! (`commit`), its events beside it (`news`). Key names, sizes and lifetimes: `docs/redis.md`.
 
 mod batches;
 mod books;
@@ -19,6 +19,7 @@ mod keys;
 mod lease;
 mod link;
 mod look;
+mod news;
 mod notes;
 mod parts;
 mod past;
@@ -103,6 +104,8 @@ struct Inner {
     spread: bool,
     clock: Clock,
     scripts: Scripts,
+    /// Whether many events may be added beside a script.
+    beside: bool,
     cache: Cache,
     /// Another one after an import, which brings its own.
     eraser: RwLock<Arc<Eraser>>,
@@ -202,6 +205,7 @@ impl RedisStore {
         server::is_made(&link).await?;
         let eraser = server::eraser(&link).await?;
         let inner = Inner {
+            beside: news::may_go_beside(&link).await?,
             link,
             partitions: made.partitions,
             spread: made.spread,

@@ -3,8 +3,8 @@
 
 use crate::fixture::Redis;
 use model::{
-    Attempt, AttemptDetail, AttemptResult, BatchId, BatchState, Fact, JournalId, LotNumber,
-    MessageId, Partition, Priority, Row, Timestamp, TrackingMode,
+    Attempt, AttemptDetail, AttemptResult, BatchId, BatchState, EventKind, Fact, JournalId,
+    LotNumber, MessageId, Partition, Priority, Row, Timestamp, TrackingMode,
 };
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -183,6 +183,81 @@ async fn nodes_that_work_at_once_send_nobody_twice_and_forget_nobody() {
     assert_eq!(found.state, BatchState::Completed);
     assert_eq!(found.counters.delivered, u64::from(ROWS));
     assert_eq!(found.counters.statuses(), found.counters.accepted);
+    // Whatever came between whose numbers, each is told once.
+    let told = told_delivered(&*first).await;
+    assert_eq!(told.len(), all.len());
+    assert_eq!(told.iter().collect::<BTreeSet<_>>().len(), all.len());
+}
+
+/// Whom the events say delivered, in their order.
+async fn told_delivered(store: &dyn Store) -> Vec<MessageId> {
+    let (mut told, mut after) = (Vec::new(), None);
+    loop {
+        let query = store::EventQuery {
+            after,
+            kinds: vec![EventKind::EmailDelivered],
+            limit: 1_000,
+            ..store::EventQuery::default()
+        };
+        let page = store.events(query).await.expect("events");
+        if page.events.is_empty() {
+            return told;
+        }
+        told.extend(page.events.into_iter().filter_map(|event| event.message_id));
+        after = Some(page.next);
+    }
+}
+
+/// How often the server was asked for something.
+fn calls_of(server: &RedisServer, command: &str) -> u64 {
+    let stats = server.ask(&["INFO", "commandstats"]).expect("an answer");
+    let line = format!("cmdstat_{command}:calls=");
+    let rest = stats.split(&line).nth(1).unwrap_or("0,");
+    let number = rest
+        .split(',')
+        .next()
+        .and_then(|number| number.parse().ok());
+    number.unwrap_or_else(|| panic!("{stats}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_events_are_added_beside_the_script_and_none_of_a_step_that_is_not_done() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
+    let store = open(&server.url()).await.expect("it opens");
+    submit(&store, 1, 90).await.expect("submitted");
+    let leased = lease(&store, 1, 30, MINUTE).await.expect("a lease");
+    let mut seq = 0;
+    let shipment = delivered(1, &mut seq, &leased);
+    let begun = calls_of(&server, "multi");
+    store.ship(shipment.clone()).await.expect("shipped");
+    assert_eq!(calls_of(&server, "multi"), begun + 1);
+    assert_eq!(told_delivered(&store).await.len(), 30);
+
+    // Not as it is when the server does not know the script any more …
+    let leased = lease(&store, 1, 30, MINUTE).await.expect("a lease");
+    server.ask(&["SCRIPT", "FLUSH"]).expect("flushed");
+    let shipment = delivered(1, &mut seq, &leased);
+    store.ship(shipment).await.expect("shipped");
+    assert_eq!(calls_of(&server, "multi"), begun + 3);
+    assert_eq!(told_delivered(&store).await.len(), 60);
+    assert_eq!(calls_of(&server, "xdel"), 30);
+
+    // … nor on another store than the one that was opened; and the stream goes on.
+    let leased = lease(&store, 1, 30, MINUTE).await.expect("a lease");
+    let generation = "hikyaku:{0}:gen";
+    let before = server.ask(&["GET", generation]).expect("an answer");
+    server.ask(&["SET", generation, "another"]).expect("set");
+    let shipment = delivered(1, &mut seq, &leased);
+    store.ship(shipment.clone()).await.expect_err("another");
+    assert_eq!(calls_of(&server, "xdel"), 60);
+    server
+        .ask(&["SET", generation, before.trim()])
+        .expect("set");
+    store.ship(shipment).await.expect("shipped");
+    let told = told_delivered(&store).await;
+    assert_eq!(told.len(), 90);
+    assert_eq!(told.iter().collect::<BTreeSet<_>>().len(), 90);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -588,10 +663,14 @@ async fn a_server_that_came_back_empty_is_not_taken_for_the_store() {
 async fn a_user_needs_its_password_and_rights() {
     let directory = tempfile::tempdir().expect("a directory");
     let server = RedisServer::start(directory.path().to_owned(), &[]).expect("a server");
-    let rights = "+@read +@write +@scripting +@connection +wait +info +config|get +time -@dangerous +info +config|get";
-    let mut user = vec!["ACL", "SETUSER", "mail", "on", ">s3cret", "~hikyaku:*"];
-    user.extend(rights.split(' '));
-    server.ask(&user).expect("a user");
+    let rights = "+@read +@write +@scripting +@connection +wait +info +config|get +time +multi +exec -@dangerous +info +config|get";
+    // An earlier version did without transactions: its users may go on as they are.
+    for (name, left_out) in [("mail", None), ("former", Some(["-multi", "-exec"]))] {
+        let mut user = vec!["ACL", "SETUSER", name, "on", ">s3cret", "~hikyaku:*"];
+        user.extend(rights.split(' '));
+        user.extend(left_out.into_iter().flatten());
+        server.ask(&user).expect("a user");
+    }
     server
         .ask(&["ACL", "SETUSER", "default", "off"])
         .expect("set");
@@ -599,11 +678,15 @@ async fn a_user_needs_its_password_and_rights() {
     let store = open(&format!("redis://mail:s3cret@{at}"))
         .await
         .expect("it opens");
-    submit(&store, 1, 10).await.expect("submitted");
-    assert_eq!(
-        lease(&store, 1, 10, MINUTE).await.expect("a lease").len(),
-        1
-    );
+    submit(&store, 1, 20).await.expect("submitted");
+    let former = format!("redis://former:s3cret@{at}");
+    let former = open(&former).await.expect("it opens");
+    for (node, store) in [(1, &store), (2, &former)] {
+        let leased = lease(store, node, 10, MINUTE).await.expect("a lease");
+        let shipment = delivered(node, &mut 0, &leased);
+        store.ship(shipment).await.expect("shipped");
+    }
+    assert_eq!(told_delivered(&store).await.len(), 20);
     let wrong = open(&format!("redis://mail:wr0ng@{at}")).await;
     let text = format!("{:?}", wrong.expect_err("a wrong password"));
     assert!(!text.contains("wr0ng"), "{text}");
