@@ -108,6 +108,17 @@ else
   cargo test --workspace --locked --quiet
 fi
 
+# Unpacked where the system's repositories have it.
+valkey=$PWD/target/test-peers/valkey-tools/usr/bin/valkey-server
+if [ -e "$valkey" ]; then
+  step "the store on Valkey"
+  if cargo nextest --version >/dev/null 2>&1; then
+    HIKYAKU_TEST_REDIS_SERVER=$valkey cargo nextest run -p store --locked redis
+  else
+    HIKYAKU_TEST_REDIS_SERVER=$valkey cargo test -p store --test it --locked --quiet redis
+  fi
+fi
+
 step "sample configuration"
 # The executable that the tests above ran.
 target/debug/hikyaku check-config config/hikyaku.toml

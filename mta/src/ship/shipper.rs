@@ -26,6 +26,9 @@ const PACE: Duration = Duration::from_millis(20);
 const COMPANY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(1));
 /// One part in so many of the time at most goes into shipments, as far as [`COMPANY`] lets it.
 const SHIPPING_PART: u32 = 100;
+/// When nothing has come for so long nobody's company is waited for beyond the least: what is there is
+/// the last for a while.
+const QUIET: Duration = Duration::from_millis(100);
 /// Waits after the store did not answer.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Releases in one call.
@@ -246,10 +249,20 @@ impl Shipper {
             }
             return;
         }
+        let mut written = (
+            self.deps.journal.written_through(),
+            self.deps.clock.instant(),
+        );
         loop {
             tokio::time::sleep(PACE).await;
             let now = self.deps.clock.instant();
-            if self.began.is_none_or(|began| now >= began + self.company)
+            let through = self.deps.journal.written_through();
+            if through != written.0 {
+                written = (through, now);
+            }
+            let is_quiet = now >= written.1 + QUIET;
+            let company = if is_quiet { COMPANY.0 } else { self.company };
+            if self.began.is_none_or(|began| now >= began + company)
                 || self.deps.journal.pending_records() >= RECORDS_MAX as u64
                 || self.hurry
                 || !self.deps.commands.is_empty()
