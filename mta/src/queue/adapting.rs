@@ -5,23 +5,17 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use model::Timestamp;
 use model::units::Rate;
-use model::{LotNumber, Place, Timestamp};
 use service::clock::{Clock as _, SystemClock};
-use service::config::AmbiguousPolicy;
-use service::config::shaping::ShapingFile;
-use store::{
-    Backlog, BatchHead, Control, LeasedRange, LeasedRecipient, RangeRef, Suspension, Want,
-};
+use store::{Backlog, BatchHead, Control, LeasedRange, RangeRef, Suspension, Want};
 
 use super::control::ControlView;
-use super::fixtures::{head, range_ref, row};
+use super::fixtures::{config, head, leased, range_ref};
 use super::job::{ConnId, Fate, Job, Trouble};
 use super::pool::{Pool, Pools};
 use super::snapshot::Scope;
-use super::{
-    Action, ConnEnd, Event, KeptHold, Limited, Now, QueueConfig, QueueState, Remembered, Shares,
-};
+use super::{Action, ConnEnd, Event, KeptHold, Limited, Now, QueueState, Remembered, Shares};
 use crate::classify::{Notice, Signal};
 use crate::resolve::{Host, Route};
 use crate::shaping::{Change, Destination, Heard, Kept, Reason, SharedPacer, Sign};
@@ -74,18 +68,7 @@ struct World {
 
 impl World {
     fn new(shaping: &str, sources: usize, start: Instant, judge: Judge) -> Self {
-        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), shaping);
-        let names: Vec<Box<str>> = (0..sources).map(|n| format!("ip{n}").into()).collect();
-        let config = QueueConfig {
-            lease: Duration::from_secs(45),
-            shaping: Arc::new(shaping.expect("a shaping file")),
-            weights: HashMap::new(),
-            profiles: HashMap::new(),
-            pools: Pools::single(Pool::new((0..sources).map(|n| (n, 1)).collect())),
-            source_names: names.into(),
-            ambiguous: AmbiguousPolicy::Retry,
-            ambiguous_after: Duration::from_secs(1_800),
-        };
+        let config = config(shaping, &vec![1; sources]);
         let view = Arc::new(ControlView::new(start));
         Self {
             start,
@@ -333,33 +316,16 @@ impl World {
 
     fn range(&mut self, want: &Want) -> LeasedRange {
         self.next += 1;
-        let id = range_ref(self.next);
-        self.held.push(id);
-        let rows = want.rows.min(want.largest).min(500);
-        let items = (0..rows).map(|offset| LeasedRecipient {
-            place: Place {
-                lot: LotNumber(u32::try_from(self.next).expect("few")),
-                position: u16::try_from(offset).expect("few"),
-            },
-            offset,
-            row: row(offset, "a@x.example"),
-            attempts: 0,
-            maybe_started: false,
-            ambiguous_before: false,
-            variant: 0,
-        });
+        self.held.push(range_ref(self.next));
+        let batch = BatchHead {
+            release_at: wall(Duration::ZERO),
+            expires_at: Some(Timestamp::from_millis(i64::MAX)),
+            rate: self.rate,
+            ..head(1)
+        };
         LeasedRange {
-            range: id,
-            batch: Arc::new(BatchHead {
-                release_at: wall(Duration::ZERO),
-                expires_at: Some(Timestamp::from_millis(i64::MAX)),
-                rate: self.rate,
-                ..head(1)
-            }),
-            queue: DOMAIN.into(),
-            items: items.collect(),
-            window: rows,
-            expires_at: Timestamp::from_millis(0),
+            batch: Arc::new(batch),
+            ..leased(self.next, DOMAIN, want.rows.min(want.largest).min(500))
         }
     }
 

@@ -1,14 +1,18 @@
 //! What the tests of this room are made of.
 
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use model::{BatchId, LotNumber, Partition, Place, Priority, Row, Timestamp, TrackingMode};
-use service::config::shaping::Limits;
+use service::config::shaping::{Limits, ShapingFile};
 use service::config::{AmbiguousPolicy, StatusProfile};
-use store::{BatchHead, RangeRef};
+use store::{BatchHead, LeasedRange, LeasedRecipient, RangeRef};
 
+use super::QueueConfig;
 use super::job::{Item, Policy};
+use super::pool::{Pool, Pools};
 use crate::shaping::Destination;
 
 pub(crate) fn head(batch: u8) -> BatchHead {
@@ -68,5 +72,47 @@ pub(crate) fn policy() -> Policy {
         limits: Limits::default(),
         ambiguous: AmbiguousPolicy::Retry,
         ambiguous_after: Duration::from_secs(1_800),
+    }
+}
+
+/// Of a node with these sources, each with its weight, in one pool.
+pub(crate) fn config(shaping: &str, sources: &[u32]) -> QueueConfig {
+    let shaping = ShapingFile::parse(Path::new("shaping.toml"), shaping);
+    QueueConfig {
+        lease: Duration::from_secs(45),
+        shaping: Arc::new(shaping.expect("a shaping file")),
+        weights: HashMap::new(),
+        profiles: HashMap::new(),
+        source_names: (0..sources.len())
+            .map(|n| format!("ip{n}").into())
+            .collect(),
+        pools: Pools::single(Pool::new(sources.iter().copied().enumerate().collect())),
+        ambiguous: AmbiguousPolicy::Retry,
+        ambiguous_after: Duration::from_secs(1_800),
+    }
+}
+
+/// So many recipients of a domain that were never tried, all of them in the window.
+pub(crate) fn leased(id: u64, domain: &str, rows: u32) -> LeasedRange {
+    let email = format!("a@{domain}");
+    let items = (0..rows).map(|offset| LeasedRecipient {
+        place: Place {
+            lot: LotNumber(u32::try_from(id).expect("few")),
+            position: u16::try_from(offset).expect("few"),
+        },
+        offset,
+        row: row(offset, &email),
+        attempts: 0,
+        maybe_started: false,
+        ambiguous_before: false,
+        variant: 0,
+    });
+    LeasedRange {
+        range: range_ref(id),
+        batch: Arc::new(head(1)),
+        queue: domain.into(),
+        items: items.collect(),
+        window: rows,
+        expires_at: Timestamp::from_millis(0),
     }
 }

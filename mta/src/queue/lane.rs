@@ -244,7 +244,10 @@ pub(super) struct Range {
     /// How many have reported since the window moved.
     pub(super) reported: u32,
     pub(super) lease: Lease,
+    /// When the store was asked for it.
     pub(super) leased_at: Instant,
+    /// When the store's answer came.
+    pub(super) learned_at: Instant,
     /// Domains of its recipients.
     pub(super) domains: Vec<Box<str>>,
     /// In lanes.
@@ -289,6 +292,7 @@ mod tests {
             reported: 0,
             lease: Lease::new(now, Duration::from_secs(45)),
             leased_at: now,
+            learned_at: now,
             domains: Vec::new(),
             waiting: 100,
             out: 0,

@@ -5,17 +5,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::{LotNumber, Place, Timestamp};
+use model::Timestamp;
 use service::clock::{Clock as _, SystemClock};
-use service::config::AmbiguousPolicy;
-use service::config::shaping::ShapingFile;
-use store::{Backlog, LeasedRange, LeasedRecipient, RangeRef, Want};
+use store::{Backlog, LeasedRange, RangeRef, Want};
 
 use super::control::ControlView;
-use super::fixtures::{head, range_ref, row};
+use super::fixtures::{config, head, leased, range_ref};
 use super::job::{ConnId, Fate};
-use super::pool::{Pool, Pools};
-use super::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
+use super::{Action, ConnEnd, Event, Now, QueueState};
 use crate::resolve::{Host, Route};
 use crate::tlspolicy::{Level, Security};
 
@@ -59,21 +56,11 @@ impl World {
 
     fn with(shaping: &str, due: impl IntoIterator<Item = (String, u64)>) -> Self {
         let start = SystemClock.instant();
-        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), shaping);
-        let config = QueueConfig {
-            lease: Duration::from_secs(45),
-            shaping: Arc::new(shaping.expect("a shaping file")),
-            weights: HashMap::new(),
-            profiles: HashMap::new(),
-            pools: Pools::single(Pool::new(vec![(0, 1)])),
-            source_names: ["ip0".into()].into(),
-            ambiguous: AmbiguousPolicy::Retry,
-            ambiguous_after: Duration::from_secs(1_800),
-        };
+        let view = Arc::new(ControlView::new(start));
         Self {
             start,
             now: start,
-            queue: QueueState::new(config, Arc::new(ControlView::new(start)), 1, start),
+            queue: QueueState::new(config(shaping, &[1]), view, 1, start),
             due: due.into_iter().collect(),
             conns: HashMap::new(),
             held: Vec::new(),
@@ -218,32 +205,11 @@ impl World {
 
     fn range(&mut self, want: &Want) -> LeasedRange {
         self.next += 1;
-        let id = range_ref(self.next);
-        self.held.push(id);
+        self.held.push(range_ref(self.next));
         let due = self.due.get_mut(&*want.queue).expect("a queue");
         let rows = want.rows.min(u32::try_from(*due).expect("few"));
         *due -= u64::from(rows);
-        let email = format!("a@{}", want.queue);
-        let items = (0..rows).map(|offset| LeasedRecipient {
-            place: Place {
-                lot: LotNumber(u32::try_from(self.next).expect("few")),
-                position: u16::try_from(offset).expect("few"),
-            },
-            offset,
-            row: row(offset, &email),
-            attempts: 0,
-            maybe_started: false,
-            ambiguous_before: false,
-            variant: 0,
-        });
-        LeasedRange {
-            range: id,
-            batch: Arc::new(head(1)),
-            queue: want.queue.clone(),
-            items: items.collect(),
-            window: rows,
-            expires_at: Timestamp::from_millis(0),
-        }
+        leased(self.next, &want.queue, rows)
     }
 }
 

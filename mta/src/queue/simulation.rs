@@ -7,14 +7,11 @@ use std::time::{Duration, Instant};
 
 use model::{AttemptResult, BatchId, Domain, LotNumber, Place, Timestamp};
 use service::clock::{Clock as _, SystemClock};
-use service::config::AmbiguousPolicy;
-use service::config::shaping::ShapingFile;
 use store::{Backlog, Control, LeasedRange, LeasedRecipient, MIXED, RangeRef, Release, Want};
 
 use super::control::{ControlView, Permission};
-use super::fixtures::{head, range_ref, row};
+use super::fixtures::{config, head, range_ref, row};
 use super::job::{ConnId, Fate, Job, Returned, Trouble};
-use super::pool::{Pool, Pools};
 use super::target::DEPTH;
 use super::{Action, ConnEnd, Event, Now, QueueConfig, QueueState};
 use crate::resolve::{Host, Route};
@@ -125,17 +122,10 @@ impl World {
         let mut random = fastrand::Rng::with_seed(seed);
         let start = SystemClock.instant();
         let view = Arc::new(ControlView::new(start));
-        let shaping = ShapingFile::parse(std::path::Path::new("shaping.toml"), SHAPING)
-            .expect("a shaping file");
         let config = QueueConfig {
             lease: LEASE,
-            shaping: Arc::new(shaping),
-            weights: HashMap::new(),
-            profiles: HashMap::new(),
-            source_names: ["ip1".into(), "ip2".into()].into(),
-            pools: Pools::single(Pool::new(vec![(0, 1), (1, 3)])),
-            ambiguous: AmbiguousPolicy::Retry,
             ambiguous_after: Duration::from_secs(5),
+            ..config(SHAPING, &[1, 3])
         };
         let queue = QueueState::new(config, Arc::clone(&view), seed, start);
         let mut people = Vec::new();

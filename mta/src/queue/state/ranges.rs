@@ -84,6 +84,7 @@ impl QueueState {
             reported: 0,
             lease: Lease::new(asked_at, self.config.lease),
             leased_at: asked_at,
+            learned_at: now.instant,
             domains: Vec::new(),
             waiting: leased.items.len(),
             out: 0,
@@ -291,9 +292,12 @@ impl QueueState {
         let until = asked_at + self.config.lease;
         let mut lost = Vec::new();
         for (id, range) in &self.ranges {
+            // A lease and a renewal overtake each other on their way. Of a range that was not known
+            // here when the renewal was asked, its answer may still know nothing.
+            let was_known = range.learned_at < asked_at;
             if held.contains(id) {
                 range.lease.extend(until);
-            } else if range.leased_at < asked_at && !self.overdue.contains(id) {
+            } else if was_known && !self.overdue.contains(id) {
                 lost.push(*id);
             }
         }
@@ -392,4 +396,63 @@ impl QueueState {
 #[expect(clippy::expect_used, reason = "a constant that a test parses")]
 fn fallback_domain() -> Domain {
     "invalid.invalid".parse().expect("a domain")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::fixtures::{config, leased, range_ref};
+    use service::clock::{Clock as _, SystemClock};
+
+    /// A queue, moment by moment.
+    struct Moments {
+        start: Instant,
+        queue: QueueState,
+    }
+
+    impl Moments {
+        fn new() -> Self {
+            let start = SystemClock.instant();
+            let view = Arc::new(ControlView::new(start));
+            let queue = QueueState::new(config("", &[1]), view, 1, start);
+            Self { start, queue }
+        }
+
+        fn after(&self, seconds: u64) -> Instant {
+            self.start + Duration::from_secs(seconds)
+        }
+
+        /// A range of two, asked for and answered after so many seconds.
+        fn leased(&mut self, id: u64, asked: u64, answered: u64) {
+            let ranges = vec![leased(id, "x.example", 2)];
+            let asked_at = self.after(asked);
+            self.apply(Event::Leased { ranges, asked_at }, answered);
+        }
+
+        fn renewed(&mut self, held: &[u64], asked: u64, answered: u64) {
+            let held = Some(held.iter().copied().map(range_ref).collect());
+            let asked_at = self.after(asked);
+            self.apply(Event::Renewed { held, asked_at }, answered);
+        }
+
+        fn apply(&mut self, event: Event, at: u64) {
+            let now = Now {
+                instant: self.after(at),
+                wall: Timestamp::from_millis(0) + Duration::from_secs(at),
+            };
+            self.queue.apply([event], now);
+        }
+    }
+
+    #[test]
+    fn a_range_that_came_while_a_renewal_was_under_way_is_not_lost() {
+        let mut at = Moments::new();
+        at.leased(1, 0, 1);
+        // Asked for before the renewal, given behind it, and answered before it.
+        at.leased(2, 4, 6);
+        at.renewed(&[1], 5, 7);
+        assert_eq!(at.queue.leased(), 4);
+        at.renewed(&[1], 10, 11);
+        assert_eq!(at.queue.leased(), 2, "this one another node has taken");
+    }
 }
