@@ -3,7 +3,6 @@
 
 use crate::format::{Class, FRAME_BYTES, MAX_RECORD_BYTES, RecordKind, frame};
 use crate::records::Record;
-use crate::tail::Tail;
 use bytes::BytesMut;
 use model::Seq;
 
@@ -93,13 +92,11 @@ pub(crate) struct Buffer {
     reserve: u64,
     /// The last write found no room.
     pub(crate) no_space: bool,
-    pub(crate) tail: Tail,
-    pub(crate) shipped: Seq,
     dropped: [u64; 5],
 }
 
 impl Buffer {
-    pub(crate) fn new(next_seq: Seq, max_bytes: u64, tail_bytes: usize) -> Self {
+    pub(crate) fn new(next_seq: Seq, max_bytes: u64) -> Self {
         Self {
             next_seq,
             last_written: next_seq - 1,
@@ -109,8 +106,6 @@ impl Buffer {
             max_bytes,
             reserve: (max_bytes / 8).min(64 << 20),
             no_space: false,
-            tail: Tail::new(next_seq, tail_bytes),
-            shipped: 0,
             dropped: [0; 5],
         }
     }
@@ -182,11 +177,6 @@ impl Buffer {
 
     pub(crate) fn count_dropped(&mut self, kind: RecordKind, count: u64) {
         self.dropped[index(kind)] += count;
-    }
-
-    pub(crate) fn set_shipped(&mut self, seq: Seq) {
-        self.shipped = seq;
-        self.tail.drop_through(seq);
     }
 
     /// Records that wait for a write.

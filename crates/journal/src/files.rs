@@ -376,6 +376,10 @@ impl Files {
         Ok(count)
     }
 
+    pub(crate) fn shipped(&self) -> Seq {
+        self.shipped
+    }
+
     pub(crate) fn set_shipped(&mut self, seq: Seq) {
         self.shipped = seq;
     }

@@ -11,11 +11,14 @@ use crate::records::{Pending, Records};
 use crate::recovery::{self, Tear};
 use crate::ship::ShipLog;
 use crate::sync::{Pacer, Syncer};
+use crate::tail::Tail;
 use model::{JournalId, Seq};
+use std::future::poll_fn;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::task::Poll;
 use std::time::Instant;
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Notify, watch};
@@ -71,8 +74,8 @@ struct Progress {
     failed: bool,
 }
 
-/// Locks are taken in the order `syncing`, `writing`, `reader`, `files`, `buffer`; only `buffer` is
-/// ever waited for by `append`, and no system call is made under it.
+/// Locks are taken in the order `syncing`, `writing`, `reader`, `files`, `buffer`, `tail`; only
+/// `buffer` is ever waited for by `append`, and no system call is made under it.
 #[derive(Debug)]
 pub(crate) struct Shared {
     id: JournalId,
@@ -80,6 +83,8 @@ pub(crate) struct Shared {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     buffer: Mutex<Buffer>,
+    /// Has what was written before [`Self::written`] says so.
+    tail: Mutex<Tail>,
     /// Held by the one who writes; tasks do not sleep for it, they wait for `write_ended`.
     writing: Mutex<()>,
     write_ended: Notify,
@@ -112,7 +117,7 @@ impl Journal {
             .map(|segment| segment.last_seq)
             .max()
             .unwrap_or(0);
-        let mut buffer = Buffer::new(last + 1, config.max_bytes(), config.tail_bytes);
+        let mut buffer = Buffer::new(last + 1, config.max_bytes());
         let bounds = (config.max_bytes(), config.segment_bytes());
         let files = Files::new(
             Arc::clone(&disk),
@@ -129,6 +134,7 @@ impl Journal {
             dir: claim.dir,
             disk,
             buffer: Mutex::new(buffer),
+            tail: Mutex::new(Tail::new(last + 1, config.tail_bytes)),
             writing: Mutex::new(()),
             write_ended: Notify::new(),
             files: Mutex::new(files),
@@ -214,16 +220,16 @@ impl Journal {
         self.shared.progress.borrow().synced
     }
 
-    /// Returns when the record `seq` is written. Yields once first, so that one write serves all
-    /// that is appended in this turn of the event loop. While another thread writes, this one goes on
-    /// with other work: the system may have put that one aside in the middle of its write, for as long
-    /// as a disk or another program takes. Cancel-safe.
+    /// Returns when the record `seq` is written. Steps behind the others first, so that one write
+    /// serves all of this thread that are ready now. While another thread writes, this one goes on with
+    /// other work: the system may have put that one aside in the middle of its write, for as long as a
+    /// disk or another program takes. Cancel-safe.
     ///
     /// # Errors
     /// See [`WriteError`].
     pub async fn written(&self, seq: Seq) -> Result<(), WriteError> {
         if self.written_through() < seq {
-            tokio::task::yield_now().await;
+            behind_the_others().await;
         }
         loop {
             if let Some(settled) = self.try_write_through(seq) {
@@ -337,9 +343,7 @@ impl Journal {
 
     fn read_tail(&self, after: Seq, max_records: usize) -> Option<Pending> {
         let synced = self.synced_through();
-        lock(&self.shared.buffer)
-            .tail
-            .read(after, synced, max_records, READ_PENDING_BYTES)
+        lock(&self.shared.tail).read(after, synced, max_records, READ_PENDING_BYTES)
     }
 
     /// Everything after `after` that is on disk now, for a start after a crash. Blocks while
@@ -364,12 +368,10 @@ impl Journal {
     /// that is `retain` ago. To be called from time to time even if nothing new was shipped.
     pub fn shipped(&self, seq: Seq, now: Instant) {
         let mut files = lock(&self.shared.files);
-        {
-            let mut buffer = lock(&self.shared.buffer);
-            let seq = seq.min(buffer.next_seq - 1).max(buffer.shipped);
-            buffer.set_shipped(seq);
-            files.set_shipped(seq);
-        }
+        let newest = lock(&self.shared.buffer).next_seq - 1;
+        let through = seq.min(newest).max(files.shipped());
+        files.set_shipped(through);
+        lock(&self.shared.tail).drop_through(through);
         let due = lock(&self.shared.ship_log).shipped(seq, now);
         if let Err(error) = files.trim(due) {
             tracing::error!(%error, dir = %files.dir().display(), "cannot remove a shipped journal segment");
@@ -406,13 +408,10 @@ impl Journal {
     /// is still here (see [`Self::oldest`]).
     pub fn rewind(&self, seq: Seq) {
         let mut files = lock(&self.shared.files);
-        let mut buffer = lock(&self.shared.buffer);
-        if seq < buffer.shipped {
-            buffer.set_shipped(seq);
+        if seq < files.shipped() {
             files.set_shipped(seq);
             lock(&self.shared.ship_log).rewind(seq);
         }
-        drop(buffer);
         self.shared.measure(&files);
     }
 
@@ -433,6 +432,21 @@ impl Journal {
         let buffer = lock(&self.shared.buffer);
         buffer.disk_bytes + buffer.buffered() as u64
     }
+}
+
+/// Lets those tasks go first that are ready now. Unlike [`tokio::task::yield_now`] not those, too, for
+/// whom the system has something by then: a write would wait for them, and all whose records it takes.
+async fn behind_the_others() {
+    let mut stepped_back = false;
+    poll_fn(|context| {
+        if stepped_back {
+            return Poll::Ready(());
+        }
+        stepped_back = true;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 impl Shared {
@@ -497,18 +511,17 @@ impl Shared {
     fn settle(
         &self,
         files: &Files,
-        batches: [Batch; 3],
+        mut batches: [Batch; 3],
         fates: [Fate; 3],
         shed: Shed,
     ) -> Result<(), WriteError> {
+        self.keep_in_memory(&mut batches, fates);
         let mut buffer = lock(&self.buffer);
-        let mut written = Vec::new();
-        for ((class, mut batch), fate) in Class::ALL.into_iter().zip(batches).zip(fates) {
+        for ((class, batch), fate) in Class::ALL.into_iter().zip(batches).zip(fates) {
             match fate {
                 Fate::Written => {
                     let last = batch.records.last().map_or(0, |record| record.seq);
                     buffer.last_written = buffer.last_written.max(last);
-                    written.extend(batch.records());
                 }
                 Fate::Waits => {
                     buffer.batches[class.index()].put_back(batch);
@@ -518,11 +531,6 @@ impl Shared {
             }
             buffer.batches[class.index()].reuse(batch);
         }
-        // Each chain is in order; most often there is one.
-        if !written.is_sorted_by_key(|record| record.seq) {
-            written.sort_unstable_by_key(|record| record.seq);
-        }
-        buffer.tail.extend(written.into_iter());
         for (kind, count) in shed {
             tracing::warn!(%kind, count, "journal is full, dropped records");
             buffer.count_dropped(kind, count);
@@ -538,6 +546,18 @@ impl Shared {
         } else {
             Ok(())
         }
+    }
+
+    /// Takes what was written into the tail: not under the lock that `append` waits for.
+    fn keep_in_memory(&self, batches: &mut [Batch; 3], fates: [Fate; 3]) {
+        let written = batches.iter_mut().zip(fates);
+        let written = written.filter(|(_, fate)| *fate == Fate::Written);
+        let mut records: Vec<_> = written.flat_map(|(batch, _)| batch.records()).collect();
+        // Each chain is in order; most often there is one.
+        if !records.is_sorted_by_key(|record| record.seq) {
+            records.sort_unstable_by_key(|record| record.seq);
+        }
+        lock(&self.tail).extend(records.into_iter());
     }
 
     fn measure(&self, files: &Files) {

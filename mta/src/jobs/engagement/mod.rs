@@ -59,6 +59,12 @@ const PAGE: u32 = 5_000;
 const DUE: usize = 10_000;
 /// Hits that wait; beyond, nothing more is read.
 const WAITING: usize = 50_000;
+/// Records of this process that are not in the store yet; beyond, they go first …
+const BEHIND: i64 = 50_000;
+/// … and engagement pauses so many times as long as it worked, at most …
+const STEP_BACK: u32 = 4;
+/// … this long, which its lease outlasts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What is read.
 const KINDS: &[EventKind] = &[
@@ -192,6 +198,7 @@ impl<'a> Worker<'a> {
         loop {
             let mut work = Work::default();
             let mut caught_up = true;
+            let mut began = self.of.clock.instant();
             let mut now = self.of.clock.now();
             if self.judge.waiting() < WAITING {
                 let Some(page) = self.next_page().await? else {
@@ -219,6 +226,7 @@ impl<'a> Worker<'a> {
                     work.judged.push((judged, hit));
                 }
                 self.write(std::mem::take(&mut work), held).await?;
+                self.let_others_go_first(&mut began).await;
                 if count < DUE {
                     break;
                 }
@@ -232,6 +240,19 @@ impl<'a> Worker<'a> {
                 return Ok(());
             }
         }
+    }
+
+    /// Has worked since `began`; what was answered and is not in the store is worth more than a verdict
+    /// soon, where both want the same CPUs.
+    async fn let_others_go_first(&self, began: &mut Instant) {
+        let clock = &self.of.clock;
+        let worked = clock.instant().saturating_duration_since(*began);
+        let behind = self.of.metrics.journal_pending_records.get();
+        let pause = pause_after(worked, behind);
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
+        *began = clock.instant();
     }
 
     /// The events after the cursor. None: it was one of another store, from which this one was
@@ -374,6 +395,15 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// How long to pause after so much work while so many records wait for the store.
+fn pause_after(worked: Duration, behind: i64) -> Duration {
+    if behind > BEHIND {
+        (worked * STEP_BACK).min(LONGEST_PAUSE)
+    } else {
+        Duration::ZERO
+    }
+}
+
 /// Shows an event to the judge.
 fn show(judge: &mut Judge, links: &links::Links, words: &mut Words, sign: &Sign) {
     let mail = match sign {
@@ -405,4 +435,18 @@ fn actor_of(event: &Event) -> Actor {
         .as_str()
         .and_then(|actor| actor.parse().ok());
     actor.unwrap_or(Actor::Unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_for_the_store_goes_first() {
+        let second = Duration::from_secs(1);
+        assert_eq!(pause_after(second, BEHIND), Duration::ZERO);
+        assert_eq!(pause_after(second, BEHIND + 1), 4 * second);
+        let longest = pause_after(60 * second, i64::MAX);
+        assert!(longest < LEASE / 2, "{longest:?}");
+    }
 }
