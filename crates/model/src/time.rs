@@ -1,5 +1,7 @@
 //! Wall-clock time as milliseconds since 1970, UTC.
 
+use jiff::fmt::StdFmtWrite;
+use jiff::fmt::temporal::DateTimePrinter;
 use std::fmt;
 use std::time::Duration;
 
@@ -30,7 +32,7 @@ impl Timestamp {
 
     /// As RFC 5322 section 3.3 writes a date, in UTC: `Fri, 21 Nov 2025 08:05:00 +0000`.
     pub fn rfc5322(self) -> String {
-        self.civil()
+        self.instant()
             .strftime("%a, %d %b %Y %H:%M:%S +0000")
             .to_string()
     }
@@ -45,10 +47,9 @@ impl Timestamp {
             .map_err(|error| error.to_string())
     }
 
-    fn civil(self) -> jiff::Zoned {
+    fn instant(self) -> jiff::Timestamp {
         // Beyond year 9999 nothing of ours has a meaning: clamp rather than fail.
-        let time = jiff::Timestamp::from_millisecond(self.0).unwrap_or(jiff::Timestamp::MAX);
-        time.to_zoned(jiff::tz::TimeZone::UTC)
+        jiff::Timestamp::from_millisecond(self.0).unwrap_or(jiff::Timestamp::MAX)
     }
 }
 
@@ -74,7 +75,10 @@ impl std::ops::Sub<Duration> for Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.civil().strftime("%Y-%m-%dT%H:%M:%S.%3fZ").fmt(f)
+        const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
+        PRINTER
+            .print_timestamp(&self.instant(), StdFmtWrite(f))
+            .map_err(|_| fmt::Error)
     }
 }
 

@@ -4,32 +4,158 @@
 //! wherever it is told. Pure, and the same for every engine. Must not do I/O.
 
 use crate::transition::Cell;
-use crate::{Announcement, BatchHead};
+use crate::{Announcement, BatchHead, Data};
 use model::{
-    About, Attempt, AttemptResult, Event, EventKind, EventRecipient, Fact, FactId, Hit, HitKind,
-    JournalId, MessageId, PageView, Revision, Row, RuleRef, Seq, Timestamp, partition_hash,
+    About, Actor, Attempt, AttemptResult, BatchId, Blame, Class, Event, EventKind, EventRecipient,
+    Fact, FactId, Hit, HitKind, JournalId, MessageId, PageView, Revision, Row, RuleRef, Seq,
+    Timestamp, VisitorId, partition_hash,
 };
+use serde::Serialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 
 /// The source of a suppression that a complaint led to.
 pub(crate) const COMPLAINT: &str = "complaint";
 
 /// What an event says beside its batch and recipient.
-pub(crate) struct Told {
+pub(crate) struct Told<'a> {
     pub(crate) kind: EventKind,
     pub(crate) occurred_at: Timestamp,
     /// What its id is made of.
     pub(crate) identity: String,
-    pub(crate) data: Value,
+    pub(crate) data: Details<'a>,
 }
 
-impl Told {
+/// An event of which nothing is a copy yet. Where it is kept as text, the text is written of this;
+/// where somebody asks for it, it becomes an [`Event`], which has the same fields.
+#[derive(Serialize)]
+pub(crate) struct Line<'a> {
+    id: uuid::Uuid,
+    pub(crate) seq: u64,
+    #[serde(rename = "type")]
+    kind: EventKind,
+    occurred_at: Timestamp,
+    recorded_at: Timestamp,
+    account: Cow<'a, str>,
+    campaign: Option<Cow<'a, str>>,
+    batch_id: Option<BatchId>,
+    message_id: Option<MessageId>,
+    variant: Option<Cow<'a, str>>,
+    recipient: Option<Recipient<'a>>,
+    metadata: Cow<'a, Value>,
+    data: Details<'a>,
+}
+
+/// The recipient of an event.
+#[derive(Serialize)]
+struct Recipient<'a> {
+    email: Cow<'a, str>,
+    prospect_id: Option<Cow<'a, str>>,
+}
+
+impl From<Line<'_>> for Event {
+    fn from(line: Line<'_>) -> Self {
+        Self {
+            id: line.id,
+            seq: line.seq,
+            kind: line.kind,
+            occurred_at: line.occurred_at,
+            recorded_at: line.recorded_at,
+            account: line.account.into_owned(),
+            campaign: line.campaign.map(Cow::into_owned),
+            batch_id: line.batch_id,
+            message_id: line.message_id,
+            variant: line.variant.map(Cow::into_owned),
+            recipient: line.recipient.map(|of| EventRecipient {
+                email: of.email.into_owned(),
+                prospect_id: of.prospect_id.map(Cow::into_owned),
+            }),
+            metadata: line.metadata.into_owned(),
+            data: line.data.into_value(),
+        }
+    }
+}
+
+/// What is particular to an event's type.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum Details<'a> {
+    Attempt(Box<AttemptDetails<'a>>),
+    Hit(HitDetails<'a>),
+    /// As it was given, or of a rare type.
+    Value(Value),
+    /// As it was given: JSON.
+    Json(Box<RawValue>),
+}
+
+impl Details<'_> {
+    fn into_value(self) -> Value {
+        match self {
+            Self::Value(value) => value,
+            // Fields that are numbers, texts and the like have no failing serializer.
+            other => serde_json::to_value(other).unwrap_or_default(),
+        }
+    }
+}
+
+impl From<Value> for Details<'_> {
+    fn from(value: Value) -> Self {
+        Self::Value(value)
+    }
+}
+
+impl From<Data> for Details<'_> {
+    fn from(data: Data) -> Self {
+        match data {
+            Data::Value(value) => Self::Value(value),
+            Data::Json(text) => {
+                RawValue::from_string(text.into()).map_or(Self::Value(Value::Null), Self::Json)
+            }
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct AttemptDetails<'a> {
+    attempt: u8,
+    dot_at: Option<Timestamp>,
+    smtp_code: Option<u16>,
+    enhanced_code: Option<String>,
+    class: Option<Class>,
+    blame: Option<Blame>,
+    reply: Option<&'a str>,
+    host: Option<&'a str>,
+    tls: Option<&'a str>,
+    destination: Option<&'a str>,
+    source: Option<&'a str>,
+    rule: Option<&'a str>,
+    rules_version: Option<&'a str>,
+    ambiguous: bool,
+    next_attempt_at: Option<Timestamp>,
+    transaction_ms: u32,
+}
+
+#[derive(Serialize)]
+pub(crate) struct HitDetails<'a> {
+    actor: Actor,
+    machine_reasons: &'a [Box<str>],
+    rules: u16,
+    hit: String,
+    link: Option<u16>,
+    url: Option<&'a str>,
+    user_agent: &'a str,
+    network: &'a str,
+    visitor: Option<VisitorId>,
+}
+
+impl<'a> Told<'a> {
     /// What a fact says.
     pub(crate) fn of_fact(
         kind: EventKind,
         journal: JournalId,
         seq: Seq,
-        fact: &Fact,
+        fact: &'a Fact,
         head: &BatchHead,
     ) -> Self {
         Self {
@@ -54,15 +180,14 @@ fn identity_of(id: FactId, kind: EventKind) -> String {
 /// A page view as it is announced: it belongs to no message.
 pub(crate) fn of_page(id: FactId, page: &PageView) -> Announcement {
     let kind = EventKind::PageViewed;
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     Announcement {
         kind,
         account: page.account.clone(),
         data: json!({
             "visitor": page.visitor,
             "url": page.url,
-            "referrer": text(&page.referrer),
-            "title": text(&page.title),
+            "referrer": stated(&page.referrer),
+            "title": stated(&page.title),
             "actor": page.verdict.actor,
             "machine_reasons": page.verdict.machine_reasons,
             "user_agent": page.user_agent,
@@ -78,95 +203,111 @@ pub(crate) fn of_page(id: FactId, page: &PageView) -> Announcement {
 }
 
 /// What was announced, as an event.
-pub(crate) fn announced(
-    told: Told,
+pub(crate) fn announced<'a>(
+    told: Told<'a>,
     seq: u64,
     now: Timestamp,
-    account: &str,
+    account: &'a str,
     about: About,
-) -> Event {
-    let mut event = bare(told, seq, now, account.to_owned());
+) -> Line<'a> {
+    let mut line = bare(told, seq, now, account);
     if let Some(occurred_at) = about.occurred_at {
-        event.occurred_at = occurred_at;
+        line.occurred_at = occurred_at;
     }
     if let Some(id) = about.id {
-        event.id = id;
+        line.id = id;
     }
-    event.campaign = about.campaign;
-    event.batch_id = about.batch_id;
-    event.message_id = about.message_id;
-    event.variant = about.variant;
-    event.recipient = about.recipient;
+    line.campaign = about.campaign.map(Cow::Owned);
+    line.batch_id = about.batch_id;
+    line.message_id = about.message_id;
+    line.variant = about.variant.map(Cow::Owned);
+    line.recipient = about.recipient.map(|of| Recipient {
+        email: of.email.into(),
+        prospect_id: of.prospect_id.map(Cow::Owned),
+    });
     if !about.metadata.is_null() {
-        event.metadata = about.metadata;
+        line.metadata = Cow::Owned(about.metadata);
     }
-    event
+    line
 }
 
 /// An event of an account alone.
-pub(crate) fn bare(told: Told, seq: u64, recorded_at: Timestamp, account: String) -> Event {
-    Event {
+pub(crate) fn bare<'a>(
+    told: Told<'a>,
+    seq: u64,
+    recorded_at: Timestamp,
+    account: &'a str,
+) -> Line<'a> {
+    Line {
         id: event_id(told.occurred_at, &told.identity),
         seq,
         kind: told.kind,
         occurred_at: told.occurred_at,
         recorded_at,
-        account,
+        account: account.into(),
         campaign: None,
         batch_id: None,
         message_id: None,
         variant: None,
         recipient: None,
-        metadata: json!({}),
+        metadata: Cow::Owned(json!({})),
         data: told.data,
     }
 }
 
 /// An event of a batch.
-pub(crate) fn of_batch(told: Told, seq: u64, recorded_at: Timestamp, head: &BatchHead) -> Event {
-    let mut event = bare(told, seq, recorded_at, head.account.clone());
-    event.campaign = head.campaign.clone();
-    event.batch_id = Some(head.id);
-    event.metadata = head.metadata.clone();
-    event
+pub(crate) fn of_batch<'a>(
+    told: Told<'a>,
+    seq: u64,
+    recorded_at: Timestamp,
+    head: &'a BatchHead,
+) -> Line<'a> {
+    Line {
+        campaign: head.campaign.as_deref().map(Cow::Borrowed),
+        batch_id: Some(head.id),
+        metadata: Cow::Borrowed(&head.metadata),
+        ..bare(told, seq, recorded_at, &head.account)
+    }
 }
 
 /// An event of an address in an account.
-pub(crate) fn of_address(
-    told: Told,
+pub(crate) fn of_address<'a>(
+    told: Told<'a>,
     seq: u64,
     recorded_at: Timestamp,
-    account: String,
-    email: String,
-) -> Event {
-    let mut event = bare(told, seq, recorded_at, account);
-    event.recipient = Some(EventRecipient {
-        email,
-        prospect_id: None,
-    });
-    event
+    account: &'a str,
+    email: &'a str,
+) -> Line<'a> {
+    Line {
+        recipient: Some(Recipient {
+            email: email.into(),
+            prospect_id: None,
+        }),
+        ..bare(told, seq, recorded_at, account)
+    }
 }
 
 /// An event of a recipient, which has the variant of this number.
-pub(crate) fn of_row(
-    told: Told,
+pub(crate) fn of_row<'a>(
+    told: Told<'a>,
     seq: u64,
     recorded_at: Timestamp,
-    head: &BatchHead,
-    (row, variant): (&Row, u8),
-) -> Event {
-    let mut event = of_batch(told, seq, recorded_at, head);
-    event.variant = head.variant_name(variant).map(str::to_owned);
-    event.message_id = Some(MessageId {
-        batch: head.id,
-        index: row.index,
-    });
-    event.recipient = Some(EventRecipient {
-        email: row.email.to_string(),
-        prospect_id: row.prospect_id.as_deref().map(str::to_owned),
-    });
-    event.metadata = metadata_of(head, row.metadata.as_deref());
-    event
+    head: &'a BatchHead,
+    (row, variant): (&'a Row, u8),
+) -> Line<'a> {
+    Line {
+        variant: head.variant_name(variant).map(Cow::Borrowed),
+        message_id: Some(MessageId {
+            batch: head.id,
+            index: row.index,
+        }),
+        recipient: Some(Recipient {
+            email: row.email.as_str().into(),
+            prospect_id: row.prospect_id.as_deref().map(Cow::Borrowed),
+        }),
+        metadata: metadata_of(head, row.metadata.as_deref()),
+        ..of_batch(told, seq, recorded_at, head)
+    }
 }
 
 /// A UUIDv7 of the time and of what the event is about.
@@ -187,26 +328,27 @@ fn event_id(at: Timestamp, identity: &str) -> uuid::Uuid {
 }
 
 /// What the caller gave: the recipient's fields, as JSON, over the batch's.
-pub(crate) fn metadata_of(head: &BatchHead, own: Option<&str>) -> Value {
+pub(crate) fn metadata_of<'a>(head: &'a BatchHead, own: Option<&str>) -> Cow<'a, Value> {
     let own: Option<Value> = own.and_then(|text| serde_json::from_str(text).ok());
-    match (head.metadata.clone(), own) {
-        (Value::Object(mut all), Some(Value::Object(own))) => {
+    match (&head.metadata, own) {
+        (all, None | Some(Value::Null)) => Cow::Borrowed(all),
+        (Value::Object(all), Some(Value::Object(own))) => {
+            let mut all = all.clone();
             all.extend(own);
-            Value::Object(all)
+            Cow::Owned(Value::Object(all))
         }
-        (_, Some(own)) if !own.is_null() => own,
-        (all, _) => all,
+        (_, Some(own)) => Cow::Owned(own),
     }
 }
 
-fn data_of(id: FactId, fact: &Fact, head: &BatchHead) -> Value {
+fn data_of<'a>(id: FactId, fact: &'a Fact, head: &BatchHead) -> Details<'a> {
     match fact {
         Fact::Attempt(attempt) => data_of_attempt(attempt),
         Fact::Hit(hit) => data_of_hit(id, hit, head),
-        Fact::Page(page) => of_page(id, page).data.into_value(),
-        Fact::Revision(revision) => data_of_revision(revision),
-        Fact::Reply(reply) => data_as_told(&reply.data),
-        Fact::Complaint(complaint) => data_as_told(&complaint.data),
+        Fact::Page(page) => of_page(id, page).data.into(),
+        Fact::Revision(revision) => Details::Value(data_of_revision(revision)),
+        Fact::Reply(reply) => Details::Value(data_as_told(&reply.data)),
+        Fact::Complaint(complaint) => Details::Value(data_as_told(&complaint.data)),
     }
 }
 
@@ -241,51 +383,57 @@ pub(crate) fn unsent(mut data: Value, cell: Cell) -> Value {
     data
 }
 
-fn data_of_attempt(attempt: &Attempt) -> Value {
+fn data_of_attempt(attempt: &Attempt) -> Details<'_> {
     let (ambiguous, next) = match attempt.result {
         AttemptResult::TemporaryError {
             retry_at,
             ambiguous,
         } => (ambiguous, Some(retry_at)),
-        AttemptResult::Suppressed(reason) => return json!({ "reason": reason.as_str() }),
-        AttemptResult::Cancelled => return json!({}),
+        AttemptResult::Suppressed(reason) => {
+            return Details::Value(json!({ "reason": reason.as_str() }));
+        }
+        AttemptResult::Cancelled => return Details::Value(json!({})),
         AttemptResult::Delivered | AttemptResult::Bounce | AttemptResult::Failed => (false, None),
     };
     let detail = &attempt.detail;
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    json!({
-        "attempt": attempt.number,
-        "dot_at": attempt.dot_at,
-        "smtp_code": detail.smtp_code,
-        "enhanced_code": detail.enhanced_code.map(|code| code.to_string()),
-        "class": detail.class,
-        "blame": detail.blame,
-        "reply": text(&detail.reply),
-        "host": text(&detail.host),
-        "tls": detail.tls,
-        "destination": text(&detail.destination),
-        "source": text(&detail.source),
-        "rule": detail.rule.as_ref().map(RuleRef::name),
-        "rules_version": detail.rule.as_ref().and_then(RuleRef::version),
-        "ambiguous": ambiguous,
-        "next_attempt_at": next,
-        "transaction_ms": detail.transaction_ms,
-    })
+    Details::Attempt(Box::new(AttemptDetails {
+        attempt: attempt.number,
+        dot_at: attempt.dot_at,
+        smtp_code: detail.smtp_code,
+        enhanced_code: detail.enhanced_code.map(|code| code.to_string()),
+        class: detail.class,
+        blame: detail.blame,
+        reply: stated(&detail.reply),
+        host: stated(&detail.host),
+        tls: detail.tls.as_deref(),
+        destination: stated(&detail.destination),
+        source: stated(&detail.source),
+        rule: detail.rule.as_ref().map(RuleRef::name),
+        rules_version: detail.rule.as_ref().and_then(RuleRef::version),
+        ambiguous,
+        next_attempt_at: next,
+        transaction_ms: detail.transaction_ms,
+    }))
 }
 
-fn data_of_hit(id: FactId, hit: &Hit, head: &BatchHead) -> Value {
+/// None where nothing is said.
+fn stated(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn data_of_hit<'a>(id: FactId, hit: &'a Hit, head: &BatchHead) -> Details<'a> {
     match hit.kind {
-        HitKind::Unsubscribe => json!({ "list": head.list, "method": hit.method }),
-        HitKind::Open | HitKind::Click | HitKind::Probe => json!({
-            "actor": hit.verdict.actor,
-            "machine_reasons": hit.verdict.machine_reasons,
-            "rules": hit.verdict.rules,
-            "hit": id.to_string(),
-            "link": hit.link,
-            "url": hit.target,
-            "user_agent": hit.user_agent,
-            "network": hit.network,
-            "visitor": hit.visitor,
+        HitKind::Unsubscribe => Details::Value(json!({ "list": head.list, "method": hit.method })),
+        HitKind::Open | HitKind::Click | HitKind::Probe => Details::Hit(HitDetails {
+            actor: hit.verdict.actor,
+            machine_reasons: &hit.verdict.machine_reasons,
+            rules: hit.verdict.rules,
+            hit: id.to_string(),
+            link: hit.link,
+            url: hit.target.as_deref(),
+            user_agent: &hit.user_agent,
+            network: &hit.network,
+            visitor: hit.visitor,
         }),
     }
 }

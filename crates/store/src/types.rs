@@ -785,13 +785,6 @@ impl Data {
             Self::Json(text) => text.into(),
         }
     }
-
-    pub(crate) fn into_value(self) -> serde_json::Value {
-        match self {
-            Self::Value(value) => value,
-            Self::Json(text) => serde_json::from_str(&text).unwrap_or_default(),
-        }
-    }
 }
 
 impl From<serde_json::Value> for Data {

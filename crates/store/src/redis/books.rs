@@ -10,15 +10,16 @@ use super::cache::LotKey;
 use super::commit::Commit;
 use super::keys;
 use super::link::answer;
+use super::news::Texts;
 use super::record::{self, BatchRecord, Cells, Holder, Lot, Piece, Range, Version, new_version};
 use crate::form::{LogBlock, LogEntry, Packer, Ref};
-use crate::tell::{self, Told};
+use crate::tell::{self, Details, Told};
 use crate::transition::{self, Applied, Cell};
 use crate::{Announcement, BatchHead, Consent, Control, LOT_ROWS, Result, StoreError, Suppression};
 use ::redis::Pipeline;
 use model::{
-    BatchId, Counters, Event, EventKind, Fact, JournalId, LotNumber, Partition, Seq, Status,
-    Timestamp, partition_hash,
+    BatchId, Counters, EventKind, Fact, JournalId, LotNumber, Partition, Seq, Status, Timestamp,
+    partition_hash,
 };
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -90,7 +91,7 @@ pub(super) struct Books<'a> {
     /// Whether anybody in the partition said how much may be kept of them, as far as it was asked.
     pub(super) any_consents: bool,
     pub(super) consents: HashMap<(String, String), Option<Consent>>,
-    pub(super) events: Vec<Event>,
+    pub(super) events: Texts,
     control: Vec<Control>,
     /// What else is written.
     pub(super) commit: Commit,
@@ -117,7 +118,7 @@ impl<'a> Books<'a> {
             suppressions_version: None,
             any_consents: false,
             consents: HashMap::new(),
-            events: Vec::new(),
+            events: Texts::default(),
             control: Vec::new(),
             commit: Commit::new(partition),
         }
@@ -265,9 +266,7 @@ impl<'a> Books<'a> {
     }
 
     pub(super) fn row(&self, key: LotKey, position: u16) -> Result<model::Row> {
-        let lot = self.lot(key)?;
-        let row = lot.row(position).cloned();
-        row.ok_or_else(|| StoreError::Damaged(format!("lot {} has no row {position}", key.1.0)))
+        self.lot(key)?.expect_row(position).cloned()
     }
 
     /// The cell of a recipient; `None` when there is none at that place.
@@ -344,19 +343,20 @@ impl<'a> Books<'a> {
     ) -> Result<()> {
         let head = self.head(key.0)?;
         let told = Told::of_fact(kind, journal, seq, fact, &head);
-        let row = self.row(key, position)?;
+        let lot = self.lot(key)?;
         let variant = self.cell(key, position)?.map_or(0, Cell::variant);
+        let who = (lot.expect_row(position)?, variant);
         self.events
-            .push(tell::of_row(told, 0, self.now, &head, (&row, variant)));
+            .push(tell::of_row(told, 0, self.now, &head, who));
         Ok(())
     }
 
-    fn own(&self, kind: EventKind, identity: String, data: Value) -> Told {
+    fn own<'t>(&self, kind: EventKind, identity: String, data: impl Into<Details<'t>>) -> Told<'t> {
         Told {
             kind,
             occurred_at: self.now,
             identity,
-            data,
+            data: data.into(),
         }
     }
 
@@ -381,17 +381,15 @@ impl<'a> Books<'a> {
         data: Value,
     ) {
         let told = self.own(kind, format!("{}", fastrand::u128(..)), data);
-        let (account, email) = (account.to_owned(), email.to_owned());
         self.events
             .push(tell::of_address(told, 0, self.now, account, email));
     }
 
     /// Notes an event of an account.
     pub(super) fn account_event(&mut self, of: Announcement) {
-        let data = of.data.into_value();
-        let told = self.own(of.kind, format!("{}", fastrand::u128(..)), data);
-        let event = tell::announced(told, 0, self.now, &of.account, of.about);
-        self.events.push(event);
+        let told = self.own(of.kind, format!("{}", fastrand::u128(..)), of.data);
+        self.events
+            .push(tell::announced(told, 0, self.now, &of.account, of.about));
     }
 
     /// Ends a recipient that was not written to, with its event. Whether it was still open.
@@ -407,7 +405,8 @@ impl<'a> Books<'a> {
         };
         let data = tell::unsent(data, cell);
         let released = self.batch(key.0).is_none_or(|batch| batch.released);
-        let row = self.row(key, position)?;
+        let lot = self.lot(key)?;
+        let row = lot.expect_row(position)?;
         let applied = self.count(key.0, |counters| {
             transition::end_unsent(&mut cell, counters, released, status)
         });
@@ -417,13 +416,9 @@ impl<'a> Books<'a> {
         self.set_cell(key, position, cell);
         let head = self.head(key.0)?;
         let told = self.own(kind, format!("{}.{} {kind}", key.0, row.index), data);
-        self.events.push(tell::of_row(
-            told,
-            0,
-            self.now,
-            &head,
-            (&row, cell.variant()),
-        ));
+        let who = (row, cell.variant());
+        self.events
+            .push(tell::of_row(told, 0, self.now, &head, who));
         Ok(true)
     }
 

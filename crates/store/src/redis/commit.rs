@@ -10,11 +10,11 @@
 use super::Inner;
 use super::keys;
 use super::link::answer;
-use super::news::News;
+use super::news::{News, Texts};
 use super::record::Version;
 use crate::{Control, Result, StoreError};
 use ::redis::{Cmd, ErrorKind, Pipeline, Script, ServerErrorKind, Value};
-use model::{Event, Partition, Timestamp};
+use model::{Partition, Timestamp};
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -203,14 +203,15 @@ impl Commit {
     /// server's in microseconds when the step began to read, 0 when that is not known. From there they
     /// are numbered, and taken as they are unless somebody's events have come in between: then the
     /// script puts each text together anew, which costs as much as adding the event.
-    pub(super) fn events(&mut self, events: Vec<Event>, floor: u64, time: u64) -> Result<()> {
-        if events.is_empty() {
+    pub(super) fn events(&mut self, events: Texts, floor: u64, time: u64) -> Result<()> {
+        let texts = events.finish()?;
+        if texts.is_empty() {
             return Ok(());
         }
         let p = self.partition;
         let names = [keys::events(p), keys::event_counter(p)];
         let numbers = (self.key(names[0].clone()), self.key(names[1].clone()));
-        self.news = Some(News::new(names, numbers, events, floor, time)?);
+        self.news = Some(News::new(names, numbers, texts, floor, time));
         Ok(())
     }
 

@@ -215,7 +215,9 @@ impl Inner {
         }
         for (p, events) in parts {
             let mut books = Books::open(self, p, now);
-            books.events = events;
+            events
+                .into_iter()
+                .for_each(|of| books.events.push_again(of));
             let (commit, _) = books.close(None, 0)?;
             commit.run(self, false).await?;
         }

@@ -10,9 +10,11 @@ use super::Inner;
 use super::commit::{Commit, Lua};
 use super::keys::{self, HOME};
 use super::link::Link;
+use crate::tell::Line;
 use crate::{Result, StoreError};
 use ::redis::{Cmd, Pipeline, ServerErrorKind, Value};
 use model::Event;
+use serde::Serialize;
 
 /// From as many events on they are added beside the script: the transaction and the script that may
 /// take them back cost as much as so many strings.
@@ -24,6 +26,44 @@ const NUMBERED_FROM: u64 = 1_000_000_000_000_000;
 /// Whether a step's events can be numbered from here on.
 fn fits(first: u64) -> bool {
     (NUMBERED_FROM..9 * NUMBERED_FROM).contains(&first)
+}
+
+/// Where the number of an event stands in its text: behind an id of a known length.
+const NUMBER: std::ops::Range<usize> = 51..67;
+
+/// What a text of an event takes at first: it is seldom put elsewhere while it grows.
+const TEXT_BYTES: usize = 768;
+
+/// Events of a step that is being put together, in order, as texts without their numbers.
+#[derive(Default)]
+pub(super) struct Texts {
+    all: Vec<Vec<u8>>,
+    damaged: Option<StoreError>,
+}
+
+impl Texts {
+    pub(super) fn push(&mut self, mut line: Line<'_>) {
+        line.seq = NUMBERED_FROM;
+        self.write(&line);
+    }
+
+    /// One that was told before, by another store.
+    pub(super) fn push_again(&mut self, mut event: Event) {
+        event.seq = NUMBERED_FROM;
+        self.write(&event);
+    }
+
+    fn write(&mut self, event: &impl Serialize) {
+        match written(event) {
+            Ok(text) => self.all.push(text),
+            Err(error) => self.damaged = Some(error),
+        }
+    }
+
+    /// The texts, if all could be written.
+    pub(super) fn finish(self) -> Result<Vec<Vec<u8>>> {
+        self.damaged.map_or(Ok(self.all), Err)
+    }
 }
 
 /// Events of one step, in order.
@@ -40,26 +80,27 @@ pub(super) struct News {
 }
 
 impl News {
-    /// `events`, with numbers above `floor`. `time`: the server's in microseconds when the step began
-    /// to read, 0 when that is not known.
+    /// Events with numbers above `floor`. `time`: the server's in microseconds when the step began to
+    /// read, 0 when that is not known.
     pub(super) fn new(
         names: [String; 2],
         (stream, counter): (Vec<u8>, Vec<u8>),
-        events: Vec<Event>,
+        mut texts: Vec<Vec<u8>>,
         floor: u64,
         time: u64,
-    ) -> Result<Self> {
+    ) -> Self {
         let first = if fits(time) { time } else { 0 };
-        let number = |(seq, event)| numbered(Event { seq, ..event });
-        let texts = (first.max(NUMBERED_FROM)..).zip(events).map(number);
-        Ok(Self {
+        for (seq, text) in (first.max(NUMBERED_FROM)..).zip(&mut texts) {
+            number(text, seq);
+        }
+        Self {
             stream,
             counter,
             names,
             floor,
             first,
-            texts: texts.collect::<Result<_>>()?,
-        })
+            texts,
+        }
     }
 
     /// The number of the last.
@@ -126,15 +167,24 @@ impl News {
     }
 }
 
-/// An event whose number stands where the script looks for it: behind an id of a known length.
-fn numbered(event: Event) -> Result<Vec<u8>> {
-    const NUMBER: &[u8] = b",\"seq\":";
-    const ID: usize = 44;
-    let text = serde_json::to_vec(&event)
+/// The text of an event, whose number has as many digits as its own will have.
+fn written(event: &impl Serialize) -> Result<Vec<u8>> {
+    const NAME: &[u8] = b",\"seq\":";
+    let mut text = Vec::with_capacity(TEXT_BYTES);
+    serde_json::to_writer(&mut text, event)
         .map_err(|error| StoreError::Damaged(format!("an event: {error}")))?;
-    match text.get(ID..) {
-        Some(rest) if fits(event.seq) && rest.starts_with(NUMBER) => Ok(text),
+    match text.get(..NUMBER.start) {
+        Some(before) if before.ends_with(NAME) => Ok(text),
         _ => Err(StoreError::Damaged("an event without an id".into())),
+    }
+}
+
+/// Puts in an event's number, of 16 digits.
+fn number(text: &mut [u8], seq: u64) {
+    if let Some(place) = text.get_mut(NUMBER) {
+        let digits = seq.to_string();
+        debug_assert_eq!(digits.len(), place.len(), "{seq}");
+        place.copy_from_slice(digits.as_bytes());
     }
 }
 
@@ -196,20 +246,27 @@ mod tests {
 
     #[test]
     fn the_script_finds_the_number_of_an_event_in_its_place() {
-        let told = crate::tell::Told {
-            kind: model::EventKind::BatchStarted,
-            occurred_at: Timestamp::from_millis(5),
-            identity: "x".into(),
-            data: serde_json::json!({ "seq": 0 }),
+        let line = || {
+            let told = crate::tell::Told {
+                kind: model::EventKind::BatchStarted,
+                occurred_at: Timestamp::from_millis(5),
+                identity: "x".into(),
+                data: serde_json::json!({ "seq": 0 }).into(),
+            };
+            crate::tell::bare(told, 7, Timestamp::from_millis(6), "acme")
         };
         let seq = 1_763_712_300_007_123;
-        let event = crate::tell::bare(told, seq, Timestamp::from_millis(6), "acme".into());
-        let written = numbered(event.clone()).unwrap();
-        assert_eq!(serde_json::from_slice::<Event>(&written).unwrap(), event);
+        let mut texts = Texts::default();
+        texts.push(line());
+        let mut text = texts.finish().unwrap().remove(0);
+        number(&mut text, seq);
+        let event = Event {
+            seq,
+            ..Event::from(line())
+        };
+        assert_eq!(serde_json::from_slice::<Event>(&text).unwrap(), event);
         // As the script counts, from 1: up to 51, and from 68 on.
-        assert_eq!(&written[51..67], seq.to_string().as_bytes());
-        assert!(written[..51].ends_with(b",\"seq\":") && written[67..].starts_with(b","));
-        assert!(numbered(Event { seq: 7, ..event }).is_err());
-        assert!(!fits(0));
+        assert!(text[..51].ends_with(b",\"seq\":") && text[67..].starts_with(b","));
+        assert!(!fits(0) && fits(NUMBERED_FROM) && fits(9 * NUMBERED_FROM - 1));
     }
 }

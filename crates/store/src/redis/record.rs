@@ -449,6 +449,12 @@ impl Lot {
     pub(super) fn row(&self, position: u16) -> Option<&Row> {
         self.rows.get(usize::from(position))
     }
+
+    /// The row of a recipient that must be there.
+    pub(super) fn expect_row(&self, position: u16) -> Result<&Row> {
+        let row = self.row(position);
+        row.ok_or_else(|| StoreError::Damaged(format!("a lot has no row {position}")))
+    }
 }
 
 // ---- cells ------------------------------------------------------------------------------

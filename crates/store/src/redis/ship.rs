@@ -258,7 +258,8 @@ fn suppresses(fact: &Fact) -> bool {
 fn address_of(books: &Books<'_>, placed: &Placed) -> Option<(String, String)> {
     let (key, place) = (placed.key()?, placed.place?);
     let account = books.head(key.0).ok()?.account.clone();
-    let row = books.row(key, place.position).ok()?;
+    let lot = books.lot(key).ok()?;
+    let row = lot.row(place.position)?;
     Some((account, row.email.normalised().into_owned()))
 }
 

@@ -182,11 +182,14 @@ impl Telling<'_> {
         if !self.query.kinds.is_empty() && !self.query.kinds.contains(&kind) {
             return Ok(None);
         }
-        let own = |data: &str| Told {
-            kind,
-            occurred_at: recorded_at,
-            identity: format!("step {seq}"),
-            data: serde_json::from_str(data).unwrap_or_default(),
+        let own = |data: &str| {
+            let data: serde_json::Value = serde_json::from_str(data).unwrap_or_default();
+            Told {
+                kind,
+                occurred_at: recorded_at,
+                identity: format!("step {seq}"),
+                data: data.into(),
+            }
         };
         match stored {
             StoredEvent::Gone | StoredEvent::Told(_) => Ok(None),
@@ -199,16 +202,11 @@ impl Telling<'_> {
                 if !self.of_account(account) {
                     return Ok(None);
                 }
-                Ok(Some(tell::of_address(
-                    own(data),
-                    ids::nat(seq),
-                    recorded_at,
-                    account.clone(),
-                    email.clone(),
-                )))
+                let event = tell::of_address(own(data), ids::nat(seq), recorded_at, account, email);
+                Ok(Some(event.into()))
             }
             StoredEvent::Account { account, data, .. } => {
-                let event = || tell::bare(own(data), ids::nat(seq), recorded_at, account.clone());
+                let event = || tell::bare(own(data), ids::nat(seq), recorded_at, account).into();
                 Ok(self.of_account(account).then(event))
             }
             StoredEvent::Announced {
@@ -221,20 +219,17 @@ impl Telling<'_> {
                 let wanted = self.query.account.as_deref();
                 let foreign = wanted.is_some_and(|wanted| wanted != account)
                     || self.query.batch.is_some() && self.query.batch != about.batch_id;
-                let event =
-                    || tell::announced(own(data), ids::nat(seq), recorded_at, account, about);
+                let event = || {
+                    tell::announced(own(data), ids::nat(seq), recorded_at, account, about).into()
+                };
                 Ok((!foreign).then(event))
             }
             StoredEvent::Batch { batch, data, .. } => {
                 let Some(head) = self.wanted(*batch)? else {
                     return Ok(None);
                 };
-                Ok(Some(tell::of_batch(
-                    own(data),
-                    ids::nat(seq),
-                    recorded_at,
-                    &head,
-                )))
+                let event = tell::of_batch(own(data), ids::nat(seq), recorded_at, &head);
+                Ok(Some(event.into()))
             }
             StoredEvent::Unsent {
                 lot,
@@ -319,7 +314,7 @@ impl Telling<'_> {
                 let of = HitSign {
                     id,
                     variant: head.variant_name(variant).map(Into::into),
-                    metadata: tell::metadata_of(&head, who.metadata),
+                    metadata: tell::metadata_of(&head, who.metadata).into_owned(),
                     hit,
                 };
                 (of.hit.at, Happened::Hit(Box::new(of)))
@@ -441,7 +436,7 @@ impl Telling<'_> {
 
     fn of_recipient(
         &self,
-        told: Told,
+        told: Told<'_>,
         seq: i64,
         recorded_at: Timestamp,
         head: &BatchHead,
@@ -455,13 +450,9 @@ impl Telling<'_> {
         else {
             return Ok(None);
         };
-        Ok(Some(tell::of_row(
-            told,
-            ids::nat(seq),
-            recorded_at,
-            head,
-            (row, self.variant(head, lot, position)?),
-        )))
+        let who = (row, self.variant(head, lot, position)?);
+        let event = tell::of_row(told, ids::nat(seq), recorded_at, head, who);
+        Ok(Some(event.into()))
     }
 }
 
