@@ -451,4 +451,43 @@ mod tests {
         assert_ne!(id, event_id(at, "y"));
         assert!(id.to_string().starts_with("019aa571-f3e7-7"), "{id}");
     }
+
+    #[test]
+    fn a_line_says_as_text_what_its_event_says() {
+        let at = Timestamp::from_millis(1_763_712_300_007);
+        let detail = AttemptDetails {
+            attempt: 2,
+            dot_at: Some(at),
+            smtp_code: Some(451),
+            enhanced_code: Some("4.7.1".into()),
+            class: None,
+            blame: Some(Blame::SenderIp),
+            reply: Some("later \"please\""),
+            host: None,
+            tls: None,
+            destination: Some("x.example"),
+            source: None,
+            rule: None,
+            rules_version: None,
+            ambiguous: true,
+            next_attempt_at: Some(at),
+            transaction_ms: 12,
+        };
+        let given = Data::of(&json!({ "cookie": "c", "pages_joined": 0 }));
+        for data in [Details::Attempt(Box::new(detail)), given.into()] {
+            let told = Told {
+                kind: EventKind::EmailTemporaryError,
+                occurred_at: at,
+                identity: "x".into(),
+                data,
+            };
+            let line = of_address(told, 7, at, "acme", "a@x.example");
+            let text = serde_json::to_string(&line).unwrap();
+            assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), line.into());
+            assert!(
+                text.contains("a@x.example") && !text.contains('\n'),
+                "{text}"
+            );
+        }
+    }
 }
