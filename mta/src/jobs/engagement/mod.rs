@@ -62,9 +62,11 @@ const WAITING: usize = 50_000;
 /// Records of this process that are not in the store yet; beyond, they go first …
 const BEHIND: i64 = 50_000;
 /// … and engagement pauses so many times as long as it worked, at most …
-const STEP_BACK: u32 = 4;
-/// … this long, which its lease outlasts.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const STEP_BACK: u32 = 16;
+/// … this long, …
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+/// … and looks so often whether they still wait.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What is read.
 const KINDS: &[EventKind] = &[
@@ -226,7 +228,7 @@ impl<'a> Worker<'a> {
                     work.judged.push((judged, hit));
                 }
                 self.write(std::mem::take(&mut work), held).await?;
-                self.let_others_go_first(&mut began).await;
+                self.let_others_go_first(&mut began, held).await?;
                 if count < DUE {
                     break;
                 }
@@ -243,16 +245,22 @@ impl<'a> Worker<'a> {
     }
 
     /// Has worked since `began`; what was answered and is not in the store is worth more than a verdict
-    /// soon, where both want the same CPUs.
-    async fn let_others_go_first(&self, began: &mut Instant) {
+    /// soon, where both want the same CPUs. The job stays this node's meanwhile.
+    async fn let_others_go_first(
+        &self,
+        began: &mut Instant,
+        held: &mut JobLease,
+    ) -> Result<(), StoreError> {
         let clock = &self.of.clock;
-        let worked = clock.instant().saturating_duration_since(*began);
-        let behind = self.of.metrics.journal_pending_records.get();
-        let pause = pause_after(worked, behind);
-        if !pause.is_zero() {
-            tokio::time::sleep(pause).await;
+        let mut pause = pause_after(clock.instant().saturating_duration_since(*began));
+        while !pause.is_zero() && self.of.metrics.journal_pending_records.get() > BEHIND {
+            let part = pause.min(LOOK);
+            tokio::time::sleep(part).await;
+            held.keep().await?;
+            pause -= part;
         }
         *began = clock.instant();
+        Ok(())
     }
 
     /// The events after the cursor. None: it was one of another store, from which this one was
@@ -395,13 +403,9 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// How long to pause after so much work while so many records wait for the store.
-fn pause_after(worked: Duration, behind: i64) -> Duration {
-    if behind > BEHIND {
-        (worked * STEP_BACK).min(LONGEST_PAUSE)
-    } else {
-        Duration::ZERO
-    }
+/// How long to pause after so much work while others go first.
+fn pause_after(worked: Duration) -> Duration {
+    (worked * STEP_BACK).min(LONGEST_PAUSE)
 }
 
 /// Shows an event to the judge.
@@ -442,11 +446,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_waits_for_the_store_goes_first() {
+    fn what_waits_for_the_store_goes_first_for_a_while() {
         let second = Duration::from_secs(1);
-        assert_eq!(pause_after(second, BEHIND), Duration::ZERO);
-        assert_eq!(pause_after(second, BEHIND + 1), 4 * second);
-        let longest = pause_after(60 * second, i64::MAX);
-        assert!(longest < LEASE / 2, "{longest:?}");
+        assert_eq!(pause_after(Duration::ZERO), Duration::ZERO);
+        assert_eq!(pause_after(second), 16 * second);
+        assert_eq!(pause_after(60 * second), LONGEST_PAUSE);
+        // The lease is renewed in time: [`JobLease::keep`].
+        assert!(LOOK < LEASE / 3);
     }
 }
