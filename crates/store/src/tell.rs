@@ -116,6 +116,7 @@ impl From<Data> for Details<'_> {
     }
 }
 
+/// The `data` of what became of an attempt.
 #[derive(Serialize)]
 pub(crate) struct AttemptDetails<'a> {
     attempt: u8,
@@ -136,6 +137,7 @@ pub(crate) struct AttemptDetails<'a> {
     transaction_ms: u32,
 }
 
+/// The `data` of an open or a click.
 #[derive(Serialize)]
 pub(crate) struct HitDetails<'a> {
     actor: Actor,

@@ -431,9 +431,11 @@ pub(super) async fn retry(
     CanSubmit(caller): CanSubmit,
     Segment(id): Segment,
     mut params: Params,
+    body: Result<Bytes, BytesRejection>,
 ) -> Answer<Response> {
     let dry_run = params.flag("dry_run").unwrap_or(false);
     params.finish()?;
+    super::body::nothing(body)?;
     let batch = visible(&api, &caller, &id).await?;
     if let state @ (BatchState::Completed | BatchState::Cancelled) = batch.state {
         let detail = format!("not possible: the batch is {state}");

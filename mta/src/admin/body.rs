@@ -23,3 +23,15 @@ pub(super) fn object(
     };
     Ok(Fields::of(String::new(), document, mistakes))
 }
+
+/// Nothing is said in this body. Who asks there for what only the query takes, such as `dry_run`, would
+/// otherwise have done what they only wanted to see.
+pub(super) fn nothing(body: Result<Bytes, BytesRejection>) -> Answer<()> {
+    let mut mistakes = Mistakes::default();
+    object(body, &mut mistakes)?.finish();
+    if mistakes.is_empty() {
+        Ok(())
+    } else {
+        Err(Refusal::of_mistakes(mistakes.into_vec()))
+    }
+}

@@ -355,9 +355,11 @@ pub(super) async fn resume(
     CanAdmin(caller): CanAdmin,
     Segment(name): Segment,
     mut params: Params,
+    body: Result<Bytes, BytesRejection>,
 ) -> Answer<Json<Done>> {
     let dry_run = params.flag("dry_run").unwrap_or(false);
     params.finish()?;
+    super::body::nothing(body)?;
     let (resolved, suspensions) = found(&api, &name).await?;
     let destination = resolved.destination.as_str();
     let is_suspended = suspensions.iter().any(|of| &*of.destination == destination);
@@ -384,9 +386,11 @@ pub(super) async fn retry(
     CanAdmin(caller): CanAdmin,
     Segment(name): Segment,
     mut params: Params,
+    body: Result<Bytes, BytesRejection>,
 ) -> Answer<Json<Done>> {
     let dry_run = params.flag("dry_run").unwrap_or(false);
     params.finish()?;
+    super::body::nothing(body)?;
     let (resolved, _) = found(&api, &name).await?;
     let (queues, unresolved) = api.explainer.queues_of(&resolved).await?;
     let now = api.clock.now();

@@ -259,6 +259,22 @@ async fn an_operator_keeps_mail_from_a_destination_and_lets_it_go() {
         all["items"][0]["suspension"]["reason"], "complaints",
         "{all}"
     );
+    // Who asks in the wrong place for a count has not let anything go.
+    for path in [
+        "destinations/d0.example/resume",
+        "destinations/d0.example/retry",
+        &format!("batches/{id}/retry"),
+    ] {
+        let refused = call(format!("/v1/{path}"), r#"{"dry_run": true}"#).await;
+        assert_eq!(
+            (
+                refused.status.as_u16(),
+                &refused.json()["errors"][0]["path"]
+            ),
+            (422, &json!("/dry_run")),
+            "{path}"
+        );
+    }
     assert_eq!(peer.counts().messages, 0);
     // What is on its way back to the store is counted neither here nor there.
     let resume = "/v1/destinations/d0.example/resume";

@@ -256,7 +256,9 @@ impl<'a> Worker<'a> {
         while !pause.is_zero() && self.of.metrics.journal_pending_records.get() > BEHIND {
             let part = pause.min(LOOK);
             tokio::time::sleep(part).await;
-            held.keep().await?;
+            if held.keep().await?.is_none() {
+                break;
+            }
             pause -= part;
         }
         *began = clock.instant();
