@@ -40,6 +40,7 @@ use service::clock::SharedClock;
 use service::config::{Config, ReadFile};
 use service::metrics::{Metrics, Portion};
 use service::tasks::{Shutdown, Stage, Tasks};
+use service::workers::Workers;
 use ship::{Reported, Shipper};
 use std::io;
 use std::net::SocketAddr;
@@ -250,13 +251,17 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Tracker, StartError> {
         let config = tls::server_config(certificates.clone())?;
         Ok::<_, rustls::Error>((listener, Arc::new(config)))
     });
+    let tls = tls.transpose()?;
+    let workers = Workers::start("tracker-worker", &deps.tasks, &deps.shutdown)
+        .map_err(StartError::System)?;
     run(
         &deps,
         &public,
         &journal,
         listener,
         admin_listener,
-        tls.transpose()?,
+        tls,
+        &workers,
     );
     keep_certificates(config, &deps, &public, &certificates, journal.id());
     tracing::info!(%addr, %admin_addr, tls = ?tls_addr, journal = %journal.id(), "tracker is up");
@@ -282,6 +287,7 @@ fn run(
     listener: TcpListener,
     admin_listener: TcpListener,
     tls: Option<(TcpListener, Arc<rustls::ServerConfig>)>,
+    workers: &Workers,
 ) {
     let shipper = Shipper {
         journal: journal.clone(),
@@ -299,28 +305,19 @@ fn run(
         name,
         max_connections,
         tasks: deps.tasks.clone(),
+        workers: None,
         shutdown: deps.shutdown.clone(),
         until,
         connections_until,
     };
-    listening(
-        "tracker",
-        MAX_CONNECTIONS,
-        Stage::Intake,
-        Stage::Transactions,
-    )
-    .start(listener, public.clone());
+    let links = |name, tls| Listening {
+        tls,
+        workers: Some(workers.clone()),
+        ..listening(name, MAX_CONNECTIONS, Stage::Intake, Stage::Transactions)
+    };
+    links("tracker", None).start(listener, public.clone());
     if let Some((listener, config)) = tls {
-        let over_tls = Listening {
-            tls: Some(config),
-            ..listening(
-                "tracker-tls",
-                MAX_CONNECTIONS,
-                Stage::Intake,
-                Stage::Transactions,
-            )
-        };
-        over_tls.start(listener, public.clone());
+        links("tracker-tls", Some(config)).start(listener, public.clone());
     }
     let in_use = Arc::new(ArcSwap::default());
     let following = keys::follow(

@@ -178,6 +178,11 @@ impl Judge {
         Some(first.recorded_at + self.settle)
     }
 
+    /// Whether the time of a hit has come.
+    pub fn is_due(&self, now: Timestamp) -> bool {
+        self.next_due().is_some_and(|due| due <= now)
+    }
+
     /// Hits that wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
@@ -189,17 +194,12 @@ impl Judge {
         self.some_due(rules, now, usize::MAX)
     }
 
-    /// The same for the first `most` of these hits; whoever gets as many asks again.
-    pub fn some_due(&mut self, rules: &Rules, now: Timestamp, most: usize) -> Vec<Judged> {
-        let (mut order, mut count) = (Vec::new(), 0);
+    /// The same for the hits on at most so many messages: as many people are held in memory at once.
+    /// [`Judge::is_due`] says whether there are more.
+    pub fn some_due(&mut self, rules: &Rules, now: Timestamp, messages: usize) -> Vec<Judged> {
+        let mut order = Vec::new();
         let mut due: HashMap<MessageId, Vec<Trace>> = HashMap::new();
-        let settle = self.settle;
-        let is_due = |of: &&mut Trace| of.recorded_at + settle <= now;
-        while count < most && self.waiting.front_mut().filter(is_due).is_some() {
-            let Some(trace) = self.waiting.pop_front() else {
-                break;
-            };
-            count += 1;
+        while let Some(trace) = self.next_due_of(now, &due, messages) {
             let message = trace.message;
             let of = due.entry(message).or_insert_with(|| {
                 order.push(message);
@@ -214,6 +214,20 @@ impl Judge {
         }
         self.forget(rules, now);
         judged
+    }
+
+    /// The oldest hit, if its time has come, and it is on one of these messages or they may be more.
+    fn next_due_of(
+        &mut self,
+        now: Timestamp,
+        of: &HashMap<MessageId, Vec<Trace>>,
+        messages: usize,
+    ) -> Option<Trace> {
+        let first = self.waiting.front().filter(|_| self.is_due(now))?;
+        if of.len() >= messages && !of.contains_key(&first.message) {
+            return None;
+        }
+        self.waiting.pop_front()
     }
 
     fn touch(&mut self, message: MessageId, now: Timestamp) -> &mut Mail {
@@ -580,6 +594,24 @@ mod tests {
         assert_eq!(given[0], revised);
         // From the same network and agent, within minutes: the gateway again.
         assert_eq!((given[1].0, given[1].2.as_str()), (2, "same_client"));
+    }
+
+    #[test]
+    fn what_is_due_comes_by_so_many_messages() {
+        let mut judge = Judge::new(Duration::from_secs(15));
+        for (seq, index) in [(1, 0), (2, 0), (3, 1), (4, 0), (5, 1), (6, 2)] {
+            judge.hit(click(seq, index, 0, 1), false);
+        }
+        let rules = Rules::shipped();
+        assert!(!judge.is_due(at(14_999)) && judge.some_due(&rules, at(14_999), 1).is_empty());
+        let mut some = || {
+            let judged = judge.some_due(&rules, at(15_050), 2);
+            let seqs: Vec<u64> = judged.iter().map(|of| of.trace.id.seq).collect();
+            (seqs, judge.is_due(at(15_050)))
+        };
+        assert_eq!(some(), (vec![1, 2, 4, 3, 5], true));
+        assert_eq!(some(), (vec![6], false));
+        assert_eq!(some(), (vec![], false));
     }
 
     #[test]

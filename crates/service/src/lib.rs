@@ -13,3 +13,4 @@ pub mod metrics;
 pub mod power;
 pub mod secrets;
 pub mod tasks;
+pub mod workers;

@@ -19,6 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use rustls::ServerConfig;
 use service::tasks::{Hold, Shutdown, Stage, Tasks};
+use service::workers::Workers;
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -85,6 +86,8 @@ pub(crate) struct Listening {
     /// Connections at a time.
     pub(crate) max_connections: usize,
     pub(crate) tasks: Tasks,
+    /// Who serves its connections; `None`: whatever thread is free.
+    pub(crate) workers: Option<Workers>,
     pub(crate) shutdown: Shutdown,
     /// The stage in which it stops accepting.
     pub(crate) until: Stage,
@@ -126,10 +129,20 @@ impl Listening {
                 tasks: self.tasks.clone(),
             };
             let tls = self.tls.clone().map(TlsAcceptor::from);
-            drop(self.tasks.spawn_small("connection", async move {
-                serving.connection(stream, peer.ip(), tls).await;
+            // Whoever serves it waits for it in a runtime of its own.
+            let stream = stream.into_std();
+            let connection = async move {
+                match stream.and_then(TcpStream::from_std) {
+                    Ok(stream) => serving.connection(stream, peer.ip(), tls).await,
+                    Err(error) => tracing::debug!(%error, "connection could not be served"),
+                }
                 drop((permit, hold));
-            }));
+            };
+            let name = "connection";
+            match &self.workers {
+                None => drop(self.tasks.spawn_small(name, connection)),
+                Some(workers) => workers.spawn(&self.tasks, name, connection),
+            }
         }
     }
 }

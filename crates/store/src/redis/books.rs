@@ -21,6 +21,7 @@ use model::{
     BatchId, Counters, EventKind, Fact, JournalId, LotNumber, Partition, Seq, Status, Timestamp,
     partition_hash,
 };
+use rustc_hash::FxHashMap;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -67,6 +68,9 @@ impl RetryKey {
     }
 }
 
+/// What a step looks up for every fact, by names of our own making: nobody else chooses their hashes.
+type Table<K, V> = FxHashMap<K, V>;
+
 /// The open books of a step.
 pub(super) struct Books<'a> {
     pub(super) inner: &'a Inner,
@@ -78,12 +82,12 @@ pub(super) struct Books<'a> {
     pub(super) token: u64,
     /// How far the journal that was asked for was taken.
     pub(super) mark: Seq,
-    cells: HashMap<LotKey, Option<Cells>>,
-    lots: HashMap<LotKey, Result<Arc<Lot>>>,
-    heads: HashMap<BatchId, Arc<BatchHead>>,
-    batches: HashMap<BatchId, Option<BatchRecord>>,
+    cells: Table<LotKey, Option<Cells>>,
+    lots: Table<LotKey, Result<Arc<Lot>>>,
+    heads: Table<BatchId, Arc<BatchHead>>,
+    batches: Table<BatchId, Option<BatchRecord>>,
     ranges: BTreeMap<u64, RangeBook>,
-    counters: HashMap<BatchId, Counters>,
+    counters: Table<BatchId, Counters>,
     logs: BTreeMap<LotKey, Vec<LogEntry>>,
     pub(super) retries: BTreeMap<RetryKey, Vec<Ref>>,
     pub(super) known: HashMap<(String, String), Vec<Suppression>>,
@@ -106,12 +110,12 @@ impl<'a> Books<'a> {
             moment: now.millis(),
             token: 0,
             mark: 0,
-            cells: HashMap::new(),
-            lots: HashMap::new(),
-            heads: HashMap::new(),
-            batches: HashMap::new(),
+            cells: Table::default(),
+            lots: Table::default(),
+            heads: Table::default(),
+            batches: Table::default(),
             ranges: BTreeMap::new(),
-            counters: HashMap::new(),
+            counters: Table::default(),
             logs: BTreeMap::new(),
             retries: BTreeMap::new(),
             known: HashMap::new(),

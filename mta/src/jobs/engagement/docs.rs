@@ -178,9 +178,8 @@ pub(super) struct Docs<'a> {
     bindings: Shelf<Option<Binding>>,
     /// Account and address of those of whom less is to be kept than everything.
     reserved: HashSet<(Arc<str>, Box<str>)>,
-    /// In the order in which they were changed first.
-    of_browsers: Vec<OfBrowser>,
-    places: HashMap<VisitorId, usize>,
+    /// In the order of their names, and so of their age: neighbours stand on the same page.
+    of_browsers: BTreeMap<VisitorId, OfBrowser>,
     notes: Vec<Note>,
 }
 
@@ -193,8 +192,7 @@ impl<'a> Docs<'a> {
             browsers: Shelf::new(BROWSERS),
             bindings: Shelf::new(BINDINGS),
             reserved: HashSet::new(),
-            of_browsers: Vec::new(),
-            places: HashMap::new(),
+            of_browsers: BTreeMap::new(),
             notes: Vec::new(),
         }
     }
@@ -407,12 +405,7 @@ impl<'a> Docs<'a> {
     }
 
     fn of_browser(&mut self, cookie: VisitorId) -> &mut OfBrowser {
-        let of_browsers = &mut self.of_browsers;
-        let at = *self.places.entry(cookie).or_insert_with(|| {
-            of_browsers.push(OfBrowser::default());
-            of_browsers.len() - 1
-        });
-        &mut of_browsers[at]
+        self.of_browsers.entry(cookie).or_default()
     }
 
     /// Whether there is nothing to write.
@@ -440,11 +433,11 @@ impl<'a> Docs<'a> {
                 store.put_notes(std::mem::take(&mut notes), now).await?;
             }
         }
-        let mut alone = Vec::new();
         for (kind, key, browser) in self.browsers.changed() {
-            let place = key.parse().ok().and_then(|id| self.places.get(&id));
-            let of = place.and_then(|at| self.of_browsers.get_mut(*at));
-            let to = of.map_or(&mut alone, |of| &mut of.notes);
+            let to = match key.parse::<VisitorId>() {
+                Ok(cookie) => &mut self.of_browsers.entry(cookie).or_default().notes,
+                Err(_) => &mut self.notes,
+            };
             to.push(Note {
                 kind,
                 key,
@@ -453,11 +446,7 @@ impl<'a> Docs<'a> {
             });
         }
         let mut news = Vec::new();
-        let alone = alone.into_iter().map(|note| OfBrowser {
-            notes: vec![note],
-            news: Vec::new(),
-        });
-        for of in self.of_browsers.into_iter().chain(alone) {
+        for of in self.of_browsers.into_values() {
             notes.extend(of.notes);
             news.extend(of.news);
             if notes.len() >= STEP {

@@ -55,8 +55,9 @@ const FULL: usize = 50;
 const CHECKPOINT: Duration = Duration::from_secs(5);
 /// Events read at once.
 const PAGE: u32 = 5_000;
-/// Hits judged at once: so many people are held in memory.
-const DUE: usize = 10_000;
+/// Messages whose hits are judged at once: so many people are held in memory, each written once for all
+/// that they did.
+const MESSAGES: usize = 10_000;
 /// Hits that wait; beyond, nothing more is read.
 const WAITING: usize = 50_000;
 /// Records of this process that are not in the store yet; beyond, they go first …
@@ -220,16 +221,15 @@ impl<'a> Worker<'a> {
                 self.cursor = Some(page.next);
             }
             loop {
-                let judged = self.judge.some_due(&self.of.rules.load(), now, DUE);
-                let count = judged.len();
-                self.busy += count;
+                let judged = self.judge.some_due(&self.of.rules.load(), now, MESSAGES);
+                self.busy += judged.len();
                 for judged in judged {
                     let hit = self.close(&judged.trace.id);
                     work.judged.push((judged, hit));
                 }
                 self.write(std::mem::take(&mut work), held).await?;
                 self.let_others_go_first(&mut began, held).await?;
-                if count < DUE {
+                if !self.judge.is_due(now) {
                     break;
                 }
                 held.holds()?;
