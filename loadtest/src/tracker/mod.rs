@@ -11,6 +11,7 @@ use crate::counterpart::Counterpart;
 use crate::format::{count, per_second, rate};
 use crate::load::{self, Answered, Jar, Plan};
 use crate::process;
+use crate::redis::SETTINGS;
 use crate::site::{Dkim, Setup, Site};
 use crate::{local, source};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -381,7 +382,7 @@ impl Away {
         let dir = tempfile::Builder::new()
             .prefix("hikyaku-redis-")
             .tempdir_in(within)?;
-        let server = RedisServer::start(dir.path().to_owned(), &["--appendonly", "yes"])?;
+        let server = RedisServer::start(dir.path().to_owned(), SETTINGS)?;
         Ok(Self { server, _dir: dir })
     }
 }

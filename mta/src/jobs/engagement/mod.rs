@@ -65,7 +65,7 @@ const BEHIND: i64 = 50_000;
 /// … and engagement pauses so many times as long as it worked, at most …
 const STEP_BACK: u32 = 16;
 /// … this long, …
-const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+const LONGEST_PAUSE: Duration = Duration::from_mins(3);
 /// … and looks so often whether they still wait.
 const LOOK: Duration = Duration::from_secs(1);
 
