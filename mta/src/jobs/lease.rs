@@ -71,6 +71,17 @@ impl JobLease {
         }
     }
 
+    /// Before one of several writes that follow from what was read: renews what holds. Nobody else had the
+    /// job since it was read, then.
+    ///
+    /// # Errors
+    /// As [`JobLease::holds`] and [`JobLease::keep`].
+    pub(crate) async fn go_on(&mut self) -> Result<(), StoreError> {
+        self.holds()?;
+        self.keep().await?;
+        self.holds()
+    }
+
     /// Lets others have it at once.
     pub(crate) async fn give_up(mut self) {
         let now = self.clock.now();
@@ -120,6 +131,12 @@ mod tests {
         clock.advance(Duration::from_secs(29));
         assert!(one.holds().is_ok());
         assert_eq!(two.keep().await.unwrap(), None);
+        one.go_on().await.unwrap();
+        clock.advance(Duration::from_secs(29));
+        assert!(one.holds().is_ok(), "going on renewed it");
+        clock.advance(Duration::from_secs(1));
+        assert!(one.go_on().await.is_err(), "another may have had it");
+        assert_eq!(one.keep().await.unwrap(), token);
 
         one.give_up().await;
         let other = two.keep().await.unwrap();

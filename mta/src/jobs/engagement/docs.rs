@@ -11,6 +11,8 @@ use ::engagement::prospect::Prospect;
 use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
 
+use crate::jobs::JobLease;
+
 /// Kinds of note; the account follows. Prospects are what the store calls notes of people: they are
 /// written before the rest, each by itself.
 pub(crate) const PROSPECTS: &str = "prospect";
@@ -419,7 +421,9 @@ impl<'a> Docs<'a> {
     /// Writes everything that changed: people first, which know what was applied to them; then
     /// browsers, each in one step with its bindings and what is told of them; the checkpoint last. So
     /// what is made again after a crash finds a browser either as it was, or with all that it led to.
-    pub(super) async fn write(mut self) -> Result<(), StoreError> {
+    /// `held`: the lease under which it is written, kept from step to step, since there may be many;
+    /// once it is another node's, nothing more is written.
+    pub(super) async fn write(mut self, mut held: Option<&mut JobLease>) -> Result<(), StoreError> {
         let (store, now) = (self.store, self.now);
         let mut notes = Vec::new();
         for (kind, key, person) in self.prospects.changed() {
@@ -430,6 +434,7 @@ impl<'a> Docs<'a> {
                 expires_at: None,
             });
             if notes.len() >= STEP {
+                go_on(&mut held).await?;
                 store.put_notes(std::mem::take(&mut notes), now).await?;
             }
         }
@@ -450,6 +455,7 @@ impl<'a> Docs<'a> {
             notes.extend(of.notes);
             news.extend(of.news);
             if notes.len() >= STEP {
+                go_on(&mut held).await?;
                 let (notes, news) = (std::mem::take(&mut notes), std::mem::take(&mut news));
                 store.derive(notes, news, now).await?;
             }
@@ -458,7 +464,16 @@ impl<'a> Docs<'a> {
         if notes.is_empty() && news.is_empty() {
             return Ok(());
         }
+        go_on(&mut held).await?;
         store.derive(notes, news, now).await
+    }
+}
+
+/// Before a step: the job, if it is one, is this node's.
+async fn go_on(held: &mut Option<&mut JobLease>) -> Result<(), StoreError> {
+    match held {
+        Some(held) => held.go_on().await,
+        None => Ok(()),
     }
 }
 
@@ -523,7 +538,7 @@ mod tests {
             let found = docs.click("acme", COOKIE, click("p-1", "b-1", at)).await;
             let is_new = matches!(found.expect("a browser"), Found::Bound { .. });
             assert_eq!(is_new, at == T0);
-            docs.write().await.expect("written");
+            docs.write(None).await.expect("written");
             let note = store.note(&kind, &COOKIE.to_string(), at).await;
             let note = note.expect("read").expect("a browser");
             expires.push(note.expires_at.expect("not for ever"));
@@ -561,7 +576,7 @@ mod tests {
         docs.set_binding("acme", "b-1", binding.clone());
         let browser = docs.browser("acme", COOKIE).await.expect("a browser");
         assert!(browser.revoke("b-1").is_some());
-        docs.write().await.expect("written");
+        docs.write(None).await.expect("written");
         // Read again, it is known.
         let mut docs = Docs::new(&store, T0);
         docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
@@ -570,7 +585,7 @@ mod tests {
         // Another person's, it may have been made by this click, too.
         let bound = docs.click("acme", COOKIE, click("p-2", "b-2", T0)).await;
         assert!(matches!(bound, Ok(Found::Bound { .. })));
-        docs.write().await.expect("written");
+        docs.write(None).await.expect("written");
         let mut docs = Docs::new(&store, T0);
         docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
         assert_eq!(

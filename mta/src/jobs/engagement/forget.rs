@@ -44,7 +44,7 @@ pub(crate) async fn forget(
             forgetting.prospect(note).await?;
         }
     }
-    forgetting.docs.write().await?;
+    forgetting.docs.write(None).await?;
     Ok(match page.next {
         Some(next) => Some(format!("{kind} {next}")),
         None => (kind == PROSPECTS).then(|| BINDINGS.to_owned()),

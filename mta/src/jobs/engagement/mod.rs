@@ -232,7 +232,6 @@ impl<'a> Worker<'a> {
                 if !self.judge.is_due(now) {
                     break;
                 }
-                held.holds()?;
             }
             self.of
                 .metrics
@@ -341,10 +340,10 @@ impl<'a> Worker<'a> {
     }
 
     /// Ships verdicts that changed, then writes what is made of events with the checkpoint.
-    async fn write(&mut self, work: Work, held: &JobLease) -> Result<(), StoreError> {
-        held.holds()?;
+    async fn write(&mut self, work: Work, held: &mut JobLease) -> Result<(), StoreError> {
+        held.go_on().await?;
         let revised = self.revise(&work.judged, false).await?;
-        held.holds()?;
+        held.go_on().await?;
         let now = self.of.clock.now();
         let mut docs = docs::Docs::new(&*self.of.store, now);
         docs.prefetch(people::wanted(&work, &revised)).await?;
@@ -381,7 +380,7 @@ impl<'a> Worker<'a> {
             self.written = self.of.clock.instant();
             self.checkpoint = safe;
         }
-        docs.write().await
+        docs.write(Some(held)).await
     }
 
     /// Until there is something to do.

@@ -165,8 +165,7 @@ impl Worker<'_> {
             for revised in &revised {
                 people::revised(&mut docs, revised).await?;
             }
-            held.holds()?;
-            docs.write().await?;
+            docs.write(Some(&mut *held)).await?;
             if last.is_none() {
                 break;
             }
