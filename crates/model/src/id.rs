@@ -18,21 +18,42 @@ pub enum IdError {
     Index,
 }
 
+/// What each byte stands for, in either case; [`NO_DIGIT`]: for nothing.
+const DIGITS: [u8; 256] = digits();
+const NO_DIGIT: u8 = u8::MAX;
+
+const fn digits() -> [u8; 256] {
+    let mut all = [NO_DIGIT; 256];
+    let mut value = 0;
+    while value < 32 {
+        let letter = ALPHABET[value as usize];
+        all[letter as usize] = value;
+        all[letter.to_ascii_lowercase() as usize] = value;
+        value += 1;
+    }
+    all
+}
+
+/// In pieces that fit a register: an event has five ids.
 fn encode(value: u128) -> [u8; 26] {
+    const LOW: u128 = (1 << 60) - 1;
     let mut text = [0_u8; 26];
-    for (at, byte) in text.iter_mut().enumerate() {
-        let shift = 125 - 5 * at;
-        *byte = ALPHABET[usize::try_from((value >> shift) & 31).unwrap_or(0)];
+    let (top, rest) = text.split_at_mut(2);
+    let (middle, low) = rest.split_at_mut(12);
+    let pieces = [value >> 120, value >> 60 & LOW, value & LOW];
+    for (to, piece) in [top, middle, low].into_iter().zip(pieces) {
+        let mut piece = u64::try_from(piece).unwrap_or(0);
+        for byte in to.iter_mut().rev() {
+            *byte = ALPHABET[usize::try_from(piece & 31).unwrap_or(0)];
+            piece >>= 5;
+        }
     }
     text
 }
 
 fn digit(byte: u8) -> Option<u128> {
-    let byte = byte.to_ascii_uppercase();
-    ALPHABET
-        .iter()
-        .position(|&letter| letter == byte)
-        .map(|at| at as u128)
+    let digit = DIGITS[usize::from(byte)];
+    (digit != NO_DIGIT).then_some(u128::from(digit))
 }
 
 fn decode(text: &str) -> Result<u128, IdError> {
@@ -290,6 +311,22 @@ mod tests {
         #[test]
         fn a_lot_number_keeps_its_partition(p: u8, running in 0_u32..1 << 24) {
             prop_assert_eq!(LotNumber::new(Partition(p), running).map(LotNumber::partition), Some(Partition(p)));
+        }
+    }
+
+    /// The example of the ULID specification, and both ends.
+    #[test]
+    fn an_id_is_written_as_a_ulid() {
+        let example = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
+        let id: BatchId = example.parse().expect("an id");
+        assert_eq!(id.to_string(), example);
+        assert_eq!(id.created_at(), Timestamp::from_millis(1_469_922_850_259));
+        let last = BatchId::from_bytes([0xff; 16]);
+        assert_eq!(last.to_string(), format!("7{}", "Z".repeat(25)));
+        assert_eq!(BatchId::from_bytes([0; 16]).to_string(), "0".repeat(26));
+        for not_a_letter in ["I", "L", "O", "U", "u", "-", "\u{7f}"] {
+            let text = example.replace('V', not_a_letter);
+            assert_eq!(text.parse::<BatchId>(), Err(IdError::Malformed), "{text}");
         }
     }
 

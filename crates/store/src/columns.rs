@@ -18,6 +18,7 @@ use model::{
     MessageId, Place, Row, Seq, SuppressionReason, Timestamp, TrackingMode,
 };
 use serde::{Deserialize, Serialize};
+use std::borrow::Borrow;
 
 /// Attempts of a lot have one or two things in common; if none of so many, it is kept once more.
 const LOOKED_AT: usize = 16;
@@ -421,30 +422,28 @@ impl AttemptColumns {
 
 /// Facts of a lot that came in one step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct LogColumns {
+pub(crate) struct LogColumns<F = Fact> {
     journal: JournalId,
     position: Steps,
     seq: Steps,
     /// Facts other than attempts, each with how many facts come before it.
-    others: Vec<(u32, Fact)>,
+    others: Vec<(u32, F)>,
     attempts: AttemptColumns,
 }
 
-impl LogColumns {
-    pub(crate) fn of(block: &LogBlock) -> Self {
+impl<'a> LogColumns<&'a Fact> {
+    pub(crate) fn of<F: Borrow<Fact>>(block: &'a LogBlock<F>) -> Self {
         let entries = &block.entries;
         let mut others = Vec::new();
         let mut attempts = Vec::new();
         for (entry, before) in entries.iter().zip(0_u32..) {
-            match &entry.fact {
+            match entry.fact.borrow() {
                 Fact::Attempt(attempt) => attempts.push(&**attempt),
-                Fact::Hit(_)
+                other @ (Fact::Hit(_)
                 | Fact::Page(_)
                 | Fact::Revision(_)
                 | Fact::Reply(_)
-                | Fact::Complaint(_) => {
-                    others.push((before, entry.fact.clone()));
-                }
+                | Fact::Complaint(_)) => others.push((before, other)),
             }
         }
         Self {
@@ -455,7 +454,9 @@ impl LogColumns {
             attempts: AttemptColumns::of(&attempts),
         }
     }
+}
 
+impl LogColumns {
     /// `None` when the columns do not fit together.
     pub(crate) fn block(self) -> Option<LogBlock> {
         let journal = self.journal;

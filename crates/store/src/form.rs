@@ -8,6 +8,7 @@ use crate::{Result, StoreError};
 use model::{EmailAddress, Fact, JournalId, LotNumber, Row, Seq, Timestamp, TrackingMode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::borrow::Borrow;
 use std::cell::RefCell;
 
 /// What a stored form may grow to when it is unpacked: 500 rows of what intake lets through.
@@ -71,7 +72,7 @@ impl Packer {
     }
 
     /// Packs facts of a lot.
-    pub(crate) fn pack_log(&mut self, block: &LogBlock) -> Result<Vec<u8>> {
+    pub(crate) fn pack_log<F: Borrow<Fact>>(&mut self, block: &LogBlock<F>) -> Result<Vec<u8>> {
         self.pack(version::LOG, &LogColumns::of(block))
     }
 }
@@ -250,19 +251,20 @@ pub(crate) fn unpack_u32s(bytes: &[u8]) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Facts of one lot that came in one step. Its entries are told from events by (log, entry).
+/// Facts of one lot that came in one step. Its entries are told from events by (log, entry). What is
+/// to be packed may have them borrowed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct LogBlock {
+pub(crate) struct LogBlock<F = Fact> {
     pub(crate) journal: JournalId,
-    pub(crate) entries: Vec<LogEntry>,
+    pub(crate) entries: Vec<LogEntry<F>>,
 }
 
 /// One fact in a log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct LogEntry {
+pub(crate) struct LogEntry<F = Fact> {
     pub(crate) position: u16,
     pub(crate) seq: Seq,
-    pub(crate) fact: Fact,
+    pub(crate) fact: F,
 }
 
 /// A [`LogBlock`] of which only some is read.

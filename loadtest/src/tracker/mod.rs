@@ -288,6 +288,14 @@ async fn backlog(
     };
     let (answered, drained) = tokio::join!(load::run(&plan), drained);
     let (answered, drained) = (answered?, drained?);
+    // Verdicts on all of it may take much longer.
+    writeln!(
+        out,
+        "\nIn the store {:.1} s after it came back: {} hits that waited, while {} more were answered",
+        drained.as_secs_f64(),
+        count(waiting),
+        count(answered.latency.count()),
+    )?;
     at_rest(site).await?;
     let cpu = process::usage(pid)?.since(&cpu).cpu();
     let drain = report::Drain {

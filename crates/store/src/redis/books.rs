@@ -10,7 +10,7 @@ use super::cache::LotKey;
 use super::commit::Commit;
 use super::keys;
 use super::link::answer;
-use super::news::Texts;
+use super::news::{self, Texts};
 use super::record::{self, BatchRecord, Cells, Holder, Lot, Piece, Range, Version, new_version};
 use crate::form::{LogBlock, LogEntry, Packer, Ref};
 use crate::tell::{self, Details, Told};
@@ -23,6 +23,7 @@ use model::{
 };
 use rustc_hash::FxHashMap;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -71,6 +72,9 @@ impl RetryKey {
 /// What a step looks up for every fact, by names of our own making: nobody else chooses their hashes.
 type Table<K, V> = FxHashMap<K, V>;
 
+/// What is kept of each lot for the story.
+type Logs<'a> = BTreeMap<LotKey, Vec<LogEntry<Cow<'a, Fact>>>>;
+
 /// The open books of a step.
 pub(super) struct Books<'a> {
     pub(super) inner: &'a Inner,
@@ -88,7 +92,7 @@ pub(super) struct Books<'a> {
     batches: Table<BatchId, Option<BatchRecord>>,
     ranges: BTreeMap<u64, RangeBook>,
     counters: Table<BatchId, Counters>,
-    logs: BTreeMap<LotKey, Vec<LogEntry>>,
+    logs: Logs<'a>,
     pub(super) retries: BTreeMap<RetryKey, Vec<Ref>>,
     pub(super) known: HashMap<(String, String), Vec<Suppression>>,
     suppressions_version: Option<Option<Version>>,
@@ -327,7 +331,7 @@ impl<'a> Books<'a> {
     }
 
     /// Keeps a fact for the story.
-    pub(super) fn log(&mut self, key: LotKey, position: u16, seq: Seq, fact: Fact) {
+    pub(super) fn log(&mut self, key: LotKey, position: u16, seq: Seq, fact: Cow<'a, Fact>) {
         let entry = LogEntry {
             position,
             seq,
@@ -394,6 +398,16 @@ impl<'a> Books<'a> {
         let told = self.own(of.kind, format!("{}", fastrand::u128(..)), of.data);
         self.events
             .push(tell::announced(told, 0, self.now, &of.account, of.about));
+    }
+
+    /// Notes events of accounts. The server's time numbers them, so that many are added beside the
+    /// script and not by it.
+    pub(super) async fn account_events(&mut self, all: Vec<Announcement>) -> Result<()> {
+        if all.len() >= news::MANY {
+            self.load(&Needs::default()).await?;
+        }
+        all.into_iter().for_each(|of| self.account_event(of));
+        Ok(())
     }
 
     /// Ends a recipient that was not written to, with its event. Whether it was still open.
@@ -679,12 +693,7 @@ fn write_ranges(
     }
 }
 
-fn write_logs(
-    commit: &mut Commit,
-    p: Partition,
-    journal: JournalId,
-    logs: BTreeMap<LotKey, Vec<LogEntry>>,
-) -> Result<()> {
+fn write_logs(commit: &mut Commit, p: Partition, journal: JournalId, logs: Logs<'_>) -> Result<()> {
     let mut packer = Packer::new()?;
     for ((batch, LotNumber(lot)), entries) in logs {
         let block = LogBlock { journal, entries };

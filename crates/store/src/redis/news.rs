@@ -18,7 +18,7 @@ use serde::Serialize;
 
 /// From as many events on they are added beside the script: the transaction and the script that may
 /// take them back cost as much as so many strings.
-const MANY: usize = 8;
+pub(super) const MANY: usize = 8;
 
 /// Numbers of events have 16 digits, so that one can be put in place of another.
 const NUMBERED_FROM: u64 = 1_000_000_000_000_000;

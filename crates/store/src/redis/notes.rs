@@ -188,7 +188,7 @@ impl Inner {
         let mut books = Books::open(self, HOME, now);
         self.forget_expired(&mut books.commit, now).await?;
         write_notes(&mut books.commit, own);
-        news.into_iter().for_each(|of| books.account_event(of));
+        books.account_events(news).await?;
         books.close(None, 0)?.0.run(self, false).await?;
         self.wrote();
         Ok(())

@@ -138,7 +138,7 @@ impl Inner {
     /// Puts events that belong to no recipient into the stream.
     pub(super) async fn announce(&self, news: Vec<Announcement>, now: Timestamp) -> Result<()> {
         let mut books = Books::open(self, HOME, now);
-        news.into_iter().for_each(|of| books.account_event(of));
+        books.account_events(news).await?;
         books.close(None, 0)?.0.run(self, false).await?;
         self.wrote();
         Ok(())

@@ -24,6 +24,7 @@ use model::{
     Partition, Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
 };
 use serde_json::json;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// A fact and where its recipient stands.
@@ -289,9 +290,9 @@ fn move_ranges(books: &mut Books<'_>, part: &Part, shipped: &mut Shipped) -> Res
 }
 
 /// Applies a fact; false when it is about something that the store does not know.
-fn apply(
-    books: &mut Books<'_>,
-    placed: &Placed,
+fn apply<'a>(
+    books: &mut Books<'a>,
+    placed: &'a Placed,
     journal: JournalId,
     shipped: &mut Shipped,
 ) -> Result<bool> {
@@ -335,10 +336,10 @@ fn apply(
 }
 
 /// Applies what came of a hit, or of the mail, later.
-fn apply_later(
-    books: &mut Books<'_>,
+fn apply_later<'a>(
+    books: &mut Books<'a>,
     (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &Placed),
+    (journal, placed): (JournalId, &'a Placed),
 ) -> Result<bool> {
     let Some(mut cell) = books.cell(key, position)? else {
         return Ok(false);
@@ -350,7 +351,7 @@ fn apply_later(
     if cell.erased() {
         return Ok(true);
     }
-    books.log(key, position, placed.seq, placed.fact.clone());
+    books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
     if let Some(kind) = event {
         books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
     }
@@ -370,11 +371,11 @@ fn apply_later(
     Ok(true)
 }
 
-fn apply_attempt(
-    books: &mut Books<'_>,
+fn apply_attempt<'a>(
+    books: &mut Books<'a>,
     record: &BatchRecord,
     (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &Placed),
+    (journal, placed): (JournalId, &'a Placed),
     attempt: &Attempt,
     shipped: &mut Shipped,
 ) -> Result<bool> {
@@ -397,7 +398,7 @@ fn apply_attempt(
     if cell.erased() {
         return Ok(true);
     }
-    books.log(key, position, placed.seq, placed.fact.clone());
+    books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
     if let Applied::Moved(kind) = applied {
         books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
     }
@@ -445,11 +446,11 @@ fn queue_of(books: &Books<'_>, key: LotKey, position: u16) -> Result<Box<str>> {
     Ok(own.map_or_else(|| lot.queue.clone(), |row| row.email.domain().into()))
 }
 
-fn apply_hit(
-    books: &mut Books<'_>,
+fn apply_hit<'a>(
+    books: &mut Books<'a>,
     record: &BatchRecord,
     (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &Placed),
+    (journal, placed): (JournalId, &'a Placed),
     hit: &Hit,
 ) -> Result<bool> {
     let Some(mut cell) = books.cell(key, position)? else {
@@ -472,14 +473,19 @@ fn apply_hit(
     }
     match mode {
         TrackingMode::Individual => {
-            books.log(key, position, placed.seq, placed.fact.clone());
+            books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
             if let Some(kind) = event {
                 books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
             }
         }
         TrackingMode::LastDate => {
             let date = transition::only_the_date(hit.clone());
-            books.log(key, position, placed.seq, Fact::Hit(Box::new(date)));
+            books.log(
+                key,
+                position,
+                placed.seq,
+                Cow::Owned(Fact::Hit(Box::new(date))),
+            );
         }
         TrackingMode::Aggregate | TrackingMode::Off => {}
     }

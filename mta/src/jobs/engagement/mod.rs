@@ -60,11 +60,13 @@ const PAGE: u32 = 5_000;
 const MESSAGES: usize = 10_000;
 /// Hits that wait; beyond, nothing more is read.
 const WAITING: usize = 50_000;
-/// Records of this process that are not in the store yet; beyond, they go first …
+/// Records of this process that are not in the store yet; beyond, they go first, …
 const BEHIND: i64 = 50_000;
-/// … and engagement pauses so many times as long as it worked, at most …
+/// … until hardly more are left than are under way at any moment; …
+const HARDLY_BEHIND: i64 = 10_000;
+/// … engagement pauses before a turn, and after work so many times as long as that took, …
 const STEP_BACK: u32 = 16;
-/// … this long, …
+/// … at most this long, …
 const LONGEST_PAUSE: Duration = Duration::from_mins(3);
 /// … and looks so often whether they still wait.
 const LOOK: Duration = Duration::from_secs(1);
@@ -198,6 +200,7 @@ impl<'a> Worker<'a> {
     /// Reads what is new, judges what is due, writes what follows.
     async fn turn(&mut self, held: &mut JobLease) -> Result<(), StoreError> {
         self.busy = 0;
+        self.let_others_go_first(LONGEST_PAUSE, held).await?;
         loop {
             let mut work = Work::default();
             let mut caught_up = true;
@@ -228,7 +231,9 @@ impl<'a> Worker<'a> {
                     work.judged.push((judged, hit));
                 }
                 self.write(std::mem::take(&mut work), held).await?;
-                self.let_others_go_first(&mut began, held).await?;
+                let worked = self.of.clock.instant().saturating_duration_since(began);
+                self.let_others_go_first(pause_after(worked), held).await?;
+                began = self.of.clock.instant();
                 if !self.judge.is_due(now) {
                     break;
                 }
@@ -243,24 +248,21 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Has worked since `began`; what was answered and is not in the store is worth more than a verdict
-    /// soon, where both want the same CPUs. The job stays this node's meanwhile.
+    /// Pauses while much of this process is not in the store: what was answered is worth more there than
+    /// a verdict soon, where both want the same CPUs. The job stays this node's meanwhile.
     async fn let_others_go_first(
         &self,
-        began: &mut Instant,
+        at_most: Duration,
         held: &mut JobLease,
     ) -> Result<(), StoreError> {
-        let clock = &self.of.clock;
-        let mut pause = pause_after(clock.instant().saturating_duration_since(*began));
-        while !pause.is_zero() && self.of.metrics.journal_pending_records.get() > BEHIND {
-            let part = pause.min(LOOK);
+        let waiting = &self.of.metrics.journal_pending_records;
+        let mut pause = StepBack::new(at_most);
+        while let Some(part) = pause.next(waiting.get()) {
             tokio::time::sleep(part).await;
             if held.keep().await?.is_none() {
                 break;
             }
-            pause -= part;
         }
-        *began = clock.instant();
         Ok(())
     }
 
@@ -404,6 +406,34 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// A pause, part by part, while records wait for the store.
+struct StepBack {
+    left: Duration,
+    /// No more than so many may wait for it to be over before its time.
+    enough: i64,
+}
+
+impl StepBack {
+    fn new(at_most: Duration) -> Self {
+        Self {
+            left: at_most,
+            enough: BEHIND,
+        }
+    }
+
+    /// The next part, while so many records wait. Once begun it lasts until hardly any do: else it would
+    /// end with the last part of a backlog still there, and begin again.
+    fn next(&mut self, waiting: i64) -> Option<Duration> {
+        if self.left.is_zero() || waiting <= self.enough {
+            return None;
+        }
+        self.enough = HARDLY_BEHIND;
+        let part = self.left.min(LOOK);
+        self.left -= part;
+        Some(part)
+    }
+}
+
 /// How long to pause after so much work while others go first.
 fn pause_after(worked: Duration) -> Duration {
     (worked * STEP_BACK).min(LONGEST_PAUSE)
@@ -454,5 +484,18 @@ mod tests {
         assert_eq!(pause_after(60 * second), LONGEST_PAUSE);
         // The lease is renewed in time: [`JobLease::keep`].
         assert!(LOOK < LEASE / 3);
+    }
+
+    #[test]
+    fn a_backlog_goes_first_until_hardly_anything_waits() {
+        let mut few = StepBack::new(LONGEST_PAUSE);
+        assert_eq!(few.next(BEHIND), None);
+        let mut many = StepBack::new(LONGEST_PAUSE);
+        assert_eq!(many.next(BEHIND + 1), Some(LOOK));
+        assert_eq!(many.next(HARDLY_BEHIND + 1), Some(LOOK));
+        assert_eq!(many.next(HARDLY_BEHIND), None);
+        let mut short = StepBack::new(LOOK + LOOK / 2);
+        let parts: Vec<_> = std::iter::from_fn(|| short.next(i64::MAX)).collect();
+        assert_eq!(parts, [LOOK, LOOK / 2]);
     }
 }
