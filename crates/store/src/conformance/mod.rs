@@ -146,6 +146,7 @@ macro_rules! conformance_tests {
             a_note_is_swapped_once
             notes_of_people_are_found_wherever_they_stand
             what_is_derived_changes_with_what_it_tells
+            much_is_told_at_once
             a_job_is_one_nodes_at_a_time
             a_suspension_is_told_to_every_node
             announcements_are_events_of_their_account

@@ -201,6 +201,48 @@ pub async fn what_is_derived_changes_with_what_it_tells(fixture: &dyn Fixture) -
     Ok(())
 }
 
+/// However many are told at once, and by whom: each once, in order, with its note.
+pub async fn much_is_told_at_once(fixture: &dyn Fixture) -> Result<()> {
+    const MANY: u32 = 40;
+    let (store, elsewhere) = (fixture.mta().await, fixture.another().await);
+    let news = |who: &str, n: u32| Announcement {
+        kind: EventKind::IdentityBound,
+        account: who.into(),
+        data: serde_json::json!({ "n": n }).into(),
+        about: About::default(),
+    };
+    let tell = async |node: &dyn crate::Store, who: &str| -> Result<()> {
+        for step in 0..5 {
+            let numbers = step * MANY..(step + 1) * MANY;
+            let notes = numbers
+                .clone()
+                .map(|n| note(who, &n.to_string(), b"x", None));
+            let told = numbers.map(|n| news(who, n)).collect();
+            node.derive(notes.collect(), told, T0).await?;
+        }
+        Ok(())
+    };
+    let announced = (0..MANY).map(|n| news("announced", n)).collect();
+    tokio::try_join!(
+        tell(&*store, "one"),
+        tell(&*elsewhere, "two"),
+        store.announce(announced, T0)
+    )?;
+    let all = all_events(&*elsewhere).await?;
+    assert!(all.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+    for (who, count) in [("one", 5 * MANY), ("two", 5 * MANY), ("announced", MANY)] {
+        let of_one = all.iter().filter(|event| event.account == who);
+        let said: Vec<_> = of_one.map(|event| event.data["n"].as_u64()).collect();
+        let expected: Vec<_> = (0..count).map(|n| Some(u64::from(n))).collect();
+        assert_eq!(said, expected, "{who}");
+    }
+    for who in ["one", "two"] {
+        let notes = store.notes(who, T0).await?;
+        assert_eq!(notes.len(), usize::try_from(5 * MANY).unwrap_or(0), "{who}");
+    }
+    Ok(())
+}
+
 /// One node at a time has a job; its token is the same while it renews and higher for the next.
 pub async fn a_job_is_one_nodes_at_a_time(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;
