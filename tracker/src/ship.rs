@@ -13,9 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::{Shipment, Store, StoreError};
 
-/// The most facts in one shipment. Large, since what a lot costs the store does not grow with the
-/// hits on it; bounded, since others wait for the store's writer meanwhile.
-const BATCH: usize = 4_000;
 /// How long a hit waits for others to go with it; a full shipment does not wait.
 const LINGER: Duration = Duration::from_millis(50);
 /// How often the gauges are set while nothing happens.
@@ -120,7 +117,8 @@ impl<S: Store + ?Sized> Shipper<S> {
     /// not at all when a full shipment is there.
     async fn wait(&self, after: Seq) -> Phase {
         // The last but one of a full shipment: `readable` waits for what follows it.
-        let full = after.saturating_add(Seq::try_from(BATCH - 1).unwrap_or(Seq::MAX));
+        let most = self.store.shipment_size();
+        let full = after.saturating_add(Seq::try_from(most - 1).unwrap_or(Seq::MAX));
         let something = async {
             if self.journal.readable(after).await.is_err() {
                 // A journal that has failed gives nothing new; what it had was shipped.
@@ -165,7 +163,10 @@ impl<S: Store + ?Sized> Shipper<S> {
 
     /// Ships some of what is after `after`; says through where.
     async fn ship(&mut self, after: Seq) -> Result<Seq, StoreError> {
-        let read = self.journal.pending(after, BATCH).await;
+        let read = self
+            .journal
+            .pending(after, self.store.shipment_size())
+            .await;
         let pending = read.map_err(|error| {
             StoreError::Unavailable(format!("the journal cannot be read: {error}"))
         })?;
@@ -301,6 +302,7 @@ mod tests {
     use journal::{JournalConfig, RealDisk};
     use model::{JournalId, Timestamp};
     use service::clock::Manual;
+    use store::SHIPMENT;
     use store::sqlite::{Role, SqliteOptions, SqliteStore};
 
     /// How long a shipper waits with so many records in its journal.
@@ -343,8 +345,8 @@ mod tests {
     async fn a_full_shipment_leaves_at_once_and_a_hit_waits_for_company() {
         // The timer of tokio counts whole milliseconds, and may add one.
         let close = |waited: Duration, to: Duration| waited.saturating_sub(to).as_millis() <= 2;
-        assert!(close(waits(BATCH).await, Duration::ZERO));
-        for (records, expected) in [(BATCH - 1, LINGER), (1, LINGER), (0, IDLE)] {
+        assert!(close(waits(SHIPMENT).await, Duration::ZERO));
+        for (records, expected) in [(SHIPMENT - 1, LINGER), (1, LINGER), (0, IDLE)] {
             let waited = waits(records).await;
             assert!(
                 waited >= expected && close(waited, expected),

@@ -133,6 +133,11 @@ impl Layer for Late {
         opened.map_or(self.assumed.is_shared, |store| store.is_shared())
     }
 
+    fn shipment_size_known(&self) -> usize {
+        let opened = self.opened.get();
+        opened.map_or(crate::SHIPMENT, |store| store.shipment_size())
+    }
+
     fn is_open_now(&self) -> bool {
         self.opened.get().is_some()
     }

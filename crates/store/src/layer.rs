@@ -57,6 +57,11 @@ pub trait Layer: Send + Sync + 'static {
         self.inner().is_shared()
     }
 
+    /// Stands for [`Store::shipment_size`].
+    fn shipment_size_known(&self) -> usize {
+        self.inner().shipment_size()
+    }
+
     /// Stands for [`Store::is_open`].
     fn is_open_now(&self) -> bool {
         self.inner().is_open()
@@ -180,6 +185,10 @@ impl<L: Layer> Store for L {
 
     async fn ship(&self, shipment: Shipment) -> Result<Shipped> {
         around(self, "ship", self.inner().ship(shipment)).await
+    }
+
+    fn shipment_size(&self) -> usize {
+        self.shipment_size_known()
     }
 
     async fn high_water(&self, journal: JournalId) -> Result<Seq> {

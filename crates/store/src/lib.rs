@@ -27,6 +27,7 @@ mod form;
 mod hours;
 pub mod late;
 mod layer;
+mod line;
 mod recent;
 pub mod redis;
 mod signing;
@@ -187,9 +188,15 @@ pub trait Store: Send + Sync + 'static {
     // ---- facts --------------------------------------------------------------------------
 
     /// Applies facts in order, at most once each: statuses, counters, events, retry lots,
-    /// suppressions and the high-water mark in one step per partition. Moves windows and removes
-    /// finished ranges for leases still held. Durable as the engine gives it.
+    /// suppressions and the high-water mark in one step per partition; many hits in several, one
+    /// after the other, each with its mark. Moves windows and removes finished ranges for leases
+    /// still held. Durable as the engine gives it.
     async fn ship(&self, shipment: Shipment) -> Result<Shipped>;
+
+    /// How many hits a shipment should have at most.
+    fn shipment_size(&self) -> usize {
+        SHIPMENT
+    }
 
     /// Through which sequence every partition has this journal.
     async fn high_water(&self, journal: JournalId) -> Result<Seq>;

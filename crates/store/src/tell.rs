@@ -27,31 +27,28 @@ pub(crate) struct Told<'a> {
     pub(crate) data: Details<'a>,
 }
 
-/// An event of which nothing is a copy yet. Where it is kept as text, the text is written of this;
-/// where somebody asks for it, it becomes an [`Event`], which has the same fields.
-#[derive(Serialize)]
+/// An event of which nothing is a copy yet. Where it is kept as text, the text is written of this
+/// (`line`); where somebody asks for it, it becomes an [`Event`], which has the same fields.
 pub(crate) struct Line<'a> {
-    id: uuid::Uuid,
+    pub(crate) id: uuid::Uuid,
     pub(crate) seq: u64,
-    #[serde(rename = "type")]
-    kind: EventKind,
-    occurred_at: Timestamp,
-    recorded_at: Timestamp,
-    account: Cow<'a, str>,
-    campaign: Option<Cow<'a, str>>,
-    batch_id: Option<BatchId>,
-    message_id: Option<MessageId>,
-    variant: Option<Cow<'a, str>>,
-    recipient: Option<Recipient<'a>>,
-    metadata: Cow<'a, Value>,
-    data: Details<'a>,
+    pub(crate) kind: EventKind,
+    pub(crate) occurred_at: Timestamp,
+    pub(crate) recorded_at: Timestamp,
+    pub(crate) account: Cow<'a, str>,
+    pub(crate) campaign: Option<Cow<'a, str>>,
+    pub(crate) batch_id: Option<BatchId>,
+    pub(crate) message_id: Option<MessageId>,
+    pub(crate) variant: Option<Cow<'a, str>>,
+    pub(crate) recipient: Option<Recipient<'a>>,
+    pub(crate) metadata: Cow<'a, Value>,
+    pub(crate) data: Details<'a>,
 }
 
 /// The recipient of an event.
-#[derive(Serialize)]
-struct Recipient<'a> {
-    email: Cow<'a, str>,
-    prospect_id: Option<Cow<'a, str>>,
+pub(crate) struct Recipient<'a> {
+    pub(crate) email: Cow<'a, str>,
+    pub(crate) prospect_id: Option<Cow<'a, str>>,
 }
 
 impl From<Line<'_>> for Event {
@@ -140,15 +137,23 @@ pub(crate) struct AttemptDetails<'a> {
 /// The `data` of an open or a click.
 #[derive(Serialize)]
 pub(crate) struct HitDetails<'a> {
-    actor: Actor,
-    machine_reasons: &'a [Box<str>],
-    rules: u16,
-    hit: String,
-    link: Option<u16>,
-    url: Option<&'a str>,
-    user_agent: &'a str,
-    network: &'a str,
-    visitor: Option<VisitorId>,
+    pub(crate) actor: Actor,
+    pub(crate) machine_reasons: &'a [Box<str>],
+    pub(crate) rules: u16,
+    #[serde(serialize_with = "as_shown")]
+    pub(crate) hit: FactId,
+    pub(crate) link: Option<u16>,
+    pub(crate) url: Option<&'a str>,
+    pub(crate) user_agent: &'a str,
+    pub(crate) network: &'a str,
+    pub(crate) visitor: Option<VisitorId>,
+}
+
+fn as_shown<S: serde::Serializer>(
+    value: &impl std::fmt::Display,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_str(value)
 }
 
 impl<'a> Told<'a> {
@@ -430,7 +435,7 @@ fn data_of_hit<'a>(id: FactId, hit: &'a Hit, head: &BatchHead) -> Details<'a> {
             actor: hit.verdict.actor,
             machine_reasons: &hit.verdict.machine_reasons,
             rules: hit.verdict.rules,
-            hit: id.to_string(),
+            hit: id,
             link: hit.link,
             url: hit.target.as_deref(),
             user_agent: &hit.user_agent,
@@ -484,7 +489,7 @@ mod tests {
                 data,
             };
             let line = of_address(told, 7, at, "acme", "a@x.example");
-            let text = serde_json::to_string(&line).unwrap();
+            let text = String::from_utf8(crate::line::text_of(&line, 0)).unwrap();
             assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), line.into());
             assert!(
                 text.contains("a@x.example") && !text.contains('\n'),

@@ -13,6 +13,10 @@ use std::time::Duration;
 /// The most recipients in one lot.
 pub const LOT_ROWS: usize = 500;
 
+/// The most hits in a shipment, if the store says nothing else. Large, since what a lot costs the
+/// store does not grow with the hits on it; bounded, since others wait for the store's writer meanwhile.
+pub const SHIPMENT: usize = 4_000;
+
 /// The most recipients that a holder may have started beyond what it has reported, per range.
 pub const WINDOW: u32 = 64;
 

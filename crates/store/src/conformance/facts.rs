@@ -163,6 +163,67 @@ pub async fn a_journal_is_taken_once_however_often_it_is_shipped(
     Ok(())
 }
 
+/// More hits than go in one step, of two trackers at the same time and on the same people: each is
+/// counted once and told once, in the order of its journal, with what leaving a list brings with it.
+pub async fn many_hits_are_taken_step_by_step(fixture: &dyn Fixture) -> Result<()> {
+    const PEOPLE: u32 = 40;
+    const HITS: u32 = 9_000;
+    let (store, elsewhere) = (fixture.mta().await, fixture.another().await);
+    let batch = Spec::new(1, people(40, "x.example"))
+        .submit(&*store, T0)
+        .await?;
+    let facts = |n: u32| match n {
+        3_000 | 7_000 => hit(batch, n % PEOPLE, HitKind::Unsubscribe, Actor::Human, T0),
+        _ => hit(batch, n % PEOPLE, HitKind::Click, Actor::Human, T0),
+    };
+    let (mut one, mut two) = (Node::new(1), Node::new(2));
+    let ships = [&mut one, &mut two].map(|node| {
+        let facts = node.write((0..HITS).map(facts).collect());
+        node.shipment(facts, T0)
+    });
+    let [first, second] = ships.clone();
+    let (first, second) = tokio::try_join!(store.ship(first), elsewhere.ship(second))?;
+    assert_eq!((first.repeated, second.repeated), (0, 0));
+    // Once more, of which most is there, and a little that is new.
+    let [mut again, _] = ships;
+    again.facts.extend(one.write(vec![facts(1)]));
+    again.through += 1;
+    let again = store.ship(again).await?;
+    assert_eq!((again.repeated, again.unknown), (u64::from(HITS), 0));
+    let marks = [one.journal, two.journal].map(|journal| store.high_water(journal));
+    let marks = futures_util::future::try_join_all(marks).await?;
+    assert_eq!(marks, [u64::from(HITS) + 1, u64::from(HITS)]);
+    let counters = checked(&*store, batch).await?.counters;
+    assert_eq!(counters.clicked_total, 2 * u64::from(HITS - 2) + 1);
+    assert_eq!(counters.clicked_unique, u64::from(PEOPLE));
+    assert_eq!(counters.unsubscribed, 1, "both are of one person");
+    let events = all_events(&*store).await?;
+    for node in [&one, &two] {
+        let whose = format!("{}-", node.journal);
+        let mut told = std::collections::BTreeMap::<MessageId, Vec<u64>>::new();
+        for event in &events {
+            let number = event.data["hit"]
+                .as_str()
+                .and_then(|hit| hit.strip_prefix(&whose));
+            if let (Some(number), Some(message)) = (number, event.message_id) {
+                told.entry(message)
+                    .or_default()
+                    .push(number.parse().expect("a number"));
+            }
+        }
+        assert!(told.values().all(|of_one| of_one.is_sorted()), "{whose}");
+        let mut told: Vec<u64> = told.into_values().flatten().collect();
+        told.sort_unstable();
+        let clicks = (1..=node.written()).filter(|seq| ![3_001, 7_001].contains(seq));
+        assert!(
+            told.iter().copied().eq(clicks),
+            "{whose}: {} told",
+            told.len()
+        );
+    }
+    Ok(())
+}
+
 /// The second attempt is known before the first: the first moves nothing, and is kept.
 pub async fn a_fact_out_of_order_moves_nothing_back(fixture: &dyn Fixture) -> Result<()> {
     let store = fixture.mta().await;

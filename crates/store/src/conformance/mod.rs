@@ -108,6 +108,7 @@ macro_rules! conformance_tests {
             unknown_facts_are_dropped_and_counted
             a_batch_completes_with_its_last_recipient
             totals_and_uniques_are_counted_apart
+            many_hits_are_taken_step_by_step
             a_revision_moves_the_counters_of_people
             page_views_and_replies_are_facts
             an_unsubscribe_leaves_the_list_in_the_same_step

@@ -205,6 +205,11 @@ impl Node {
             .collect()
     }
 
+    /// How many facts it has numbered.
+    pub(super) fn written(&self) -> Seq {
+        self.seq
+    }
+
     pub(super) fn shipment(&self, facts: Vec<(Seq, Fact)>, now: Timestamp) -> Shipment {
         Shipment {
             journal: self.journal,

@@ -26,6 +26,7 @@ use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// What a step has to read.
 #[derive(Debug, Default)]
@@ -84,6 +85,10 @@ pub(super) struct Books<'a> {
     pub(super) moment: i64,
     /// The server's time in microseconds: a fencing token.
     pub(super) token: u64,
+    /// When that was told.
+    asked_at: Instant,
+    /// The number of the last event of the step before.
+    numbered: u64,
     /// How far the journal that was asked for was taken.
     pub(super) mark: Seq,
     cells: Table<LotKey, Option<Cells>>,
@@ -96,6 +101,8 @@ pub(super) struct Books<'a> {
     pub(super) retries: BTreeMap<RetryKey, Vec<Ref>>,
     pub(super) known: HashMap<(String, String), Vec<Suppression>>,
     suppressions_version: Option<Option<Version>>,
+    /// The version that this step gives them.
+    touched: Option<Version>,
     /// Whether anybody in the partition said how much may be kept of them, as far as it was asked.
     pub(super) any_consents: bool,
     pub(super) consents: HashMap<(String, String), Option<Consent>>,
@@ -113,6 +120,8 @@ impl<'a> Books<'a> {
             now,
             moment: now.millis(),
             token: 0,
+            asked_at: Instant::now(),
+            numbered: 0,
             mark: 0,
             cells: Table::default(),
             lots: Table::default(),
@@ -124,6 +133,7 @@ impl<'a> Books<'a> {
             retries: BTreeMap::new(),
             known: HashMap::new(),
             suppressions_version: None,
+            touched: None,
             any_consents: false,
             consents: HashMap::new(),
             events: Texts::default(),
@@ -135,10 +145,20 @@ impl<'a> Books<'a> {
     /// Notes the server's time.
     pub(super) fn set_time(&mut self, seconds: i64, micros: i64) {
         let micros = seconds * 1_000_000 + micros;
+        self.asked_at = Instant::now();
         self.token = u64::try_from(micros).unwrap_or(0);
         if self.inner.clock == super::Clock::Server {
             self.moment = micros / 1_000;
         }
+    }
+
+    /// The server's time in microseconds, behind the events of the step before; 0 when it is not known.
+    fn time_for_events(&self) -> u64 {
+        if self.token == 0 {
+            return 0;
+        }
+        let since = u64::try_from(self.asked_at.elapsed().as_micros()).unwrap_or(0);
+        (self.token + since).max(self.numbered + 1)
     }
 
     // ---- reading ------------------------------------------------------------------------
@@ -456,6 +476,27 @@ impl<'a> Books<'a> {
         self.retries.keys().map(id).collect()
     }
 
+    /// Notes that suppressions change: whoever asked before has to ask again.
+    pub(super) fn touch_suppressions(&mut self) {
+        let version = *self.touched.get_or_insert_with(new_version);
+        let key = keys::suppressions_version(self.partition);
+        self.commit.write("SET", key, [version]);
+    }
+
+    /// Moves the mark of a journal, if it was not as far yet.
+    pub(super) fn move_mark(&mut self, journal: JournalId, through: Seq) {
+        if through <= self.mark {
+            return;
+        }
+        let (key, field) = (keys::journals(self.partition), journal.to_string());
+        let before = self.mark.to_string();
+        let expected = (self.mark > 0).then_some(before.as_bytes());
+        self.commit
+            .check_field(key.clone(), field.as_bytes(), expected);
+        self.commit.write("HSET", key, [field, through.to_string()]);
+        self.mark = through;
+    }
+
     /// Adds references to retry lots that nobody holds, or makes new ones.
     pub(super) fn file_retries(&mut self) {
         for (key, refs) in std::mem::take(&mut self.retries) {
@@ -541,9 +582,19 @@ impl<'a> Books<'a> {
 
     // ---- writing ------------------------------------------------------------------------
 
-    /// The step; with it the batches whose open recipients it will tell, in that order.
+    /// The only or last step; with it the batches whose open recipients it will tell, in that order.
     pub(super) fn close(
         mut self,
+        journal: Option<JournalId>,
+        floor: u64,
+    ) -> Result<(Commit, Vec<BatchId>)> {
+        self.step(journal, floor)
+    }
+
+    /// The step, as [`Books::close`]. The books are then as it will leave them, for another step of the
+    /// same kind, if neither moves a range.
+    pub(super) fn step(
+        &mut self,
         journal: Option<JournalId>,
         floor: u64,
     ) -> Result<(Commit, Vec<BatchId>)> {
@@ -557,7 +608,10 @@ impl<'a> Books<'a> {
         if let Some(version) = self.suppressions_version {
             commit.check(keys::suppressions_version(p), version);
         }
-        for ((batch, lot), cells) in &self.cells {
+        if let Some(version) = self.touched.take() {
+            self.suppressions_version = Some(Some(version));
+        }
+        for ((batch, lot), cells) in &mut self.cells {
             let key = || keys::cells(p, *batch, lot.0);
             let Some(cells) = cells else {
                 commit.check(key(), None);
@@ -570,6 +624,7 @@ impl<'a> Books<'a> {
                 let at = at.to_string();
                 commit.write("SETRANGE", key(), [at.as_bytes(), bytes]);
             }
+            cells.settle();
         }
         write_ranges(&mut commit, p, std::mem::take(&mut self.ranges), fresh);
         if let Some(journal) = journal {
@@ -589,8 +644,10 @@ impl<'a> Books<'a> {
                 told.push(batch);
             }
         }
-        commit.events(std::mem::take(&mut self.events), floor, self.token)?;
-        commit.control(&self.control, self.now)?;
+        let time = self.time_for_events();
+        commit.events(std::mem::take(&mut self.events), floor, time)?;
+        self.numbered = commit.last_event();
+        commit.control(&std::mem::take(&mut self.control), self.now)?;
         Ok((commit, told))
     }
 }

@@ -215,6 +215,11 @@ impl Commit {
         Ok(())
     }
 
+    /// The number that the last event is to have; 0: there is none, or the script decides it.
+    pub(super) fn last_event(&self) -> u64 {
+        self.news.as_ref().map_or(0, News::last)
+    }
+
     /// Items of the control feed, in order.
     pub(super) fn control(&mut self, items: &[Control], now: Timestamp) -> Result<()> {
         if items.is_empty() {

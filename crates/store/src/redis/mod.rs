@@ -4,6 +4,7 @@
 //! recipient lives in one partition, whose keys share a hash tag, and changes in one script
 //! (`commit`), its events beside it (`news`). Key names, sizes and lifetimes: `docs/redis.md`.
 
+mod apply;
 mod batches;
 mod books;
 mod cache;
@@ -480,6 +481,10 @@ impl Store for RedisStore {
 
     fn is_shared(&self) -> bool {
         true
+    }
+
+    fn shipment_size(&self) -> usize {
+        ship::SHIPMENT
     }
 
     async fn shares(&self, request: ShareRequest) -> Result<Vec<Share>> {

@@ -10,11 +10,11 @@ use super::Inner;
 use super::commit::{Commit, Lua};
 use super::keys::{self, HOME};
 use super::link::Link;
+use crate::line::text_of;
 use crate::tell::Line;
 use crate::{Result, StoreError};
 use ::redis::{Cmd, Pipeline, ServerErrorKind, Value};
 use model::Event;
-use serde::Serialize;
 
 /// From as many events on they are added beside the script: the transaction and the script that may
 /// take them back cost as much as so many strings.
@@ -44,19 +44,24 @@ pub(super) struct Texts {
 impl Texts {
     pub(super) fn push(&mut self, mut line: Line<'_>) {
         line.seq = NUMBERED_FROM;
-        self.write(&line);
+        self.keep(text_of(&line, TEXT_BYTES));
     }
 
     /// One that was told before, by another store.
     pub(super) fn push_again(&mut self, mut event: Event) {
         event.seq = NUMBERED_FROM;
-        self.write(&event);
+        match serde_json::to_vec(&event) {
+            Ok(text) => self.keep(text),
+            Err(error) => self.damaged = Some(StoreError::Damaged(format!("an event: {error}"))),
+        }
     }
 
-    fn write(&mut self, event: &impl Serialize) {
-        match written(event) {
-            Ok(text) => self.all.push(text),
-            Err(error) => self.damaged = Some(error),
+    /// Keeps a text whose number has as many digits as its own will have.
+    fn keep(&mut self, text: Vec<u8>) {
+        const NAME: &[u8] = b",\"seq\":";
+        match text.get(..NUMBER.start) {
+            Some(before) if before.ends_with(NAME) => self.all.push(text),
+            _ => self.damaged = Some(StoreError::Damaged("an event without an id".into())),
         }
     }
 
@@ -103,8 +108,11 @@ impl News {
         }
     }
 
-    /// The number of the last.
+    /// The number of the last; 0: the script gives them theirs.
     pub(super) fn last(&self) -> u64 {
+        if self.first == 0 {
+            return 0;
+        }
         let count = u64::try_from(self.texts.len()).unwrap_or(u64::MAX);
         (self.first + count).saturating_sub(1)
     }
@@ -164,18 +172,6 @@ impl News {
             .arg(&self.names)
             .arg(self.first)
             .arg(self.last());
-    }
-}
-
-/// The text of an event, whose number has as many digits as its own will have.
-fn written(event: &impl Serialize) -> Result<Vec<u8>> {
-    const NAME: &[u8] = b",\"seq\":";
-    let mut text = Vec::with_capacity(TEXT_BYTES);
-    serde_json::to_writer(&mut text, event)
-        .map_err(|error| StoreError::Damaged(format!("an event: {error}")))?;
-    match text.get(..NUMBER.start) {
-        Some(before) if before.ends_with(NAME) => Ok(text),
-        _ => Err(StoreError::Damaged("an event without an id".into())),
     }
 }
 

@@ -549,6 +549,18 @@ impl Cells {
         let span = self.changed.bytes()?;
         Some((span.start, self.bytes.get(span)?))
     }
+
+    /// Takes what was changed for written: the next step looks and changes from here on.
+    pub(super) fn settle(&mut self) {
+        if let Some(span) = self.changed.bytes()
+            && let (Some(stored), Some(bytes)) =
+                (self.stored.get_mut(span.clone()), self.bytes.get(span))
+        {
+            stored.copy_from_slice(bytes);
+        }
+        self.seen = Span::none();
+        self.changed = Span::none();
+    }
 }
 
 // ---- counters ---------------------------------------------------------------------------

@@ -2,41 +2,46 @@
 //! suppressions, in one step with the journal's high-water mark and the windows of leases.
 //!
 //! Every partition has its own part of a shipment and its own mark, so a shipment that came through
-//! in some partitions only is shipped again as a whole. Two round trips: read, do. Must not decide:
-//! `transition` does.
+//! in some partitions only is shipped again as a whole. Two round trips: read, do. Many hits go in
+//! several steps, each of which is put together while the server does the one before it: otherwise
+//! one side waits for the other all the time. Must not decide: `transition` does.
 
 use super::Inner;
-use super::books::{Books, Needs, RetryKey};
+use super::apply::{address_of, apply};
+use super::books::{Books, Needs};
 use super::cache::LotKey;
-use super::commit::Outcome;
+use super::commit::{Commit, Outcome};
 use super::keys::{self, HOME};
 use super::link::answer;
-use super::record::{BatchRecord, Holder, Range};
-use super::suppress;
-use crate::form::Ref;
-use crate::tell::COMPLAINT;
-use crate::transition::{self, Applied};
-use crate::{MIXED, RangeRef, Result, Shipment, Shipped, Suppression, tell};
+use super::record::{Holder, Range};
+use crate::{RangeRef, Result, Shipment, Shipped};
 use ::redis::Pipeline;
 use futures_util::future::try_join_all;
-use model::{
-    Attempt, AttemptResult, BatchState, Fact, FactId, Hit, HitKind, JournalId, MessageId,
-    Partition, Place, Seq, Status, SuppressionReason, Timestamp, TrackingMode,
-};
-use serde_json::json;
-use std::borrow::Cow;
+use model::{BatchId, Fact, HitKind, JournalId, Partition, Place, Seq, Timestamp};
+use rustc_hash::FxHashSet;
 use std::collections::BTreeMap;
+
+/// The most hits in one step. Large, since what a lot costs does not grow with the hits on it; bounded,
+/// since the server does nothing else meanwhile.
+const STEP: usize = 4_000;
+/// The most facts that one shipment of hits should have: with so many, the server and this side work at
+/// the same time but for the first step and the last.
+pub(super) const SHIPMENT: usize = 4 * STEP;
+/// The most lots whose rows and cells are in memory for it: some 100 KB each.
+const LOTS: usize = 2_000;
+/// Facts that are entered without looking aside.
+const AT_A_TIME: usize = 128;
 
 /// A fact and where its recipient stands.
 #[derive(Debug, Clone)]
-struct Placed {
-    seq: Seq,
-    fact: Fact,
-    place: Option<Place>,
+pub(super) struct Placed {
+    pub(super) seq: Seq,
+    pub(super) fact: Fact,
+    pub(super) place: Option<Place>,
 }
 
 impl Placed {
-    fn key(&self) -> Option<LotKey> {
+    pub(super) fn key(&self) -> Option<LotKey> {
         Some((self.fact.message()?.batch, self.place?.lot))
     }
 }
@@ -49,12 +54,167 @@ struct Part {
     finished: Vec<RangeRef>,
 }
 
+impl Part {
+    /// Whether it may be taken in several steps: no range moves, and none is made.
+    fn is_divisible(&self) -> bool {
+        let attempt = |placed: &Placed| matches!(placed.fact, Fact::Attempt(_));
+        self.windows.is_empty() && self.finished.is_empty() && !self.facts.iter().any(attempt)
+    }
+
+    /// The facts to go on with, and whether these are all that are left.
+    fn after(&self, taken: &Taken) -> (&[Placed], bool) {
+        let done = |placed: &Placed| placed.seq <= taken.through;
+        let rest = self.facts.split_at(self.facts.partition_point(done)).1;
+        if !self.is_divisible() {
+            return (rest, true);
+        }
+        let most = if taken.one_by_one { STEP } else { rest.len() };
+        let mut lots = FxHashSet::default();
+        let fits = |placed: &&Placed| {
+            let of = placed.key();
+            of.is_none_or(|key| lots.len() < LOTS || lots.contains(&key)) && {
+                lots.extend(of);
+                true
+            }
+        };
+        let some = rest.iter().take(most).take_while(fits).count();
+        (rest.split_at(some).0, some == rest.len())
+    }
+
+    /// Steps for these facts. `end`: they are the last; through where the journal is taken with them.
+    fn steps<'a>(&'a self, facts: &'a [Placed], end: Option<Seq>) -> Vec<Step<'a>> {
+        let most = if self.is_divisible() {
+            STEP
+        } else {
+            usize::MAX
+        };
+        let step = |facts: &'a [Placed]| Step {
+            through: facts.last().map_or(0, |placed| placed.seq),
+            facts,
+            part: self,
+        };
+        let mut steps: Vec<Step<'_>> = facts.chunks(most).map(step).collect();
+        if let Some(through) = end {
+            match steps.last_mut() {
+                Some(last) => last.through = through,
+                None => steps.push(Step {
+                    through,
+                    ..step(&[])
+                }),
+            }
+        }
+        steps
+    }
+}
+
 /// What all parts of a shipment share.
 #[derive(Debug, Clone, Copy)]
 struct Of {
     journal: JournalId,
     through: Seq,
     now: Timestamp,
+}
+
+/// How far a part was taken, and what it came to.
+#[derive(Debug, Default)]
+struct Taken {
+    shipped: Shipped,
+    /// Every fact through here is in the store.
+    through: Seq,
+    /// Whether no step is put together before the one before it is done.
+    one_by_one: bool,
+}
+
+impl Taken {
+    /// Counts facts that the store has already; the others.
+    fn skip_repeated<'a>(&mut self, facts: &'a [Placed], mark: Seq) -> &'a [Placed] {
+        let (old, new) = facts.split_at(facts.partition_point(|placed| placed.seq <= mark));
+        self.shipped.repeated += u64::try_from(old.len()).unwrap_or(u64::MAX);
+        self.through = self.through.max(mark);
+        new
+    }
+
+    /// Whether to go on.
+    fn note(&mut self, finished: Finished) -> bool {
+        match finished {
+            Finished::Nothing => true,
+            Finished::Conflict => false,
+            Finished::Done(shipped, through) => {
+                add(&mut self.shipped, shipped);
+                self.through = self.through.max(through);
+                true
+            }
+        }
+    }
+}
+
+/// Facts of a part that go in one step.
+struct Step<'a> {
+    facts: &'a [Placed],
+    part: &'a Part,
+    through: Seq,
+}
+
+/// A step that was put together.
+struct Ready {
+    commit: Commit,
+    told: Vec<BatchId>,
+    shipped: Shipped,
+    through: Seq,
+}
+
+enum Finished {
+    Nothing,
+    Conflict,
+    /// What it came to, and through where.
+    Done(Shipped, Seq),
+}
+
+impl<'a> Step<'a> {
+    /// Enters it in the books. Steps aside from time to time: somebody may wait for an answer.
+    async fn put_together(self, books: &mut Books<'a>, journal: JournalId) -> Result<Ready> {
+        let mut shipped = Shipped::default();
+        for some in self.facts.chunks(AT_A_TIME) {
+            for placed in some {
+                if !apply(books, placed, journal, &mut shipped)? {
+                    shipped.unknown += 1;
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        move_ranges(books, self.part, &mut shipped)?;
+        let ranges = books.retry_ranges();
+        if !ranges.is_empty() {
+            books
+                .load(&Needs {
+                    ranges,
+                    ..Needs::default()
+                })
+                .await?;
+            books.file_retries();
+        }
+        books.move_mark(journal, self.through);
+        let (commit, told) = books.step(Some(journal), 0)?;
+        Ok(Ready {
+            commit,
+            told,
+            shipped,
+            through: self.through,
+        })
+    }
+}
+
+/// Adds what one step or part came to.
+fn add(all: &mut Shipped, one: Shipped) {
+    all.duplicates.extend(one.duplicates);
+    all.unknown += one.unknown;
+    all.repeated += one.repeated;
+    all.lost.extend(one.lost);
+    all.completed.extend(one.completed);
+    all.behind = match (all.behind, one.behind) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
 }
 
 impl Inner {
@@ -86,15 +246,7 @@ impl Inner {
             .map(|(p, part)| self.ship_part(p, part, of));
         let mut all = Shipped::default();
         for one in try_join_all(shipped).await? {
-            all.duplicates.extend(one.duplicates);
-            all.unknown += one.unknown;
-            all.repeated += one.repeated;
-            all.lost.extend(one.lost);
-            all.completed.extend(one.completed);
-            all.behind = match (all.behind, one.behind) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (a, b) => a.or(b),
-            };
+            add(&mut all, one);
         }
         Ok(all)
     }
@@ -136,53 +288,68 @@ impl Inner {
         Ok(parts)
     }
 
+    /// Takes what a shipment has of a partition.
     async fn ship_part(&self, p: Partition, part: Part, of: Of) -> Result<Shipped> {
+        let mut taken = Taken::default();
         let mut tries = self.tries();
         while tries.again().await? {
-            let mut shipped = Shipped::default();
+            let before = taken.through;
+            let (facts, is_all) = part.after(&taken);
             let mut books = Books::open(self, p, of.now);
-            load_for(&mut books, &part, of.journal).await?;
-            let mark = books.mark;
-            if self.past.has_forgotten(p, of.journal, mark) {
-                shipped.behind = Some(mark);
-                return Ok(shipped);
+            load_for(&mut books, &part, facts, of.journal).await?;
+            if self.past.has_forgotten(p, of.journal, books.mark) {
+                taken.shipped.behind = Some(books.mark);
+                break;
             }
-            let (new, old): (Vec<&Placed>, Vec<&Placed>) =
-                part.facts.iter().partition(|placed| placed.seq > mark);
-            shipped.repeated = u64::try_from(old.len()).unwrap_or(u64::MAX);
-            for placed in new {
-                if !apply(&mut books, placed, of.journal, &mut shipped)? {
-                    shipped.unknown += 1;
-                }
+            let facts = taken.skip_repeated(facts, books.mark);
+            let steps = part.steps(facts, is_all.then_some(of.through));
+            let done = self.take_steps(books, steps, of, &mut taken).await?;
+            if done && is_all {
+                break;
             }
-            move_ranges(&mut books, &part, &mut shipped)?;
-            let collected = Needs {
-                ranges: books.retry_ranges(),
-                ..Needs::default()
-            };
-            if !collected.ranges.is_empty() {
-                books.load(&collected).await?;
-                books.file_retries();
-            }
-            if of.through > mark {
-                let (key, field) = (keys::journals(p), of.journal.to_string());
-                let before = mark.to_string();
-                let expected = (mark > 0).then_some(before.as_bytes());
-                books
-                    .commit
-                    .check_field(key.clone(), field.as_bytes(), expected);
-                books
-                    .commit
-                    .write("HSET", key, [field, of.through.to_string()]);
-            }
-            let (commit, told) = books.close(Some(of.journal), 0)?;
-            if let Outcome::Done { seq, open } = commit.run(self, false).await? {
-                self.past.note_mark(p, of.journal, of.through.max(mark));
-                shipped.completed = self.completions(&told, &open, of.now, seq).await?;
-                return Ok(shipped);
+            // Somebody else writes to the same recipients: nothing is put together ahead of them now.
+            taken.one_by_one |= !done;
+            if taken.through > before {
+                tries = self.tries();
             }
         }
-        Ok(Shipped::default())
+        Ok(taken.shipped)
+    }
+
+    /// Does steps, one behind the other: while the server does one, the next is put together, from
+    /// what that will leave. Whether all were done; where one was not, none behind it is.
+    async fn take_steps<'a>(
+        &self,
+        mut books: Books<'a>,
+        steps: Vec<Step<'a>>,
+        of: Of,
+        taken: &mut Taken,
+    ) -> Result<bool> {
+        let mut ready = None;
+        for step in steps {
+            let next = step.put_together(&mut books, of.journal);
+            let (done, next) = futures_util::join!(self.finish_step(ready.take(), of), next);
+            if !taken.note(done?) {
+                return Ok(false);
+            }
+            ready = Some(next?);
+        }
+        Ok(taken.note(self.finish_step(ready, of).await?))
+    }
+
+    /// Has the server do a step that was put together, if there is one.
+    async fn finish_step(&self, ready: Option<Ready>, of: Of) -> Result<Finished> {
+        let Some(ready) = ready else {
+            return Ok(Finished::Nothing);
+        };
+        let p = ready.commit.partition;
+        let Outcome::Done { seq, open } = ready.commit.run(self, false).await? else {
+            return Ok(Finished::Conflict);
+        };
+        self.past.note_mark(p, of.journal, ready.through);
+        let mut shipped = ready.shipped;
+        shipped.completed = self.completions(&ready.told, &open, of.now, seq).await?;
+        Ok(Finished::Done(shipped, ready.through))
     }
 }
 
@@ -195,13 +362,18 @@ pub(super) fn ask_mark(pipeline: &mut Pipeline, p: Partition, journal: JournalId
 }
 
 /// Reads what the facts and ranges of a part need.
-async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Result<()> {
+async fn load_for(
+    books: &mut Books<'_>,
+    part: &Part,
+    facts: &[Placed],
+    journal: JournalId,
+) -> Result<()> {
     let mut needs = Needs {
         mark_of: Some(journal),
-        any_consents: part.facts.iter().any(|placed| is_tracked(&placed.fact)),
+        any_consents: facts.iter().any(|placed| is_tracked(&placed.fact)),
         ..Needs::default()
     };
-    for placed in &part.facts {
+    for placed in facts {
         let batch = placed.fact.message().map(|message| message.batch);
         needs.batches.extend(batch);
         needs.cells.extend(placed.key());
@@ -220,11 +392,11 @@ async fn load_for(books: &mut Books<'_>, part: &Part, journal: JournalId) -> Res
         }
     }
     more.cells.retain(|key| !needs.cells.contains(key));
-    for placed in part.facts.iter().filter(|placed| suppresses(&placed.fact)) {
+    for placed in facts.iter().filter(|placed| suppresses(&placed.fact)) {
         more.addresses.extend(address_of(books, placed));
     }
     if books.any_consents {
-        let hits = part.facts.iter().filter(|placed| is_tracked(&placed.fact));
+        let hits = facts.iter().filter(|placed| is_tracked(&placed.fact));
         more.consents
             .extend(hits.filter_map(|placed| address_of(books, placed)));
     }
@@ -255,15 +427,6 @@ fn suppresses(fact: &Fact) -> bool {
     }
 }
 
-/// The account and the address that a fact is about.
-fn address_of(books: &Books<'_>, placed: &Placed) -> Option<(String, String)> {
-    let (key, place) = (placed.key()?, placed.place?);
-    let account = books.head(key.0).ok()?.account.clone();
-    let lot = books.lot(key).ok()?;
-    let row = lot.row(place.position)?;
-    Some((account, row.email.normalised().into_owned()))
-}
-
 /// Moves windows and removes finished ranges.
 fn move_ranges(books: &mut Books<'_>, part: &Part, shipped: &mut Shipped) -> Result<()> {
     for (of, window) in &part.windows {
@@ -289,246 +452,84 @@ fn move_ranges(books: &mut Books<'_>, part: &Part, shipped: &mut Shipped) -> Res
     Ok(())
 }
 
-/// Applies a fact; false when it is about something that the store does not know.
-fn apply<'a>(
-    books: &mut Books<'a>,
-    placed: &'a Placed,
-    journal: JournalId,
-    shipped: &mut Shipped,
-) -> Result<bool> {
-    let Some(MessageId { batch, .. }) = placed.fact.message() else {
-        if let Fact::Page(page) = &placed.fact {
-            let id = FactId {
-                journal,
-                seq: placed.seq,
-            };
-            books.account_event(tell::of_page(id, page));
-        }
-        return Ok(true);
-    };
-    let Some(record) = books.batch(batch).filter(|of| of.has_rows()).cloned() else {
-        return Ok(false);
-    };
-    let Some((key, place)) = placed.key().zip(placed.place) else {
-        return Ok(false);
-    };
-    match &placed.fact {
-        Fact::Attempt(attempt) => apply_attempt(
-            books,
-            &record,
-            (key, place.position),
-            (journal, placed),
-            attempt,
-            shipped,
-        ),
-        Fact::Hit(hit) => apply_hit(
-            books,
-            &record,
-            (key, place.position),
-            (journal, placed),
-            hit,
-        ),
-        Fact::Revision(_) | Fact::Reply(_) | Fact::Complaint(_) => {
-            apply_later(books, (key, place.position), (journal, placed))
-        }
-        Fact::Page(_) => Ok(true),
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::{Actor, Hit, LotNumber, MessageId, Verdict};
 
-/// Applies what came of a hit, or of the mail, later.
-fn apply_later<'a>(
-    books: &mut Books<'a>,
-    (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &'a Placed),
-) -> Result<bool> {
-    let Some(mut cell) = books.cell(key, position)? else {
-        return Ok(false);
-    };
-    let event = books.count(key.0, |counters| {
-        transition::later(&mut cell, counters, &placed.fact)
-    });
-    books.set_cell(key, position, cell);
-    if cell.erased() {
-        return Ok(true);
-    }
-    books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
-    if let Some(kind) = event {
-        books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
-    }
-    if let (Fact::Complaint(complaint), Some(_)) = (&placed.fact, event)
-        && let Some((account, email)) = address_of(books, placed)
-    {
-        let entry = Suppression {
-            email,
-            account,
-            list: None,
-            reason: SuppressionReason::Complaint,
-            source: COMPLAINT.into(),
-            created_at: complaint.at,
+    fn click(seq: Seq, lot: u32) -> Placed {
+        let message = MessageId {
+            batch: BatchId::from_bytes([1; 16]),
+            index: 0,
         };
-        suppress::add(books, entry, true);
-    }
-    Ok(true)
-}
-
-fn apply_attempt<'a>(
-    books: &mut Books<'a>,
-    record: &BatchRecord,
-    (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &'a Placed),
-    attempt: &Attempt,
-    shipped: &mut Shipped,
-) -> Result<bool> {
-    let Some(mut cell) = books.cell(key, position)? else {
-        return Ok(false);
-    };
-    let applied = books.count(key.0, |counters| {
-        transition::attempt(
-            &mut cell,
-            counters,
-            record.released,
-            attempt.number,
-            &attempt.result,
-        )
-    });
-    books.set_cell(key, position, cell);
-    if applied == Applied::Duplicate {
-        shipped.duplicates.push(attempt.message);
-    }
-    if cell.erased() {
-        return Ok(true);
-    }
-    books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
-    if let Applied::Moved(kind) = applied {
-        books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
-    }
-    if let (AttemptResult::TemporaryError { retry_at, .. }, Applied::Moved(_)) =
-        (attempt.result, applied)
-    {
-        if record.state == BatchState::Cancelled {
-            // Its holder had started it when the batch was cancelled: there is no next time.
-            books.end_unsent(key, position, Status::Cancelled, json!({}))?;
-        } else {
-            let retry = RetryKey {
-                batch: key.0,
-                queue: queue_of(books, key, position)?,
-                rank: record.rank(),
-                due_at: transition::filed_at(retry_at, books.now).millis(),
-            };
-            let of = Ref {
-                lot: key.1,
-                position,
-                attempts: cell.attempts(),
-            };
-            books.retry(retry, of);
-        }
-    }
-    if let Some(reason) = attempt.suppress
-        && let Some((account, email)) = address_of(books, placed)
-    {
-        let entry = Suppression {
-            email,
-            account,
-            list: None,
-            reason,
-            source: "bounce".into(),
-            created_at: attempt.at,
+        let hit = Hit {
+            kind: HitKind::Click,
+            message,
+            at: Timestamp::from_millis(1),
+            link: None,
+            target: None,
+            user_agent: "".into(),
+            network: "".into(),
+            visitor: None,
+            method: None,
+            verdict: Verdict {
+                actor: Actor::Human,
+                machine_reasons: Vec::new(),
+                rules: 1,
+            },
         };
-        suppress::add(books, entry, true);
-    }
-    Ok(true)
-}
-
-/// The recipient's own queue: its domain.
-fn queue_of(books: &Books<'_>, key: LotKey, position: u16) -> Result<Box<str>> {
-    let lot = books.lot(key)?;
-    let own = lot.row(position).filter(|_| *lot.queue == *MIXED);
-    Ok(own.map_or_else(|| lot.queue.clone(), |row| row.email.domain().into()))
-}
-
-fn apply_hit<'a>(
-    books: &mut Books<'a>,
-    record: &BatchRecord,
-    (key, position): (LotKey, u16),
-    (journal, placed): (JournalId, &'a Placed),
-    hit: &Hit,
-) -> Result<bool> {
-    let Some(mut cell) = books.cell(key, position)? else {
-        return Ok(false);
-    };
-    // Leaving a list is a person's will, not a thing that is tracked: it always counts.
-    let unsubscribe = hit.kind == HitKind::Unsubscribe;
-    let mode = if unsubscribe {
-        TrackingMode::Individual
-    } else {
-        tracking_of(books, record, key, placed)?.min(hit.allows())
-    };
-    if mode == TrackingMode::Off {
-        return Ok(true);
-    }
-    let event = books.count(key.0, |counters| transition::hit(&mut cell, counters, hit));
-    books.set_cell(key, position, cell);
-    if cell.erased() {
-        return Ok(true);
-    }
-    match mode {
-        TrackingMode::Individual => {
-            books.log(key, position, placed.seq, Cow::Borrowed(&placed.fact));
-            if let Some(kind) = event {
-                books.fact_event(kind, journal, placed.seq, &placed.fact, (key, position))?;
-            }
+        Placed {
+            seq,
+            fact: Fact::Hit(Box::new(hit)),
+            place: Some(Place {
+                lot: LotNumber(lot),
+                position: 0,
+            }),
         }
-        TrackingMode::LastDate => {
-            let date = transition::only_the_date(hit.clone());
-            books.log(
-                key,
-                position,
-                placed.seq,
-                Cow::Owned(Fact::Hit(Box::new(date))),
-            );
-        }
-        TrackingMode::Aggregate | TrackingMode::Off => {}
     }
-    if unsubscribe && let Some((account, email)) = address_of(books, placed) {
-        let head = books.head(key.0)?;
-        let source = hit.method.as_deref().unwrap_or("unsubscribe_page");
-        let entry = Suppression {
-            email,
-            account,
-            list: Some(head.list.clone()).filter(|list| !list.is_empty()),
-            reason: SuppressionReason::Unsubscribed,
-            source: source.to_owned(),
-            created_at: hit.at,
+
+    fn part(hits: u64, lots: u32) -> Part {
+        let facts = (0..hits).zip((0..lots).cycle());
+        Part {
+            facts: facts.map(|(n, lot)| click(n + 1, lot)).collect(),
+            ..Part::default()
+        }
+    }
+
+    #[test]
+    fn what_is_in_memory_for_many_hits_is_bounded() {
+        let many = u64::try_from(SHIPMENT).unwrap();
+        let lots = u32::try_from(LOTS).unwrap();
+        let mut taken = Taken::default();
+        // As many lots as fit, however many hits they have; of more lots, those that fit.
+        let few = part(many, lots);
+        assert_eq!(few.after(&taken).0.len(), SHIPMENT);
+        assert_eq!(part(many, lots + 1).after(&taken).0.len(), LOTS);
+        let steps = few.steps(few.after(&taken).0, Some(many + 9));
+        let through: Vec<Seq> = steps.iter().map(|step| step.through).collect();
+        assert_eq!(through, [4_000, 8_000, 12_000, many + 9]);
+        // Behind a conflict one step at a time, and from where it came to.
+        taken.one_by_one = true;
+        taken.through = 11_000;
+        let (facts, is_all) = few.after(&taken);
+        assert_eq!((facts.len(), facts[0].seq, is_all), (STEP, 11_001, false));
+        taken.through = many;
+        assert!(few.after(&taken).1);
+        assert_eq!(few.steps(&[], Some(many + 9)).len(), 1);
+    }
+
+    #[test]
+    fn what_moves_a_range_goes_in_one_step() {
+        let lots = u32::try_from(LOTS).unwrap();
+        let mut part = part(5_000, lots + 1);
+        let range = RangeRef {
+            partition: HOME,
+            id: 1,
+            token: 1,
         };
-        suppress::add(books, entry, true);
+        part.finished.push(range);
+        let (facts, is_all) = part.after(&Taken::default());
+        assert_eq!((facts.len(), is_all), (5_000, true));
+        assert_eq!(part.steps(facts, Some(5_000)).len(), 1);
     }
-    Ok(true)
-}
-
-/// The most restrictive of the batch's and the recipient's mode and of what the person said; off
-/// when archived.
-fn tracking_of(
-    books: &Books<'_>,
-    record: &BatchRecord,
-    key: LotKey,
-    placed: &Placed,
-) -> Result<TrackingMode> {
-    if record.archived {
-        return Ok(TrackingMode::Off);
-    }
-    let mut mode = record.tracking;
-    if books.any_consents
-        && let Some(person) = address_of(books, placed)
-        && let Some(Some(consent)) = books.consents.get(&person)
-    {
-        mode = mode.min(consent.mode);
-    }
-    let lot = books.lot(key)?;
-    if !lot.overrides {
-        return Ok(mode);
-    }
-    let own = placed
-        .place
-        .and_then(|place| lot.row(place.position)?.tracking);
-    Ok(own.map_or(mode, |own| own.min(mode)))
 }

@@ -109,7 +109,7 @@ pub(super) fn add(books: &mut Books<'_>, entry: Suppression, only_stronger: bool
         .write("ZADD", index, [b"0".to_vec(), member(&entry, &name)]);
     let hash = keys::address_hash(&entry.account, &name);
     books.commit.write("SADD", keys::suppressed(p), [hash]);
-    touch(books);
+    books.touch_suppressions();
     if entry.reason != SuppressionReason::Erased {
         let data =
             json!({ "reason": entry.reason.as_str(), "list": entry.list, "source": entry.source });
@@ -135,13 +135,7 @@ pub(super) fn forget(books: &mut Books<'_>, entry: &Suppression) {
     books.commit.write("ZREM", index, [member(entry, &name)]);
     let hash = keys::address_hash(&entry.account, &name);
     books.commit.write("SREM", keys::suppressed(p), [hash]);
-    touch(books);
-}
-
-/// Whoever asked before has to ask again.
-fn touch(books: &mut Books<'_>) {
-    let version = keys::suppressions_version(books.partition);
-    books.commit.write("SET", version, [new_version()]);
+    books.touch_suppressions();
 }
 
 impl Inner {
