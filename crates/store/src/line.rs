@@ -1,9 +1,9 @@
 //! The text of an event: JSON, as campaign systems read it (contract, section 5).
 //!
 //! Where events are kept as text this is what costs most of a hit on its way to the store, so the
-//! fields that every event has are written here, and not by a general serializer, which took four
-//! times as long for a click. What must be escaped, and what is rare, is still that one's. Must not
-//! know where an event comes from: `tell` does.
+//! fields that every event has are written here, and not by a general serializer, which takes more
+//! than twice as long for a click. What must be escaped, and what is rare, is still that one's. Must
+//! not know where an event comes from: `tell` does.
 
 use crate::tell::{Details, HitDetails, Line, Recipient};
 use serde::Serialize;
