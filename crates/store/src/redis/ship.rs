@@ -455,32 +455,20 @@ fn move_ranges(books: &mut Books<'_>, part: &Part, shipped: &mut Shipped) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use model::{Actor, Hit, LotNumber, MessageId, Verdict};
+    use model::{LotNumber, MessageId, Reply};
 
-    fn click(seq: Seq, lot: u32) -> Placed {
-        let message = MessageId {
-            batch: BatchId::from_bytes([1; 16]),
-            index: 0,
-        };
-        let hit = Hit {
-            kind: HitKind::Click,
-            message,
-            at: Timestamp::from_millis(1),
-            link: None,
-            target: None,
-            user_agent: "".into(),
-            network: "".into(),
-            visitor: None,
-            method: None,
-            verdict: Verdict {
-                actor: Actor::Human,
-                machine_reasons: Vec::new(),
-                rules: 1,
+    fn placed(seq: Seq, lot: u32) -> Placed {
+        let reply = Reply {
+            message: MessageId {
+                batch: BatchId::from_bytes([1; 16]),
+                index: 0,
             },
+            at: Timestamp::from_millis(1),
+            data: "{}".into(),
         };
         Placed {
             seq,
-            fact: Fact::Hit(Box::new(hit)),
+            fact: Fact::Reply(Box::new(reply)),
             place: Some(Place {
                 lot: LotNumber(lot),
                 position: 0,
@@ -488,10 +476,10 @@ mod tests {
         }
     }
 
-    fn part(hits: u64, lots: u32) -> Part {
-        let facts = (0..hits).zip((0..lots).cycle());
+    fn part(facts: u64, lots: u32) -> Part {
+        let facts = (0..facts).zip((0..lots).cycle());
         Part {
-            facts: facts.map(|(n, lot)| click(n + 1, lot)).collect(),
+            facts: facts.map(|(n, lot)| placed(n + 1, lot)).collect(),
             ..Part::default()
         }
     }
