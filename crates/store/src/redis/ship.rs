@@ -16,7 +16,7 @@ use super::link::answer;
 use super::record::{Holder, Range};
 use crate::{RangeRef, Result, Shipment, Shipped};
 use ::redis::Pipeline;
-use futures_util::future::try_join_all;
+use futures_util::future::{join, try_join_all};
 use model::{BatchId, Fact, HitKind, JournalId, Partition, Place, Seq, Timestamp};
 use rustc_hash::FxHashSet;
 use std::collections::BTreeMap;
@@ -328,7 +328,7 @@ impl Inner {
         let mut ready = None;
         for step in steps {
             let next = step.put_together(&mut books, of.journal);
-            let (done, next) = futures_util::join!(self.finish_step(ready.take(), of), next);
+            let (done, next) = join(self.finish_step(ready.take(), of), next).await;
             if !taken.note(done?) {
                 return Ok(false);
             }
