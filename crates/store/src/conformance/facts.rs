@@ -169,9 +169,8 @@ pub async fn many_hits_are_taken_step_by_step(fixture: &dyn Fixture) -> Result<(
     const PEOPLE: u32 = 40;
     const HITS: u32 = 9_000;
     let (store, elsewhere) = (fixture.mta().await, fixture.another().await);
-    let batch = Spec::new(1, people(40, "x.example"))
-        .submit(&*store, T0)
-        .await?;
+    let everybody = people(usize::try_from(PEOPLE).unwrap_or(0), "x.example");
+    let batch = Spec::new(1, everybody).submit(&*store, T0).await?;
     let facts = |n: u32| match n {
         3_000 | 7_000 => hit(batch, n % PEOPLE, HitKind::Unsubscribe, Actor::Human, T0),
         _ => hit(batch, n % PEOPLE, HitKind::Click, Actor::Human, T0),
