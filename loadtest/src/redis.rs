@@ -17,7 +17,7 @@ pub(crate) const SETTINGS: &[&str] = &[
     "--appendfsync",
     "everysec",
     "--auto-aof-rewrite-min-size",
-    "4gb",
+    "8gb",
 ];
 
 /// A running server with these settings.

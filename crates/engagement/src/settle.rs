@@ -199,6 +199,7 @@ impl Judge {
     pub fn some_due(&mut self, rules: &Rules, now: Timestamp, messages: usize) -> Vec<Judged> {
         let mut order = Vec::new();
         let mut due: HashMap<MessageId, Vec<Trace>> = HashMap::new();
+        let waiting = self.waiting.len();
         while let Some(trace) = self.next_due_of(now, &due, messages) {
             let message = trace.message;
             let of = due.entry(message).or_insert_with(|| {
@@ -207,7 +208,7 @@ impl Judge {
             });
             of.push(trace);
         }
-        let mut judged = Vec::new();
+        let mut judged = Vec::with_capacity(waiting - self.waiting.len());
         for message in order {
             let traces = due.remove(&message).unwrap_or_default();
             self.judge(rules, message, traces, &mut judged);

@@ -22,6 +22,8 @@ const MOST: usize = 1_000;
 /// Bytes that a person takes, and each entry more: mostly not less than is needed.
 const ALONE: usize = 256;
 const ENTRY: usize = 48;
+/// Entries for which there is room in a person who was just read: something new was done.
+const MORE: usize = 8;
 
 pub(super) fn write(person: &Prospect) -> Vec<u8> {
     let mut tables = Tables::default();
@@ -178,7 +180,7 @@ impl Stored<'_> {
             return None;
         }
         let mut at = 0_i64;
-        let mut timeline = Vec::with_capacity(self.timeline.len() + 1);
+        let mut timeline = Vec::with_capacity(self.timeline.len() + MORE);
         for of in self.timeline {
             at = at.wrapping_add(of.step);
             timeline.push(Entry {

@@ -62,8 +62,10 @@ pub(super) fn notes(connection: &Connection, kind: &str, now: Timestamp) -> Resu
 }
 
 /// Found by kind and key, however many others there are.
-const BY_KEY: &str = "SELECT value, expires_at FROM note
-     WHERE kind=?1 AND key=?2 AND (expires_at IS NULL OR expires_at>?3)";
+const FROM_KEY: &str =
+    "SELECT key, value, expires_at FROM note WHERE kind=?1 AND key>=?2 ORDER BY key";
+/// Notes that nobody asked for which are read before the next that is wanted is looked for.
+const BETWEEN: usize = 1;
 
 /// One note.
 pub(super) fn note(
@@ -75,25 +77,40 @@ pub(super) fn note(
     Ok(notes_by_key(connection, kind, vec![key.into()], now)?.pop())
 }
 
-/// The notes of these keys, as far as they are there.
+/// The notes of these keys, as far as they are there, in order. Neighbours among them are read in one
+/// go, and what lies between two that are there is known to be missing without being looked for.
 pub(super) fn notes_by_key(
     connection: &Connection,
     kind: &str,
-    keys: Vec<Box<str>>,
+    mut keys: Vec<Box<str>>,
     now: Timestamp,
 ) -> Result<Vec<Note>> {
-    let mut sql = connection.prepare_cached(BY_KEY)?;
-    let (kind, now): (Arc<str>, _) = (kind.into(), now.millis());
+    let mut sql = connection.prepare_cached(FROM_KEY)?;
+    let kind: Arc<str> = kind.into();
+    keys.sort_unstable();
+    keys.dedup();
     let mut found = Vec::with_capacity(keys.len());
-    for key in keys {
-        let read = |row: &Row<'_>| Ok((row.get::<_, Vec<u8>>(0)?, row.get::<_, Option<i64>>(1)?));
-        let row = sql.query_row(params![kind, key, now], read).optional()?;
-        found.extend(row.map(|(value, expires_at)| Note {
-            kind: kind.clone(),
-            key,
-            value: value.into(),
-            expires_at: expires_at.map(ids::time),
-        }));
+    let mut keys = keys.into_iter().peekable();
+    while let Some(next) = keys.peek() {
+        let mut rows = sql.query(params![kind, next])?;
+        let mut between = 0;
+        while between <= BETWEEN {
+            let Some(row) = rows.next()? else {
+                return Ok(found);
+            };
+            let key = row.get_ref(0)?.as_str().map_err(rusqlite::Error::from)?;
+            while keys.next_if(|wanted| **wanted < *key).is_some() {}
+            if keys.next_if(|wanted| **wanted == *key).is_some() {
+                let note = read_note(&kind, row)?;
+                found.extend(Some(note).filter(|of| of.expires_at.is_none_or(|at| at > now)));
+                between = 0;
+            } else {
+                between += 1;
+            }
+            if keys.peek().is_none() {
+                return Ok(found);
+            }
+        }
     }
     Ok(found)
 }
@@ -219,15 +236,47 @@ pub(super) fn suspensions(connection: &Connection, now: Timestamp) -> Result<Vec
 mod tests {
     use super::*;
     use crate::sqlite::read::tests::plan;
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
 
-    /// Engagement asks for a person with every delivery: a scan of all people would be felt.
-    #[test]
-    fn a_note_is_found_by_its_key() {
+    fn connection() -> Connection {
         let connection = Connection::open_in_memory().unwrap();
         connection
             .execute_batch(include_str!("schema-2.sql"))
             .unwrap();
-        let plan = plan(&connection, BY_KEY);
-        assert!(plan.contains("(kind=? AND key=?)"), "{plan}");
+        connection
+    }
+
+    /// Engagement asks for a person with every delivery: a scan of all people would be felt.
+    #[test]
+    fn a_note_is_found_by_its_key() {
+        let plan = plan(&connection(), FROM_KEY);
+        assert!(plan.contains("PRIMARY KEY (kind=? AND key>?)"), "{plan}");
+        assert!(!plan.contains("TEMP"), "{plan}");
+    }
+
+    proptest! {
+        #[test]
+        fn those_are_found_that_are_there_and_asked_for(
+            there in btree_map(0..60_u32, any::<bool>(), 0..40),
+            wanted in vec(0..60_u32, 0..40),
+        ) {
+            let (connection, now) = (connection(), Timestamp::from_millis(1_000));
+            let key = |number: u32| Box::from(format!("{number:02}"));
+            let note = |kind: &str, number: u32, expired: bool| Note {
+                kind: kind.into(),
+                key: key(number),
+                value: number.to_le_bytes().into(),
+                expires_at: expired.then_some(now),
+            };
+            let of = |kind| there.iter().map(move |(number, expired)| note(kind, *number, *expired));
+            let notes = of("a").chain((0..60).map(|number| note("b", number, false)));
+            put_notes(&connection, notes.collect(), Timestamp::from_millis(0)).unwrap();
+            let asked = wanted.iter().map(|number| key(*number)).collect();
+            let found = notes_by_key(&connection, "a", asked, now).unwrap();
+            let expected = of("a").filter(|note| note.expires_at.is_none());
+            let expected = expected.filter(|note| wanted.iter().any(|of| key(*of) == note.key));
+            prop_assert_eq!(found, expected.collect::<Vec<_>>());
+        }
     }
 }

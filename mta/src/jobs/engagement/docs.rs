@@ -2,7 +2,11 @@
 //!
 //! Owns their names, and the working set of one step. Must not decide what changes.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fmt::Display;
+use std::hash::Hash;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +14,7 @@ use ::engagement::identity::{Binding, Browser, Click, Found};
 use ::engagement::prospect::Prospect;
 use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
 use store::{Announcement, Note, Store, StoreError};
+use uuid::Uuid;
 
 use crate::jobs::JobLease;
 
@@ -49,6 +54,48 @@ pub(crate) fn normalised(email: &str) -> Box<str> {
     address.map_or_else(|_| email.into(), |of| of.normalised().into())
 }
 
+/// What a note keeps.
+trait Document: Default {
+    const KIND: &'static str;
+    /// What names it, its note's key as text.
+    type Name: Hash + Ord + Display + FromStr + Borrow<Self::Asked>;
+    /// The same as it is asked for.
+    type Asked: Hash + Eq + ToOwned<Owned = Self::Name> + ?Sized;
+
+    fn read(bytes: &[u8]) -> Option<Self>;
+}
+
+impl Document for Prospect {
+    const KIND: &'static str = PROSPECTS;
+    type Name = String;
+    type Asked = str;
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        Self::from_bytes(bytes)
+    }
+}
+
+impl Document for Browser {
+    const KIND: &'static str = BROWSERS;
+    type Name = VisitorId;
+    type Asked = VisitorId;
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        Self::from_bytes(bytes)
+    }
+}
+
+/// None: there is none of this name.
+impl Document for Option<Binding> {
+    const KIND: &'static str = BINDINGS;
+    type Name = Uuid;
+    type Asked = Uuid;
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        Some(Binding::from_bytes(bytes))
+    }
+}
+
 /// A document and whether it was changed.
 #[derive(Default)]
 struct Doc<T> {
@@ -59,10 +106,10 @@ struct Doc<T> {
     expires_at: Option<Timestamp>,
 }
 
-impl<T: Default> Doc<T> {
-    /// What the store has of this name; `read`: what is not readable is new.
-    fn of(found: Option<Note>, read: impl Fn(&[u8]) -> Option<T>) -> Self {
-        let value = found.as_ref().and_then(|note| read(&note.value));
+impl<T: Document> Doc<T> {
+    /// What the store has of this name; what is not readable is new.
+    fn of(found: Option<Note>) -> Self {
+        let value = found.as_ref().and_then(|note| T::read(&note.value));
         Self {
             value: value.unwrap_or_default(),
             dirty: false,
@@ -72,27 +119,48 @@ impl<T: Default> Doc<T> {
     }
 }
 
-/// Documents of one kind, by account and name.
-struct Shelf<T> {
-    kind: &'static str,
-    accounts: BTreeMap<Arc<str>, HashMap<Box<str>, Doc<T>>>,
+/// Documents of one kind.
+struct Shelf<T: Document> {
+    /// Where they stand, by account and name.
+    places: BTreeMap<Arc<str>, HashMap<T::Name, usize>>,
+    docs: Vec<Doc<T>>,
 }
 
-impl<T: Default> Shelf<T> {
-    fn new(kind: &'static str) -> Self {
+impl<T: Document> Shelf<T> {
+    const fn new() -> Self {
         Self {
-            kind,
-            accounts: BTreeMap::new(),
+            places: BTreeMap::new(),
+            docs: Vec::new(),
         }
     }
 
-    fn find(&mut self, account: &str, key: &str) -> Option<&mut Doc<T>> {
-        self.accounts.get_mut(account)?.get_mut(key)
+    fn place(&self, account: &str, name: &T::Asked) -> Option<usize> {
+        self.places.get(account)?.get(name).copied()
     }
 
-    fn put(&mut self, account: &str, key: Box<str>, doc: Doc<T>) {
-        let of = self.accounts.entry(account.into()).or_default();
-        of.insert(key, doc);
+    fn find(&self, account: &str, name: &T::Asked) -> Option<&Doc<T>> {
+        self.docs.get(self.place(account, name)?)
+    }
+
+    fn put(&mut self, account: &str, name: T::Name, doc: Doc<T>) -> usize {
+        let known = self.place(account, name.borrow());
+        let at = known.unwrap_or_else(|| {
+            self.add(account, [name]);
+            self.docs.len() - 1
+        });
+        if let Some(known) = self.docs.get_mut(at) {
+            *known = doc;
+        }
+        at
+    }
+
+    /// Adds new ones, which are not there yet.
+    fn add(&mut self, account: &str, names: impl IntoIterator<Item = T::Name>) {
+        let places = self.places.entry(account.into()).or_default();
+        for name in names {
+            places.insert(name, self.docs.len());
+            self.docs.push(Doc::default());
+        }
     }
 
     /// Reads those of an account that are not there yet; what nothing is known of is new.
@@ -100,44 +168,64 @@ impl<T: Default> Shelf<T> {
         &mut self,
         (store, now): (&dyn Store, Timestamp),
         account: &str,
-        mut keys: Vec<Box<str>>,
-        read: impl Fn(&[u8]) -> Option<T>,
+        mut names: Vec<T::Name>,
     ) -> Result<(), StoreError> {
-        let known = self.accounts.entry(account.into()).or_default();
-        keys.retain(|key| !known.contains_key(key));
-        keys.sort_unstable();
-        keys.dedup();
-        if keys.is_empty() {
+        names.retain(|name| self.place(account, name.borrow()).is_none());
+        names.sort_unstable();
+        names.dedup();
+        if names.is_empty() {
             return Ok(());
         }
-        let kind = kind_of(self.kind, account);
-        let found = store.notes_by_key(&kind, keys.clone(), now).await?;
-        for key in keys {
-            known.entry(key).or_default();
-        }
+        let keys = names.iter().map(|name| name.to_string().into()).collect();
+        let kind = kind_of(T::KIND, account);
+        let found = store.notes_by_key(&kind, keys, now).await?;
+        self.docs.reserve(names.len());
+        self.add(account, names);
         for note in found {
-            if let Some(doc) = known.get_mut(&note.key) {
-                *doc = Doc::of(Some(note), &read);
+            if let Ok(name) = note.key.parse() {
+                self.put(account, name, Doc::of(Some(note)));
             }
         }
         Ok(())
     }
 
-    fn is_clean(&self) -> bool {
-        let docs = self.accounts.values().flat_map(HashMap::values);
-        docs.into_iter().all(|doc| !doc.dirty)
+    /// One of an account, read if it is not there yet; what nothing is known of is new.
+    async fn get(
+        &mut self,
+        (store, now): (&dyn Store, Timestamp),
+        account: &str,
+        name: &T::Asked,
+    ) -> Result<&mut Doc<T>, StoreError> {
+        let at = match self.place(account, name) {
+            Some(at) => at,
+            None => {
+                let name = name.to_owned();
+                let kind = kind_of(T::KIND, account);
+                let found = store.note(&kind, &name.to_string(), now).await?;
+                self.put(account, name, Doc::of(found))
+            }
+        };
+        let doc = self.docs.get_mut(at);
+        doc.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
     }
 
-    /// What was changed, in order of account and key.
-    fn changed(self) -> impl Iterator<Item = (Arc<str>, Box<str>, T)> {
-        self.accounts.into_iter().flat_map(move |(account, docs)| {
-            let kind = kind_of(self.kind, &account);
-            let dirty = docs.into_iter().filter(|(_, doc)| doc.dirty);
-            let mut dirty: Vec<_> = dirty
-                .map(|(key, doc)| (kind.clone(), key, doc.value))
+    fn is_clean(&self) -> bool {
+        self.docs.iter().all(|doc| !doc.dirty)
+    }
+
+    /// What was changed, in order of account and name: neighbours stand on the same page.
+    fn changed(self) -> impl Iterator<Item = (Arc<str>, T::Name, T)> {
+        let Self { places, mut docs } = self;
+        places.into_iter().flat_map(move |(account, of)| {
+            let kind = kind_of(T::KIND, &account);
+            let mut dirty: Vec<_> = of
+                .into_iter()
+                .filter_map(|(name, at)| {
+                    let doc = docs.get_mut(at).filter(|doc| doc.dirty)?;
+                    Some((kind.clone(), name, std::mem::take(&mut doc.value)))
+                })
                 .collect();
-            // Neighbours stand on the same page.
-            dirty.sort_by(|(_, a, _), (_, b, _)| a.cmp(b));
+            dirty.sort_unstable_by(|(_, a, _), (_, b, _)| a.cmp(b));
             dirty
         })
     }
@@ -146,9 +234,9 @@ impl<T: Default> Shelf<T> {
 /// What is to be read of an account, before it is asked for one by one; names may come twice.
 #[derive(Default)]
 pub(super) struct Wanted {
-    pub(super) people: Vec<Box<str>>,
-    pub(super) browsers: Vec<Box<str>>,
-    pub(super) bindings: Vec<Box<str>>,
+    pub(super) people: Vec<String>,
+    pub(super) browsers: Vec<VisitorId>,
+    pub(super) bindings: Vec<Uuid>,
     /// Clicks that say whose a browser is.
     pub(super) clicks: Vec<Clicked>,
     /// Addresses of those whose browser may be bound to them.
@@ -157,17 +245,26 @@ pub(super) struct Wanted {
 
 /// A click that says whose a browser is.
 pub(super) struct Clicked {
-    pub(super) browser: Box<str>,
-    pub(super) person: Box<str>,
-    pub(super) binding: Box<str>,
+    pub(super) browser: VisitorId,
+    pub(super) person: Arc<str>,
+    pub(super) binding: Uuid,
 }
 
 /// What belongs to one browser, and is written in one step: whose it was, the bindings that say
 /// so, what is told of them.
-#[derive(Default)]
 struct OfBrowser {
     notes: Vec<Note>,
     news: Vec<Announcement>,
+}
+
+impl OfBrowser {
+    /// Nothing yet; mostly it comes to itself, a binding, and the event that tells of it.
+    fn new() -> Self {
+        Self {
+            notes: Vec::with_capacity(2),
+            news: Vec::with_capacity(1),
+        }
+    }
 }
 
 /// The working set of one step.
@@ -176,7 +273,6 @@ pub(super) struct Docs<'a> {
     pub(super) now: Timestamp,
     prospects: Shelf<Prospect>,
     browsers: Shelf<Browser>,
-    /// Bindings as they are; none: there is none of this name.
     bindings: Shelf<Option<Binding>>,
     /// Account and address of those of whom less is to be kept than everything.
     reserved: HashSet<(Arc<str>, Box<str>)>,
@@ -190,9 +286,9 @@ impl<'a> Docs<'a> {
         Self {
             store,
             now,
-            prospects: Shelf::new(PROSPECTS),
-            browsers: Shelf::new(BROWSERS),
-            bindings: Shelf::new(BINDINGS),
+            prospects: Shelf::new(),
+            browsers: Shelf::new(),
+            bindings: Shelf::new(),
             reserved: HashSet::new(),
             of_browsers: BTreeMap::new(),
             notes: Vec::new(),
@@ -206,18 +302,11 @@ impl<'a> Docs<'a> {
     ) -> Result<(), StoreError> {
         let from = (self.store, self.now);
         for (account, of) in wanted {
-            let read = Prospect::from_bytes;
-            self.prospects
-                .fetch(from, &account, of.people, read)
-                .await?;
-            let read = Browser::from_bytes;
-            self.browsers
-                .fetch(from, &account, of.browsers, read)
-                .await?;
+            self.prospects.fetch(from, &account, of.people).await?;
+            self.browsers.fetch(from, &account, of.browsers).await?;
             let mut bindings = of.bindings;
             bindings.extend(self.in_question(&account, of.clicks));
-            let read = |bytes: &[u8]| Some(Binding::from_bytes(bytes));
-            self.bindings.fetch(from, &account, bindings, read).await?;
+            self.bindings.fetch(from, &account, bindings).await?;
             self.ask_consents(account, of.consents).await?;
         }
         Ok(())
@@ -225,20 +314,22 @@ impl<'a> Docs<'a> {
 
     /// The bindings that the clicks may have made before: none where the browser is the person's
     /// anyway, and none of a browser that the store does not have, since they are written together.
-    fn in_question(&mut self, account: &str, clicks: Vec<Clicked>) -> Vec<Box<str>> {
-        let mut in_question = Vec::new();
+    fn in_question(&mut self, account: &str, clicks: Vec<Clicked>) -> Vec<Uuid> {
+        let (mut in_question, mut new) = (Vec::new(), Vec::new());
         for click in clicks {
             let browser = self.browsers.find(account, &click.browser);
-            let owner = browser.as_ref().and_then(|of| of.value.owner());
-            if owner.is_some_and(|owner| owner.prospect == click.person) {
+            let owner = browser.and_then(|of| of.value.owner());
+            if owner.is_some_and(|owner| *owner.prospect == *click.person) {
                 continue;
             }
             if browser.is_some_and(|of| !of.stored) {
-                self.bindings.put(account, click.binding, Doc::default());
+                new.push(click.binding);
             } else {
                 in_question.push(click.binding);
             }
         }
+        new.retain(|id| self.bindings.place(account, id).is_none());
+        self.bindings.add(account, new);
         in_question
     }
 
@@ -272,14 +363,9 @@ impl<'a> Docs<'a> {
 
     /// A person; one that nothing is known of is new.
     async fn person(&mut self, account: &str, key: &str) -> Result<&mut Doc<Prospect>, StoreError> {
-        if self.prospects.find(account, key).is_none() {
-            let kind = kind_of(PROSPECTS, account);
-            let found = self.store.note(&kind, key, self.now).await?;
-            let doc = Doc::of(found, Prospect::from_bytes);
-            self.prospects.put(account, key.into(), doc);
-        }
-        let found = self.prospects.find(account, key);
-        found.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
+        self.prospects
+            .get((self.store, self.now), account, key)
+            .await
     }
 
     /// A person, to be changed.
@@ -311,15 +397,9 @@ impl<'a> Docs<'a> {
         account: &str,
         cookie: VisitorId,
     ) -> Result<&mut Doc<Browser>, StoreError> {
-        let key: Box<str> = cookie.to_string().into();
-        if self.browsers.find(account, &key).is_none() {
-            let kind = kind_of(BROWSERS, account);
-            let found = self.store.note(&kind, &key, self.now).await?;
-            let doc = Doc::of(found, Browser::from_bytes);
-            self.browsers.put(account, key.clone(), doc);
-        }
-        let doc = self.browsers.find(account, &key);
-        doc.ok_or_else(|| StoreError::Damaged("a note that was just read".into()))
+        self.browsers
+            .get((self.store, self.now), account, &cookie)
+            .await
     }
 
     /// A browser, to be changed.
@@ -367,24 +447,18 @@ impl<'a> Docs<'a> {
     pub(super) async fn binding(
         &mut self,
         account: &str,
-        id: &str,
-    ) -> Result<Option<Binding>, StoreError> {
-        if let Some(doc) = self.bindings.find(account, id) {
-            return Ok(doc.value.clone());
-        }
-        let kind = kind_of(BINDINGS, account);
-        let found = self.store.note(&kind, id, self.now).await?;
-        let doc = Doc::of(found, |bytes| Some(Binding::from_bytes(bytes)));
-        let binding = doc.value.clone();
-        self.bindings.put(account, id.into(), doc);
-        Ok(binding)
+        id: Uuid,
+    ) -> Result<Option<&Binding>, StoreError> {
+        let from = (self.store, self.now);
+        let doc = self.bindings.get(from, account, &id).await?;
+        Ok(doc.value.as_ref())
     }
 
     /// Writes a binding.
-    pub(super) fn set_binding(&mut self, account: &str, id: &str, binding: Binding) {
+    pub(super) fn set_binding(&mut self, account: &str, id: Uuid, binding: Binding) {
         let note = Note {
             kind: kind_of(BINDINGS, account),
-            key: id.into(),
+            key: id.to_string().into(),
             value: binding.to_bytes().into(),
             expires_at: None,
         };
@@ -393,7 +467,7 @@ impl<'a> Docs<'a> {
             value: Some(binding),
             ..Doc::default()
         };
-        self.bindings.put(account, id.into(), doc);
+        self.bindings.put(account, id, doc);
     }
 
     /// Writes a note.
@@ -407,7 +481,9 @@ impl<'a> Docs<'a> {
     }
 
     fn of_browser(&mut self, cookie: VisitorId) -> &mut OfBrowser {
-        self.of_browsers.entry(cookie).or_default()
+        self.of_browsers
+            .entry(cookie)
+            .or_insert_with(OfBrowser::new)
     }
 
     /// Whether there is nothing to write.
@@ -426,10 +502,10 @@ impl<'a> Docs<'a> {
     pub(super) async fn write(mut self, mut held: Option<&mut JobLease>) -> Result<(), StoreError> {
         let (store, now) = (self.store, self.now);
         let mut notes = Vec::new();
-        for (kind, key, person) in self.prospects.changed() {
+        for (kind, name, person) in self.prospects.changed() {
             notes.push(Note {
                 kind,
-                key,
+                key: name.into(),
                 value: person.to_bytes().into(),
                 expires_at: None,
             });
@@ -438,14 +514,11 @@ impl<'a> Docs<'a> {
                 store.put_notes(std::mem::take(&mut notes), now).await?;
             }
         }
-        for (kind, key, browser) in self.browsers.changed() {
-            let to = match key.parse::<VisitorId>() {
-                Ok(cookie) => &mut self.of_browsers.entry(cookie).or_default().notes,
-                Err(_) => &mut self.notes,
-            };
-            to.push(Note {
+        for (kind, cookie, browser) in self.browsers.changed() {
+            let of = self.of_browsers.entry(cookie);
+            of.or_insert_with(OfBrowser::new).notes.push(Note {
                 kind,
-                key,
+                key: cookie.to_string().into(),
                 value: browser.to_bytes().into(),
                 expires_at: Some(now + BROWSER_KEPT),
             });
@@ -485,6 +558,8 @@ mod tests {
 
     const T0: Timestamp = Timestamp::from_millis(1_763_712_300_000);
     const COOKIE: VisitorId = VisitorId::from_bytes([7; 16]);
+    const B1: Uuid = Uuid::from_u128(1);
+    const B2: Uuid = Uuid::from_u128(2);
 
     async fn store() -> (tempfile::TempDir, SqliteStore) {
         let dir = tempfile::tempdir().expect("a directory");
@@ -497,24 +572,23 @@ mod tests {
         (dir, store)
     }
 
-    fn click(person: &str, binding: &str, at: Timestamp) -> Click {
+    fn click(person: &str, binding: Uuid, at: Timestamp) -> Click {
         Click {
             prospect: person.into(),
-            binding: binding.into(),
+            binding: binding.to_string().into(),
             fresh: VisitorId::from_bytes([8; 16]),
             clicked_before: None,
             at,
         }
     }
 
-    fn wanted(person: &str, binding: &str) -> BTreeMap<Arc<str>, Wanted> {
-        let browser: Box<str> = COOKIE.to_string().into();
+    fn wanted(person: &str, binding: Uuid) -> BTreeMap<Arc<str>, Wanted> {
         let of = Wanted {
-            browsers: vec![browser.clone()],
+            browsers: vec![COOKIE],
             clicks: vec![Clicked {
-                browser,
+                browser: COOKIE,
                 person: person.into(),
-                binding: binding.into(),
+                binding,
             }],
             ..Wanted::default()
         };
@@ -534,8 +608,8 @@ mod tests {
         let mut expires = Vec::new();
         for at in [T0, T0 + hour, T0 + 23 * hour, T0 + 25 * hour] {
             let mut docs = Docs::new(&store, at);
-            docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
-            let found = docs.click("acme", COOKIE, click("p-1", "b-1", at)).await;
+            docs.prefetch(wanted("p-1", B1)).await.expect("read");
+            let found = docs.click("acme", COOKIE, click("p-1", B1, at)).await;
             let is_new = matches!(found.expect("a browser"), Found::Bound { .. });
             assert_eq!(is_new, at == T0);
             docs.write(None).await.expect("written");
@@ -561,36 +635,36 @@ mod tests {
                 batch: model::BatchId::from_bytes([3; 16]),
                 index: 1,
             },
-            event_id: "b-1".into(),
+            event_id: B1.to_string().into(),
             forward_suspected: false,
             revoked_at: Some(T0),
         };
         let mut docs = Docs::new(&store, T0);
         // Nobody's: there is nothing to ask, and nothing is said to be there.
-        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+        docs.prefetch(wanted("p-1", B1)).await.expect("read");
         assert!(!docs.is_owned("acme", COOKIE, "p-1").await.expect("read"));
-        assert_eq!(docs.binding("acme", "b-1").await.expect("read"), None);
+        assert_eq!(docs.binding("acme", B1).await.expect("read"), None);
         // Bound by the click, and revoked.
-        let bound = docs.click("acme", COOKIE, click("p-1", "b-1", T0)).await;
+        let bound = docs.click("acme", COOKIE, click("p-1", B1, T0)).await;
         assert!(matches!(bound, Ok(Found::Bound { .. })));
-        docs.set_binding("acme", "b-1", binding.clone());
+        docs.set_binding("acme", B1, binding.clone());
         let browser = docs.browser("acme", COOKIE).await.expect("a browser");
-        assert!(browser.revoke("b-1").is_some());
+        assert!(browser.revoke(&B1.to_string()).is_some());
         docs.write(None).await.expect("written");
         // Read again, it is known.
         let mut docs = Docs::new(&store, T0);
-        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
-        let known = docs.binding("acme", "b-1").await.expect("read");
-        assert_eq!(known.as_ref(), Some(&binding));
+        docs.prefetch(wanted("p-1", B1)).await.expect("read");
+        let known = docs.binding("acme", B1).await.expect("read");
+        assert_eq!(known, Some(&binding));
         // Another person's, it may have been made by this click, too.
-        let bound = docs.click("acme", COOKIE, click("p-2", "b-2", T0)).await;
+        let bound = docs.click("acme", COOKIE, click("p-2", B2, T0)).await;
         assert!(matches!(bound, Ok(Found::Bound { .. })));
         docs.write(None).await.expect("written");
         let mut docs = Docs::new(&store, T0);
-        docs.prefetch(wanted("p-1", "b-1")).await.expect("read");
+        docs.prefetch(wanted("p-1", B1)).await.expect("read");
         assert_eq!(
-            docs.binding("acme", "b-1").await.expect("read"),
-            Some(binding)
+            docs.binding("acme", B1).await.expect("read"),
+            Some(&binding)
         );
         assert!(docs.is_owned("acme", COOKIE, "p-2").await.expect("read"));
     }

@@ -5,7 +5,7 @@
 
 use ::engagement::identity::Binding;
 use ::engagement::prospect::Prospect;
-use model::Timestamp;
+use model::{Timestamp, VisitorId};
 use store::{Note, Store, StoreError};
 
 use super::docs::{BINDINGS, Docs, PROSPECTS, kind_of, normalised};
@@ -67,9 +67,9 @@ impl Forgetting<'_> {
             return Ok(());
         }
         for seen in &person.visitors {
-            let id = seen.binding.to_string();
-            if let Some(binding) = self.docs.binding(self.account, &id).await? {
-                self.unbind(&id, &binding).await?;
+            let binding = self.docs.binding(self.account, seen.binding).await?;
+            if let Some(cookie) = binding.map(|of| of.cookie) {
+                self.unbind(&seen.binding.to_string(), cookie).await?;
             }
         }
         self.remove(PROSPECTS, &note.key);
@@ -79,15 +79,15 @@ impl Forgetting<'_> {
     async fn binding(&mut self, note: &Note) -> Result<(), StoreError> {
         match Binding::from_bytes(&note.value) {
             Some(of) if of.prospect == self.email || normalised(&of.email) == self.email => {
-                self.unbind(&note.key, &of).await
+                self.unbind(&note.key, of.cookie).await
             }
             Some(_) | None => Ok(()),
         }
     }
 
     /// The browser is nobody's, or whose it was before.
-    async fn unbind(&mut self, id: &str, binding: &Binding) -> Result<(), StoreError> {
-        let browser = self.docs.browser(self.account, binding.cookie).await?;
+    async fn unbind(&mut self, id: &str, cookie: VisitorId) -> Result<(), StoreError> {
+        let browser = self.docs.browser(self.account, cookie).await?;
         let _owner = browser.revoke(id);
         self.remove(BINDINGS, id);
         Ok(())

@@ -46,6 +46,8 @@ pub(super) struct Hit {
     pub(super) campaign: Arc<str>,
     pub(super) message: MessageId,
     pub(super) email: Box<str>,
+    /// Whose it is: [`person_named`].
+    pub(super) person: Arc<str>,
     pub(super) prospect_id: Option<Box<str>>,
     /// Where the click led, shortened; empty: nowhere.
     pub(super) url: Arc<str>,
@@ -69,6 +71,7 @@ impl Hit {
             account: words.one(&mail.account),
             campaign: words.one(mail.campaign.as_deref().unwrap_or_default()),
             message: mail.message,
+            person: person_named(mail.prospect_id.as_deref(), &mail.email).into(),
             email: mail.email,
             prospect_id: mail.prospect_id,
             url: words.one(short(target)),
@@ -77,11 +80,6 @@ impl Hit {
             metadata: of.metadata,
         };
         Ok((of.id, hit))
-    }
-
-    /// Whose it is.
-    pub(super) fn person(&self) -> Box<str> {
-        person_named(self.prospect_id.as_deref(), &self.email)
     }
 
     /// The type of its event.

@@ -226,6 +226,7 @@ impl<'a> Worker<'a> {
             loop {
                 let judged = self.judge.some_due(&self.of.rules.load(), now, MESSAGES);
                 self.busy += judged.len();
+                work.judged.reserve_exact(judged.len());
                 for judged in judged {
                     let hit = self.close(&judged.trace.id);
                     work.judged.push((judged, hit));

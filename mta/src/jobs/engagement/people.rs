@@ -29,16 +29,17 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
         match sign {
             Sign::Mail(mail) => {
                 let of = all.entry(mail.account.clone()).or_default();
-                of.people.push(person_of_mail(mail));
+                of.people.push(person_of_mail(mail).into());
             }
             Sign::Other(event) => {
                 if let Some(recipient) = &event.recipient {
                     let of = all.entry(event.account.as_str().into()).or_default();
-                    of.people.push(person_of(recipient));
+                    of.people.push(person_of(recipient).into());
                 }
             }
         }
     }
+    let (mut read, mut asked) = (None, None);
     for (judged, hit) in &work.judged {
         let (false, Some(hit)) = (judged.again, hit) else {
             continue;
@@ -47,17 +48,21 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
             continue;
         }
         let of = all.entry(hit.account.clone()).or_default();
-        of.people.push(hit.person());
+        // Hits on one message, which are one person's, come in a row.
+        if read.replace(hit.message) != Some(hit.message) {
+            of.people.push(hit.person.to_string());
+        }
         let clicked = hit.kind == HitKind::Click && judged.verdict.actor == Actor::Human;
-        if let Some(cookie) = hit.visitor.filter(|_| clicked) {
-            let browser: Box<str> = cookie.to_string().into();
-            of.browsers.push(browser.clone());
+        if let Some(browser) = hit.visitor.filter(|_| clicked) {
+            of.browsers.push(browser);
             of.clicks.push(Clicked {
                 browser,
-                person: hit.person(),
-                binding: hit.event_id.to_string().into(),
+                person: hit.person.clone(),
+                binding: hit.event_id,
             });
-            of.consents.insert(normalised(&hit.email));
+            if asked.replace(hit.message) != Some(hit.message) {
+                of.consents.insert(normalised(&hit.email));
+            }
         }
     }
     for revised in revised {
@@ -67,8 +72,8 @@ pub(super) fn wanted(work: &Work, revised: &[Revised]) -> BTreeMap<Arc<str>, Wan
             .or_default();
         let email = row.email.to_string();
         of.people
-            .push(person_named(row.prospect_id.as_deref(), &email));
-        of.bindings.push(revised.event_id.to_string().into());
+            .push(person_named(row.prospect_id.as_deref(), &email).into());
+        of.bindings.push(revised.event_id);
     }
     all
 }
@@ -221,7 +226,7 @@ pub(super) async fn judged(
         return Ok(());
     }
     let human = judged.verdict.actor == Actor::Human;
-    let key = hit.person();
+    let key = &*hit.person;
     let entry = Entry {
         campaign: hit.campaign.clone(),
         message: Some(hit.message),
@@ -233,9 +238,9 @@ pub(super) async fn judged(
         person.email.clone_from(&hit.email);
         person.apply(entry)
     };
-    docs.change(&hit.account, &key, apply).await?;
+    docs.change(&hit.account, key, apply).await?;
     if human && hit.kind == HitKind::Click {
-        bind(docs, hit, &key).await?;
+        bind(docs, hit, key).await?;
     }
     Ok(())
 }
@@ -250,12 +255,12 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
         return Ok(());
     }
     let (account, message) = (&*hit.account, hit.message);
-    let binding_id = hit.event_id.to_string();
     let is_theirs = docs.is_owned(account, cookie, key).await?;
-    if !is_theirs && docs.binding(account, &binding_id).await?.is_some() {
+    if !is_theirs && docs.binding(account, hit.event_id).await?.is_some() {
         // Known from before a crash, and perhaps revoked since.
         return Ok(());
     }
+    let binding_id = hit.event_id.to_string();
     let person = docs.prospect(account, key).await?;
     let clicked_before = person.clicked_before(message, cookie);
     let email = person.email.clone();
@@ -311,7 +316,7 @@ async fn bind(docs: &mut Docs<'_>, hit: &Hit, key: &str) -> Result<(), StoreErro
         forward_suspected,
         revoked_at: None,
     };
-    docs.set_binding(account, &binding_id, binding);
+    docs.set_binding(account, hit.event_id, binding);
     let person = docs.prospect(account, key).await?;
     person.bind(Seen {
         visitor,
@@ -456,7 +461,7 @@ pub(super) async fn revised(docs: &mut Docs<'_>, of: &Revised) -> Result<(), Sto
         return Ok(());
     }
     let binding_id = of.event_id.to_string();
-    let Some(binding) = docs.binding(&account, &binding_id).await? else {
+    let Some(binding) = docs.binding(&account, of.event_id).await?.cloned() else {
         return Ok(());
     };
     if binding.revoked_at.is_some() {
@@ -472,7 +477,7 @@ pub(super) async fn revised(docs: &mut Docs<'_>, of: &Revised) -> Result<(), Sto
         now,
     );
     let cookie = binding.cookie;
-    docs.set_binding(&account, &binding_id, binding);
+    docs.set_binding(&account, of.event_id, binding);
     docs.tell(cookie, announcement);
     undo(docs, &account, &binding_id, cookie).await
 }
