@@ -18,6 +18,7 @@
 
 use crate::rules::{Rules, is_private};
 use model::{Actor, FactId, HitKind, MessageId, Timestamp, Verdict};
+use rustc_hash::FxHashMap;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,6 +76,16 @@ pub struct Judged {
     pub again: bool,
 }
 
+/// A hit that waits for company.
+#[derive(Debug)]
+struct Waiting {
+    id: FactId,
+    message: MessageId,
+    recorded_at: Timestamp,
+    /// The hit, where its message has no room for another: it is judged by itself.
+    alone: Option<Box<Trace>>,
+}
+
 /// A hit in memory.
 #[derive(Debug)]
 struct Kept {
@@ -100,13 +111,13 @@ struct Mail {
 #[derive(Debug)]
 pub struct Judge {
     settle: Duration,
-    mails: HashMap<MessageId, Mail>,
+    mails: FxHashMap<MessageId, Mail>,
     /// How many hits these have in all.
     hits: usize,
     /// When messages were touched, oldest first.
     touched: VecDeque<(Timestamp, MessageId)>,
     /// Hits that wait, oldest first.
-    waiting: VecDeque<Trace>,
+    waiting: VecDeque<Waiting>,
     /// Fresh hits of a client: network and user agent.
     clients: HashMap<Client, VecDeque<(Timestamp, MessageId)>>,
 }
@@ -116,7 +127,7 @@ impl Judge {
     pub fn new(settle: Duration) -> Self {
         Self {
             settle,
-            mails: HashMap::new(),
+            mails: FxHashMap::default(),
             hits: 0,
             touched: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -151,7 +162,7 @@ impl Judge {
 
     /// A hit came. `settled`: its verdict was given before, it is company only.
     pub fn hit(&mut self, trace: Trace, settled: bool) {
-        let (message, recorded_at) = (trace.message, trace.recorded_at);
+        let (id, message, recorded_at) = (trace.id, trace.message, trace.recorded_at);
         let mail = self.touch(message, recorded_at);
         let before = mail.hits.len();
         if before >= HITS
@@ -159,16 +170,24 @@ impl Judge {
         {
             mail.hits.remove(old);
         }
+        let mut alone = None;
         if mail.hits.len() < HITS {
             mail.hits.push(Kept {
-                trace: trace.clone(),
+                trace,
                 settled,
                 reason: None,
             });
+        } else {
+            alone = Some(Box::new(trace));
         }
         self.hits += mail.hits.len() - before;
         if !settled {
-            self.waiting.push_back(trace);
+            self.waiting.push_back(Waiting {
+                id,
+                message,
+                recorded_at,
+                alone,
+            });
         }
     }
 
@@ -198,20 +217,20 @@ impl Judge {
     /// [`Judge::is_due`] says whether there are more.
     pub fn some_due(&mut self, rules: &Rules, now: Timestamp, messages: usize) -> Vec<Judged> {
         let mut order = Vec::new();
-        let mut due: HashMap<MessageId, Vec<Trace>> = HashMap::new();
+        let mut due: FxHashMap<MessageId, Vec<Waiting>> = FxHashMap::default();
         let waiting = self.waiting.len();
-        while let Some(trace) = self.next_due_of(now, &due, messages) {
-            let message = trace.message;
+        while let Some(hit) = self.next_due_of(now, &due, messages) {
+            let message = hit.message;
             let of = due.entry(message).or_insert_with(|| {
                 order.push(message);
                 Vec::new()
             });
-            of.push(trace);
+            of.push(hit);
         }
         let mut judged = Vec::with_capacity(waiting - self.waiting.len());
         for message in order {
-            let traces = due.remove(&message).unwrap_or_default();
-            self.judge(rules, message, traces, &mut judged);
+            let hits = due.remove(&message).unwrap_or_default();
+            self.judge(rules, message, hits, &mut judged);
         }
         self.forget(rules, now);
         judged
@@ -221,9 +240,9 @@ impl Judge {
     fn next_due_of(
         &mut self,
         now: Timestamp,
-        of: &HashMap<MessageId, Vec<Trace>>,
+        of: &FxHashMap<MessageId, Vec<Waiting>>,
         messages: usize,
-    ) -> Option<Trace> {
+    ) -> Option<Waiting> {
         let first = self.waiting.front().filter(|_| self.is_due(now))?;
         if of.len() >= messages && !of.contains_key(&first.message) {
             return None;
@@ -244,23 +263,15 @@ impl Judge {
         &mut self,
         rules: &Rules,
         message: MessageId,
-        traces: Vec<Trace>,
+        hits: Vec<Waiting>,
         judged: &mut Vec<Judged>,
     ) {
-        let due: Due = traces.iter().map(|trace| trace.id).collect();
-        // More than is remembered, or forgotten: judged by itself.
-        let known = self.mails.get(&message).map(|mail| mail.hits.as_slice());
-        let known: Due = known
-            .unwrap_or_default()
-            .iter()
-            .map(|kept| kept.trace.id)
-            .filter(|id| due.contains(id))
-            .collect();
-        let alone = traces.into_iter().filter(|of| !known.contains(&of.id));
+        let due: Due = hits.iter().map(|hit| hit.id).collect();
+        let alone = hits.into_iter().filter_map(|hit| hit.alone);
         judged.extend(alone.map(|trace| Judged {
             was: trace.verdict.actor,
             verdict: trace.verdict.clone(),
-            trace,
+            trace: *trace,
             again: false,
         }));
         let Some(mail) = self.mails.get_mut(&message) else {

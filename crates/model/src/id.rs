@@ -116,7 +116,12 @@ macro_rules! ulid {
 
         impl serde::Serialize for $name {
             fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-                if to.is_human_readable() { to.collect_str(self) } else { self.0.serialize(to) }
+                if to.is_human_readable() {
+                    // At once: a general serializer looks at every piece that it is shown.
+                    to.serialize_str(std::str::from_utf8(&encode(self.0)).unwrap_or_default())
+                } else {
+                    self.0.serialize(to)
+                }
             }
         }
 

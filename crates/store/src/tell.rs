@@ -107,7 +107,7 @@ impl From<Data> for Details<'_> {
         match data {
             Data::Value(value) => Self::Value(value),
             Data::Json(text) => {
-                RawValue::from_string(text.into()).map_or(Self::Value(Value::Null), Self::Json)
+                RawValue::from_string(text).map_or(Self::Value(Value::Null), Self::Json)
             }
         }
     }

@@ -773,20 +773,32 @@ pub enum Data {
     /// A value.
     Value(serde_json::Value),
     /// JSON.
-    Json(Box<str>),
+    Json(String),
+}
+
+/// Most of what is told as JSON is not longer, in bytes.
+const TOLD: usize = 512;
+
+/// The same as [`serde_json::to_string`], in a piece of memory that mostly suffices. For numbers, texts
+/// and the like, which have no failing serializer.
+pub(crate) fn json_of(fields: &impl serde::Serialize) -> String {
+    let mut text = Vec::with_capacity(TOLD);
+    match serde_json::to_writer(&mut text, fields) {
+        Ok(()) => String::from_utf8(text).unwrap_or_default(),
+        Err(_) => String::new(),
+    }
 }
 
 impl Data {
     /// What serializes to a JSON object.
     pub fn of(fields: &impl serde::Serialize) -> Self {
-        // Fields that are numbers, texts and the like have no failing serializer.
-        Self::Json(serde_json::to_string(fields).unwrap_or_default().into())
+        Self::Json(json_of(fields))
     }
 
     pub(crate) fn into_json(self) -> String {
         match self {
             Self::Value(value) => value.to_string(),
-            Self::Json(text) => text.into(),
+            Self::Json(text) => text,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::erased::Eraser;
 use crate::form::{self, EventBlock, LogBlock, LogEntry, Ref, StoredEvent, version};
 use crate::tell;
 use crate::transition::{self, Applied, Cell};
+use crate::types::json_of;
 use crate::{Announcement, BatchHead, Consent, Control, Result, StoreError};
 use model::{
     About, BatchId, BatchState, Counters, EventKind, Fact, JournalId, Partition, Place, Seq,
@@ -357,8 +358,7 @@ impl<'s, 'c> Books<'s, 'c> {
                 kind,
                 account,
                 data,
-                // Its types have no failing serializer.
-                about: serde_json::to_string(&of.about).unwrap_or_default(),
+                about: json_of(&of.about),
             }
         };
         self.events.push(Pending::Other(event));

@@ -13,6 +13,7 @@ use std::time::Duration;
 use ::engagement::identity::{Binding, Browser, Click, Found};
 use ::engagement::prospect::Prospect;
 use model::{EventRecipient, Timestamp, TrackingMode, VisitorId};
+use rustc_hash::FxHashMap;
 use store::{Announcement, Note, Store, StoreError};
 use uuid::Uuid;
 
@@ -276,8 +277,7 @@ pub(super) struct Docs<'a> {
     bindings: Shelf<Option<Binding>>,
     /// Account and address of those of whom less is to be kept than everything.
     reserved: HashSet<(Arc<str>, Box<str>)>,
-    /// In the order of their names, and so of their age: neighbours stand on the same page.
-    of_browsers: BTreeMap<VisitorId, OfBrowser>,
+    of_browsers: FxHashMap<VisitorId, OfBrowser>,
     notes: Vec<Note>,
 }
 
@@ -290,7 +290,7 @@ impl<'a> Docs<'a> {
             browsers: Shelf::new(),
             bindings: Shelf::new(),
             reserved: HashSet::new(),
-            of_browsers: BTreeMap::new(),
+            of_browsers: FxHashMap::default(),
             notes: Vec::new(),
         }
     }
@@ -524,7 +524,10 @@ impl<'a> Docs<'a> {
             });
         }
         let mut news = Vec::new();
-        for of in self.of_browsers.into_values() {
+        // In the order of their names, and so of their age: neighbours stand on the same page.
+        let mut of_browsers: Vec<_> = self.of_browsers.into_iter().collect();
+        of_browsers.sort_unstable_by_key(|(cookie, _)| *cookie);
+        for (_, of) in of_browsers {
             notes.extend(of.notes);
             news.extend(of.news);
             if notes.len() >= STEP {

@@ -15,7 +15,7 @@ mod links;
 mod people;
 mod revise;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use ::engagement::Rules;
 use ::engagement::settle::{Judge, Judged};
 use arc_swap::ArcSwap;
 use model::{Actor, Event, EventKind, FactId, HitKind, JournalId, Seq};
+use rustc_hash::FxHashMap;
 use service::clock::SharedClock;
 use service::metrics::Metrics;
 use service::tasks::Shutdown;
@@ -157,7 +158,7 @@ struct Worker<'a> {
     pages: BTreeMap<u64, Open>,
     page: u64,
     /// The hits that wait, and their page.
-    hits: HashMap<FactId, (u64, Hit)>,
+    hits: FxHashMap<FactId, (u64, Hit)>,
     /// Events and verdicts of the last turn.
     busy: usize,
     /// The journal of this tenure's verdicts.
@@ -190,7 +191,7 @@ impl<'a> Worker<'a> {
             written: of.clock.instant(),
             pages: BTreeMap::new(),
             page: 0,
-            hits: HashMap::new(),
+            hits: FxHashMap::default(),
             busy: 0,
             journal: JournalId::new(now, fastrand::u128(..)),
             seq: 0,
