@@ -111,6 +111,7 @@ struct Mail {
 #[derive(Debug)]
 pub struct Judge {
     settle: Duration,
+    /// By names that we gave: nobody can choose them so that they collide.
     mails: FxHashMap<MessageId, Mail>,
     /// How many hits these have in all.
     hits: usize,
@@ -637,7 +638,9 @@ mod tests {
             judge.hit(click(seq, 0, 0, 3), false);
         }
         assert!(judge.mails[&message(0)].hits.len() <= HITS);
-        judge.due(&Rules::shipped(), at(200_000));
+        // Those that there was no room for are judged, too.
+        let judged = judge.due(&Rules::shipped(), at(200_000));
+        assert_eq!(judged.len(), HITS * 2);
         assert_eq!(judge.mails.len(), 1);
         judge.due(&Rules::shipped(), at(2_000_000));
         judge.due(&Rules::shipped(), at(4_000_000));

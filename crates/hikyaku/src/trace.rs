@@ -18,6 +18,10 @@ use crate::why;
 const LINE_MAX: usize = 64 << 10;
 /// The width of a shown line.
 const WIDTH: usize = 400;
+/// How often it is looked whether more can be said about a message.
+const LOOK: Duration = Duration::from_secs(1);
+/// What a message ends with.
+const OVER: &str = "Nothing more is said about it.";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -69,39 +73,60 @@ async fn listen(
         false => {
             let (line, is_over) = standing(client, &arguments.subject).await?;
             if is_over {
-                writeln!(out, "{line}\nNothing more is said about it.")?;
+                writeln!(out, "{line}\n{OVER}")?;
                 return Ok(());
             }
             Some(line)
         }
     };
-    let refused = client
-        .follow(path, |bytes| {
-            if !begun {
-                begun = true;
-                if let Some(standing) = &standing {
-                    writeln!(out, "{standing}")?;
-                    writeln!(
-                        out,
-                        "{}",
-                        paint.tone(Tone::Quiet, "listening; Ctrl-C ends it")
-                    )?;
-                }
+    let following = client.follow(path, |bytes| {
+        if !begun {
+            begun = true;
+            if let Some(standing) = &standing {
+                writeln!(out, "{standing}")?;
+                writeln!(
+                    out,
+                    "{}",
+                    paint.tone(Tone::Quiet, "listening; Ctrl-C ends it")
+                )?;
             }
-            for line in lines.take(bytes) {
-                if arguments.json {
-                    writeln!(out, "{line}")?;
-                } else if let Ok(line) = serde_json::from_str(&line) {
-                    writeln!(out, "{}", shown(&line, paint))?;
-                }
+        }
+        for line in lines.take(bytes) {
+            if arguments.json {
+                writeln!(out, "{line}")?;
+            } else if let Ok(line) = serde_json::from_str(&line) {
+                writeln!(out, "{}", shown(&line, paint))?;
             }
-            out.flush()?;
-            Ok(true)
-        })
-        .await?;
+        }
+        out.flush()?;
+        Ok(true)
+    });
+    let refused = tokio::select! {
+        refused = following => refused?,
+        line = end_of(client, &arguments.subject) => {
+            if !arguments.json {
+                writeln!(out, "{line}\n{OVER}")?;
+            }
+            None
+        }
+    };
     match refused {
         Some(answer) => told(&answer).map(drop),
         None => Ok(()),
+    }
+}
+
+/// Waits until a message has its final status; a domain has none.
+async fn end_of(client: &Client, subject: &str) -> String {
+    if subject.parse::<MessageId>().is_err() {
+        return std::future::pending().await;
+    }
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // Whoever does not answer now may the next time; that the service has gone, the stream says.
+        if let Ok((line, true)) = standing(client, subject).await {
+            return line;
+        }
     }
 }
 

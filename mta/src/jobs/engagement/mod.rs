@@ -157,7 +157,7 @@ struct Worker<'a> {
     /// Pages with hits that wait, by number.
     pages: BTreeMap<u64, Open>,
     page: u64,
-    /// The hits that wait, and their page.
+    /// The hits that wait, and their page; named by us, like browsers and messages.
     hits: FxHashMap<FactId, (u64, Hit)>,
     /// Events and verdicts of the last turn.
     busy: usize,
